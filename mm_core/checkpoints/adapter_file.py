@@ -1,0 +1,183 @@
+"""The adapter checkpoint, format 1: one `.safetensors` file, described in docs/checkpoint.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..errors import CheckpointError
+from ..models.adapter import MagicMirrorAdapter
+from ..models.config import AdapterConfig
+
+FORMAT = "magicmirror-adapter"
+VERSION = "1"
+STAGES = ("untrained", "image", "video")
+# A report of a wrong file names so many keys of each kind, and counts the rest.
+KEYS_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What the weights have been through."""
+
+    stage: str
+    """`untrained`, `image` (stage 1) or `video` (stage 2)."""
+    steps: int
+    data: str
+    """One line about the training data."""
+
+    def __str__(self) -> str:
+        if self.stage == "untrained":
+            return "UNTRAINED weights: the result will not resemble anybody"
+        return f"trained: {self.stage} stage, {self.steps:,} steps, {self.data}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterHeader:
+    """The metadata of an adapter file."""
+
+    base_model: str
+    config: AdapterConfig
+    trained: Trained
+
+    def to_metadata(self) -> dict[str, str]:
+        return {
+            "format": FORMAT,
+            "format_version": VERSION,
+            "base_model": self.base_model,
+            "config": json.dumps(self.config.to_dict()),
+            "trained": json.dumps(dataclasses.asdict(self.trained)),
+        }
+
+
+def expected_tensors(config: AdapterConfig) -> dict[str, torch.Size]:
+    """Every key of the format and its shape, for these sizes."""
+    with torch.device("meta"):
+        return {key: tensor.shape for key, tensor in MagicMirrorAdapter(config).state_dict().items()}
+
+
+def save_adapter(adapter: MagicMirrorAdapter, path: Path, *, base_model: str, trained: Trained) -> None:
+    """Write an adapter file: under a temporary name first, so that a file under its own name is always whole."""
+    header = AdapterHeader(base_model=base_model, config=adapter.config, trained=trained)
+    tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in adapter.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=header.to_metadata())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_header(path: Path) -> AdapterHeader:
+    """The header alone, without reading weights.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, not an adapter, or of another version.
+    """
+    with _open(path) as file:
+        return _parse_header(path, file.metadata() or {})
+
+
+def load_adapter(
+    path: Path, *, dtype: torch.dtype = torch.float32
+) -> tuple[MagicMirrorAdapter, AdapterHeader]:
+    """Load an adapter to the CPU, strictly: the weights are read once, straight into their final place and type.
+
+    Raises:
+        CheckpointError: as `read_header`, or tensors are missing, unexpected or misshapen; the message lists them.
+    """
+    with _open(path) as file:
+        header = _parse_header(path, file.metadata() or {})
+        expected = expected_tensors(header.config)
+        shapes = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}
+        check_tensors(path, expected, shapes)
+        weights = {key: file.get_tensor(key).to(dtype) for key in expected}
+    with torch.device("meta"):
+        adapter = MagicMirrorAdapter(header.config)
+    adapter.load_state_dict(weights, assign=True)
+    return adapter.requires_grad_(False).eval(), header
+
+
+def check_tensors(path: Path, expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:
+    """Compare keys and shapes; raise one CheckpointError that lists everything that is wrong."""
+    missing = [key for key in expected if key not in found]
+    unexpected = [key for key in found if key not in expected]
+    misshapen = [
+        f"{key} {tuple(found[key])} instead of {tuple(shape)}"
+        for key, shape in expected.items()
+        if key in found and found[key] != shape
+    ]
+    problems = [
+        f"{len(keys)} {kind}: {', '.join(keys[:KEYS_SHOWN])}{' ...' if len(keys) > KEYS_SHOWN else ''}"
+        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", misshapen))
+        if keys
+    ]
+    if problems:
+        raise CheckpointError(f"{path.name} does not hold the tensors it should: " + "; ".join(problems) + ".")
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise CheckpointError(f"There is no file {path}.")
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise CheckpointError(
+            f"{path.name} is a pickle (.pt, .bin), which can run code when it is read. Adapters are .safetensors files: "
+            "ask for one, or convert it where you trust its source."
+        )
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path.name} is damaged or cut short ({path.stat().st_size:,} bytes): {error}. Download or copy it again."
+        ) from error
+
+
+def _parse_header(path: Path, metadata: Mapping[str, str]) -> AdapterHeader:
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path.name} is not a Magic Mirror adapter: its metadata says format={metadata.get('format')!r}, "
+            f"not {FORMAT!r}."
+        )
+    if metadata.get("format_version") != VERSION:
+        raise CheckpointError(
+            f"{path.name} has format version {metadata.get('format_version')!r}; this code reads version {VERSION!r}. "
+            "Update the node pack, or get the file in version 1."
+        )
+    missing = [key for key in ("base_model", "config", "trained") if key not in metadata]
+    if missing:
+        raise CheckpointError(f"{path.name} lacks the metadata {', '.join(missing)}.")
+    config = _parse_json(path, "config", metadata["config"], AdapterConfig)
+    trained = _parse_json(path, "trained", metadata["trained"], Trained)
+    if trained.stage not in STAGES:
+        raise CheckpointError(f"{path.name}: stage {trained.stage!r} is none of {', '.join(STAGES)}.")
+    return AdapterHeader(base_model=metadata["base_model"], config=config, trained=trained)
+
+
+def _parse_json(path: Path, key: str, text: str, cls: type) -> Any:
+    """A dataclass from its JSON; exactly its fields."""
+    try:
+        values = json.loads(text)
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(values, dict) or values.keys() != names:
+            keys = values.keys() if isinstance(values, dict) else set()
+            raise ValueError(
+                f"missing {sorted(names - keys) or 'nothing'}, unexpected {sorted(keys - names) or 'nothing'}"
+            )
+        return cls(**values)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path.name}: its metadata `{key}` is wrong: {error}.") from error

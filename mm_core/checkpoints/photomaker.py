@@ -1,0 +1,63 @@
+"""Reads the ID encoder from PhotoMaker-V2's published `photomaker-v2.bin`, or a safetensors copy of it."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ..errors import CheckpointError
+from ..models.id_encoder import PHOTOMAKER_V2, IDEncoder, IDEncoderConfig
+from .adapter_file import check_tensors
+
+# Older transformers saved this constant buffer (0, 1, 2 ...) with the weights.
+_NOT_A_WEIGHT = "vision_model.embeddings.position_ids"
+_PREFIX = "id_encoder."
+
+
+def id_encoder_tensors(config: IDEncoderConfig = PHOTOMAKER_V2) -> dict[str, torch.Size]:
+    """Every key of the file's `id_encoder` part and its shape."""
+    with torch.device("meta"):
+        return {key: tensor.shape for key, tensor in IDEncoder(config).state_dict().items()}
+
+
+def load_id_encoder(
+    path: Path, *, dtype: torch.dtype = torch.float32, config: IDEncoderConfig = PHOTOMAKER_V2
+) -> IDEncoder:
+    """Load the ID encoder to the CPU, strictly.
+
+    The `.bin` is a pickle; only tensors are accepted from it. In a `.safetensors` copy the keys carry the prefix
+    `id_encoder.`, or none; the LoRA part of the file is not read.
+
+    Raises:
+        CheckpointError: missing or damaged file, or tensors missing, unexpected or misshapen.
+    """
+    weights = _read(path)
+    weights.pop(_NOT_A_WEIGHT, None)
+    check_tensors(path, id_encoder_tensors(config), {key: tensor.shape for key, tensor in weights.items()})
+    with torch.device("meta"):
+        encoder = IDEncoder(config)
+    encoder.load_state_dict({key: tensor.to(dtype) for key, tensor in weights.items()}, assign=True)
+    # The one constant that no file holds, so `meta` left it empty.
+    embeddings = encoder.vision_model.embeddings
+    embeddings.position_ids = torch.arange(embeddings.num_positions)[None]
+    return encoder.requires_grad_(False).eval()
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"There is no file {path}. It is photomaker-v2.bin of TencentARC/PhotoMaker-V2.")
+    try:
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+            prefixed = {key.removeprefix(_PREFIX): t for key, t in tensors.items() if key.startswith(_PREFIX)}
+            return prefixed or tensors
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path.name} is damaged, cut short, or not a file of weights: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("id_encoder"), dict):
+        raise CheckpointError(f"{path.name} has no `id_encoder` part: it is not PhotoMaker-V2's file.")
+    return content["id_encoder"]

@@ -1,0 +1,33 @@
+"""What can go wrong by the user's hand. Every message names the value, the limit and the remedy."""
+
+
+class MagicMirrorError(Exception):
+    """Base of all errors that a user can mend; anything else that escapes is a bug."""
+
+
+class NoFaceError(MagicMirrorError):
+    """No face was found where one is needed."""
+
+
+class FaceChoiceError(MagicMirrorError):
+    """The chosen face does not exist in the photo."""
+
+
+class PromptError(MagicMirrorError):
+    """The prompt names no person, or the person's word was cut off."""
+
+
+class CheckpointError(MagicMirrorError):
+    """A weights file is missing, damaged, or made for something else."""
+
+
+class SettingError(MagicMirrorError):
+    """A number is out of its range: a size, a length, a strength, a step count."""
+
+
+class DecodeError(MagicMirrorError):
+    """Sampling succeeded and the VAE decode did not: `latents` holds the sampled clip, (1, C, F, H, W)."""
+
+    def __init__(self, message: str, latents: object) -> None:
+        super().__init__(message)
+        self.latents = latents

@@ -1,0 +1,159 @@
+"""Reference photos: reading them, taking one face from each, and saying in plain words what will cost likeness."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mm_core.errors import FaceChoiceError, MagicMirrorError, NoFaceError, SettingError
+from mm_core.faces.analysis import Face, FaceAnalyzer, select_face
+from mm_core.faces.crop import square_crop, whole_image
+
+MIN_SIZE = 112  # pixels: ArcFace sees the face at 112 px, the image encoder's crop too; below, both are enlarged
+MIN_SCORE = 0.65  # portraits score 0.8 to 0.9; the detector gives up at 0.5
+MIN_SHARPNESS = 35.0  # portraits: 290 and more; blurred by 1% of the face 45 to 90 (cosine .95), by 2% under 20 (.75)
+MAX_TURN = 35.0  # degrees: beyond, the far eye foreshortens and the recogniser has half a face
+MIN_SAME_PERSON = 0.25  # cosine: photos of one person were seen at .51 to .80, of different people at .11 at most
+
+TRANSPARENT_BECOMES = (128, 128, 128, 255)  # colours under full transparency are leftovers; grey favours neither end
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotoReport:
+    """What was found in one photo. Numbers as in `Face`; `warnings` are sentences for the user, () if all is well.
+
+    faces_seen: how many faces the photo shows.
+    similarity: cosine, -1 to 1, of this face to the mean of the other photos' faces; None if it is the only photo.
+    """
+
+    name: str
+    score: float
+    size: float
+    yaw: float
+    pitch: float
+    roll: float
+    sharpness: float
+    faces_seen: int
+    similarity: float | None
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        likeness = "" if self.similarity is None else f", similarity to the other photos {self.similarity:.2f}"
+        summary = (
+            f"{self.name}: face {self.size:.0f} px across, detection score {self.score:.2f}, yaw {self.yaw:.0f}, "
+            f"pitch {self.pitch:.0f}, roll {self.roll:.0f} degrees, sharpness {self.sharpness:.0f}{likeness}"
+        )
+        return "\n".join([summary, *(f"  warning: {warning}" for warning in self.warnings)])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reference:
+    """One photo of the person: the face taken, its picture for the image encoder, (224, 224, 3) uint8 RGB, a report."""
+
+    face: Face
+    crop: np.ndarray
+    report: PhotoReport
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """A picture file as (H, W, 3) uint8 RGB: turned as its EXIF says, 16 bits reduced to 8, transparency over grey.
+
+    Raises MagicMirrorError if the file is missing, damaged or no picture.
+    """
+    try:
+        with Image.open(path) as file:
+            return np.array(_to_rgb(ImageOps.exif_transpose(file)))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises all of them
+        raise MagicMirrorError(f"cannot read the photo {path}: {error}. Use a JPEG, PNG or WebP file") from error
+
+
+def analyse_references(
+    analyzer: FaceAnalyzer,
+    images: Sequence[np.ndarray],
+    *,
+    which: str | int = "largest",
+    crop: str = "face",
+    names: Sequence[str] | None = None,
+) -> list[Reference]:
+    """One Reference per photo of one person, in order.
+
+    images: (H, W, 3) uint8 RGB each, of any sizes. which: the face to take from each, as in `select_face`.
+    crop: "face" for a square of twice the face's size, "image" for the whole picture's centre.
+    names: one per image for messages; default "photo 1", "photo 2", ...
+
+    Raises MagicMirrorError without photos, NoFaceError and FaceChoiceError naming the photo, SettingError for `crop`.
+    """
+    if not images:
+        raise MagicMirrorError("no reference photo was given: connect at least one photo of the person")
+    if crop not in ("face", "image"):
+        raise SettingError(f"reference crop {crop!r} is unknown: choose 'face' or 'image'")
+    names = names or [f"photo {number}" for number in range(1, len(images) + 1)]
+    found = [analyzer.detect(image) for image in images]
+    chosen = []
+    for name, image, faces in zip(names, images, found, strict=True):
+        try:
+            chosen.append(select_face(faces, which))
+        except (NoFaceError, FaceChoiceError) as error:
+            raise type(error)(f"{name} ({image.shape[1]} x {image.shape[0]} px): {error}") from error
+    return [
+        Reference(
+            face=face,
+            crop=square_crop(image, face.box) if crop == "face" else whole_image(image),
+            report=_report(name, face, faces, similarity),
+        )
+        for name, image, faces, face, similarity in zip(
+            names, images, found, chosen, _similarities(chosen), strict=True
+        )
+    ]
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips at 255
+        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, TRANSPARENT_BECOMES), image)
+    return image.convert("RGB")
+
+
+def _similarities(faces: list[Face]) -> list[float | None]:
+    """Cosine of each face to the mean of all others, -1 to 1; None for a single face."""
+    if len(faces) == 1:
+        return [None]
+    embeddings = np.stack([face.normed_embedding for face in faces])
+    others = embeddings.sum(axis=0) - embeddings
+    return [float(own @ mean / np.linalg.norm(mean)) for own, mean in zip(embeddings, others, strict=True)]
+
+
+def _report(name: str, face: Face, faces: list[Face], similarity: float | None) -> PhotoReport:
+    warnings = []
+    if len(faces) > 1:
+        warnings.append(f"{len(faces)} faces found; number {faces.index(face)} was taken, counting from 0 at the left")
+    if face.size < MIN_SIZE:
+        warnings.append(f"the face is only {face.size:.0f} px across; use a photo where it is at least {MIN_SIZE} px")
+    if face.score < MIN_SCORE:
+        warnings.append(f"the face is hard to make out (detection score {face.score:.2f}, below {MIN_SCORE})")
+    if face.sharpness < MIN_SHARPNESS:
+        warnings.append(f"the face is blurred (sharpness {face.sharpness:.0f}, below {MIN_SHARPNESS:.0f})")
+    if max(abs(face.yaw), abs(face.pitch)) > MAX_TURN:
+        turn = f"yaw {face.yaw:.0f}, pitch {face.pitch:.0f} degrees"
+        warnings.append(f"the face is turned away ({turn}); the limit for a good likeness is {MAX_TURN:.0f}")
+    if similarity is not None and similarity < MIN_SAME_PERSON:
+        warnings.append(
+            f"this may be another person: similarity {similarity:.2f} to the other photos, "
+            f"below {MIN_SAME_PERSON}; photos of one person usually reach 0.5"
+        )
+    return PhotoReport(
+        name=name,
+        score=face.score,
+        size=face.size,
+        yaw=face.yaw,
+        pitch=face.pitch,
+        roll=face.roll,
+        sharpness=face.sharpness,
+        faces_seen=len(faces),
+        similarity=similarity,
+        warnings=tuple(warnings),
+    )

@@ -1,0 +1,107 @@
+"""The adapter's architecture: a dataclass that is saved in the header of every adapter file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# What an adapter must share with the base model it is put on. The rest is the adapter's own business.
+BASE_FIELDS = (
+    "hidden_size",
+    "num_attention_heads",
+    "attention_head_dim",
+    "num_layers",
+    "time_embed_dim",
+    "text_embed_dim",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Sizes of a Magic Mirror adapter. Symbols are the paper's (Sec. 3, arXiv 2501.03931)."""
+
+    hidden_size: int
+    """D, width of the DiT; heads x head size."""
+    num_attention_heads: int
+    attention_head_dim: int
+    """d, size of one attention head."""
+    num_layers: int
+    """L, number of DiT blocks."""
+    time_embed_dim: int
+    """Dt, size of the time embedding (c2 in the paper)."""
+    text_embed_dim: int
+    """Dtxt, size of a T5 token."""
+    adapted_layers: tuple[int, ...]
+    """Numbers of the adapted blocks, ascending; the paper adapts every even one."""
+    id_token_dim: int
+    """c, size of one ID token."""
+    num_id_tokens: int
+    """N, number of ID tokens, and of text slots that the marked word takes."""
+    id_proj_dim: int
+    """c1, size of the projected ID embedding that conditions CAN."""
+    can_hidden_dim: int
+    """H, hidden size of CAN's MLP."""
+    clip_hidden_size: int
+    """Width of the ViT whose image tokens the face perceiver reads."""
+    perceiver_dim: int
+    """P, width of the face perceiver."""
+    perceiver_depth: int
+    perceiver_dim_head: int
+    num_face_tokens: int
+    """Q, number of learnable face queries, the length of the face stream."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "adapted_layers", tuple(self.adapted_layers))
+        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "adapted_layers"}
+        bad = [f"{name}={value!r}" for name, value in sizes.items() if type(value) is not int or value < 1]
+        layers = self.adapted_layers
+        if any(type(layer) is not int for layer in layers) or list(layers) != sorted(set(layers)) or not layers:
+            bad.append(f"adapted_layers={list(layers)!r} (block numbers, ascending, at least one)")
+        elif not bad and not 0 <= layers[0] <= layers[-1] < self.num_layers:
+            bad.append(f"adapted_layers={list(layers)!r} (the base has blocks 0..{self.num_layers - 1})")
+        if not bad and self.hidden_size != self.num_attention_heads * self.attention_head_dim:
+            bad.append(
+                f"hidden_size={self.hidden_size} (must be num_attention_heads x attention_head_dim = "
+                f"{self.num_attention_heads * self.attention_head_dim})"
+            )
+        if not bad and self.perceiver_dim % self.perceiver_dim_head:
+            bad.append(
+                f"perceiver_dim={self.perceiver_dim} (must be a multiple of perceiver_dim_head={self.perceiver_dim_head})"
+            )
+        if bad:
+            raise ValueError("Not an adapter config: " + "; ".join(bad))
+
+    @classmethod
+    def for_base(cls, base: Mapping[str, Any], **overrides: Any) -> AdapterConfig:
+        """The paper's adapter for a CogVideoX transformer config (diffusers' names); `overrides` replace fields."""
+        sizes = dict(
+            **base_sizes(base),
+            adapted_layers=tuple(range(0, base["num_layers"], 2)),
+            id_token_dim=2048,
+            num_id_tokens=2,
+            id_proj_dim=512,
+            can_hidden_dim=1024,
+            clip_hidden_size=1024,
+            perceiver_dim=2048,
+            perceiver_depth=4,
+            perceiver_dim_head=128,
+            num_face_tokens=32,
+        )
+        return cls(**(sizes | overrides))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"adapted_layers": list(self.adapted_layers)}
+
+
+def base_sizes(base: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes of a CogVideoX transformer config (diffusers' names) that an adapter depends on."""
+    return dict(
+        hidden_size=base["num_attention_heads"] * base["attention_head_dim"],
+        num_attention_heads=base["num_attention_heads"],
+        attention_head_dim=base["attention_head_dim"],
+        num_layers=base["num_layers"],
+        time_embed_dim=base["time_embed_dim"],
+        text_embed_dim=base["text_embed_dim"],
+    )

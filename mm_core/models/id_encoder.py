@@ -1,0 +1,118 @@
+"""The frozen half of the facial feature extractor: PhotoMaker-V2's ViT and ID perceiver (paper Sec. 3.2).
+
+The module tree is that of the published `photomaker-v2.bin`, so its weights load strictly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from .id_fusion import MLP
+from .perceiver import IDPerceiver
+
+# CLIP's own normalisation of RGB in 0..1.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IDEncoderConfig:
+    """Sizes of the ID encoder; `PHOTOMAKER_V2` holds the published ones."""
+
+    clip_hidden_size: int
+    clip_intermediate_size: int
+    clip_num_heads: int
+    clip_num_layers: int
+    clip_patch_size: int
+    clip_image_size: int
+    clip_projection_dim: int
+    second_projection_dim: int
+    id_embedding_dim: int
+    """Size of the face recogniser's embedding."""
+    id_token_dim: int
+    num_id_tokens: int
+    perceiver_depth: int
+    perceiver_dim_head: int
+
+
+PHOTOMAKER_V2 = IDEncoderConfig(
+    clip_hidden_size=1024,
+    clip_intermediate_size=4096,
+    clip_num_heads=16,
+    clip_num_layers=24,
+    clip_patch_size=14,
+    clip_image_size=224,
+    clip_projection_dim=768,
+    second_projection_dim=1280,
+    id_embedding_dim=512,
+    id_token_dim=2048,
+    num_id_tokens=2,
+    perceiver_depth=4,
+    perceiver_dim_head=128,
+)
+
+
+class FaceFeatures(NamedTuple):
+    """What the frozen encoder sees in R photos of one person."""
+
+    id_tokens: Tensor
+    """(R, N, c), one `x_id` per photo."""
+    structure_tokens: Tensor
+    """(R, S, clip_hidden_size), the ViT's penultimate hidden state."""
+
+
+class _FuseModule(nn.Module):
+    """PhotoMaker-V2's own text fusion: part of the file, never run here (ours is `id_fusion.IDFusion`)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mlp1 = MLP(2 * dim, dim)
+        self.mlp2 = MLP(dim, dim)
+        self.layer_norm = nn.LayerNorm(dim)
+
+
+class IDEncoder(CLIPVisionModelWithProjection):
+    """`vision_model` (ViT) + `qformer_perceiver` (tau_id); the other parts are only there for the file's sake."""
+
+    def __init__(self, config: IDEncoderConfig) -> None:
+        vision = CLIPVisionConfig(
+            hidden_size=config.clip_hidden_size,
+            intermediate_size=config.clip_intermediate_size,
+            num_attention_heads=config.clip_num_heads,
+            num_hidden_layers=config.clip_num_layers,
+            patch_size=config.clip_patch_size,
+            image_size=config.clip_image_size,
+            projection_dim=config.clip_projection_dim,
+        )
+        super().__init__(vision)
+        self.sizes = config
+        self.visual_projection_2 = nn.Linear(config.clip_hidden_size, config.second_projection_dim, bias=False)
+        self.fuse_module = _FuseModule(config.id_token_dim)
+        self.qformer_perceiver = IDPerceiver(
+            id_dim=config.id_embedding_dim,
+            image_dim=config.clip_hidden_size,
+            dim=config.id_token_dim,
+            num_tokens=config.num_id_tokens,
+            depth=config.perceiver_depth,
+            dim_head=config.perceiver_dim_head,
+        )
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor, id_embeddings: Tensor) -> FaceFeatures:
+        """Encode R photos of one person.
+
+        Args:
+            pixels: (R, 3, 224, 224), RGB in 0..1, not yet normalised.
+            id_embeddings: (R, 512), raw ArcFace embeddings (not divided by their norm).
+        """
+        mean = pixels.new_tensor(CLIP_MEAN).view(3, 1, 1)
+        std = pixels.new_tensor(CLIP_STD).view(3, 1, 1)
+        pixels = ((pixels - mean) / std).to(self.dtype)
+        hidden_states = self.vision_model(pixels, output_hidden_states=True).hidden_states
+        id_tokens = self.qformer_perceiver(id_embeddings.to(self.dtype), hidden_states[-1])
+        return FaceFeatures(id_tokens=id_tokens, structure_tokens=hidden_states[-2])

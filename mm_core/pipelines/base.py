@@ -1,0 +1,222 @@
+"""Base models: where their files are, what they can make, and how they are loaded into diffusers' own pipeline.
+
+Configs and tokenizer are read at once, weights only when a clip is to be sampled: a mistake in a prompt or a size is told
+before anything heavy happens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
+
+from ..checkpoints.adapter_file import check_tensors
+from ..errors import CheckpointError
+from . import tiny
+from .presets import PRESETS, T5_XXL, ClipLimits, Preset
+
+
+class BaseModel(Protocol):
+    """A CogVideoX text-to-video model that has not been loaded yet."""
+
+    name: str
+
+    @property
+    def transformer_config(self) -> Mapping[str, Any]:
+        """diffusers' config of the transformer. Raises CheckpointError when a file is missing or another model's."""
+
+    @property
+    def limits(self) -> ClipLimits: ...
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+    def load(self, dtype: torch.dtype) -> CogVideoXPipeline:
+        """The pipeline with all weights, on the CPU."""
+
+
+@dataclass(frozen=True)
+class TinyBase:
+    """The built-in small model."""
+
+    name: str = tiny.NAME
+
+    @property
+    def transformer_config(self) -> Mapping[str, Any]:
+        return {"patch_size_t": None, "max_text_seq_length": 226} | tiny.TRANSFORMER
+
+    @property
+    def limits(self) -> ClipLimits:
+        return ClipLimits.from_config(tiny.TRANSFORMER, tiny.VAE)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return tiny.build_tokenizer()
+
+    def load(self, dtype: torch.dtype) -> CogVideoXPipeline:
+        return tiny.build_base(dtype)
+
+
+@dataclass(frozen=True)
+class FolderBase:
+    """A model in diffusers' folder layout, as on the Hugging Face hub."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @cached_property
+    def transformer_config(self) -> Mapping[str, Any]:
+        config = self._config("transformer")
+        if config.get("_class_name") != CogVideoXTransformer3DModel.__name__:
+            raise CheckpointError(
+                f"{self.folder} holds a {config.get('_class_name')}, not a CogVideoX transformer. Choose a folder of "
+                f"{', '.join(preset.repo for preset in PRESETS.values())}."
+            )
+        if config["in_channels"] != config["out_channels"]:
+            raise CheckpointError(f"{self.folder} is an image-to-video model; Magic Mirror needs a text-to-video one.")
+        return dict(CogVideoXTransformer3DModel.load_config(self.folder / "transformer")) | {"patch_size_t": None} | config
+
+    @cached_property
+    def limits(self) -> ClipLimits:
+        return ClipLimits.from_config(self.transformer_config, self._config("vae"))
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
+
+    def load(self, dtype: torch.dtype) -> CogVideoXPipeline:
+        try:
+            pipe = CogVideoXPipeline.from_pretrained(
+                str(self.folder), tokenizer=self.tokenizer, torch_dtype=dtype, local_files_only=True
+            )
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{self.folder} is incomplete or damaged: {error}. Download it again; finished files are kept."
+            ) from error
+        return _freeze(pipe)
+
+    def _config(self, part: str) -> dict[str, Any]:
+        path = self.folder / part / "config.json"
+        if not path.is_file():
+            raise CheckpointError(
+                f"There is no {path}. The folder of a base model must hold model_index.json, scheduler/, text_encoder/, "
+                "tokenizer/, transformer/ and vae/, as on the Hugging Face hub."
+            )
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileBase:
+    """A model as single `.safetensors` files with diffusers' key names, one for each part."""
+
+    transformer: Path
+    text_encoder: Path
+    """T5-v1.1-XXL encoder, as in `t5xxl_fp16.safetensors`."""
+    vae: Path
+    tokenizer_folder: Path
+    """A folder with a T5 tokenizer (`tokenizer.json` or `spiece.model`)."""
+
+    @property
+    def name(self) -> str:
+        return self.transformer.name
+
+    @cached_property
+    def preset(self) -> Preset:
+        """The published model whose tensors are exactly those of the file."""
+        found = _shapes(self.transformer)
+        for preset in PRESETS.values():
+            with torch.device("meta"):
+                expected = CogVideoXTransformer3DModel(**preset.transformer).state_dict()
+            if found == {key: tensor.shape for key, tensor in expected.items()}:
+                return preset
+        raise CheckpointError(
+            f"The tensors of {self.transformer.name} are not those of {', '.join(PRESETS)} under diffusers' names. Use "
+            "a diffusers folder, or a file converted from one."
+        )
+
+    @property
+    def transformer_config(self) -> Mapping[str, Any]:
+        return {"patch_size_t": None, "max_text_seq_length": 226} | self.preset.transformer
+
+    @property
+    def limits(self) -> ClipLimits:
+        return ClipLimits.from_config(self.preset.transformer, self.preset.vae)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.tokenizer_folder, local_files_only=True)
+
+    def load(self, dtype: torch.dtype) -> CogVideoXPipeline:
+        with torch.device("meta"):
+            transformer = CogVideoXTransformer3DModel(**self.preset.transformer)
+            vae = AutoencoderKLCogVideoX(**self.preset.vae)
+            text_encoder = T5EncoderModel(T5Config(**T5_XXL))
+        if not self.preset.transformer["use_rotary_positional_embeddings"]:
+            # The sine table of 2B is computed, not stored: it must not stay on `meta`.
+            embed = transformer.patch_embed
+            table = embed._get_positional_embeddings(embed.sample_height, embed.sample_width, embed.sample_frames)
+            embed.register_buffer("pos_embedding", table, persistent=False)
+        for module, path in ((transformer, self.transformer), (vae, self.vae), (text_encoder, self.text_encoder)):
+            _load_file(module, path, dtype)
+        return _freeze(
+            CogVideoXPipeline(
+                tokenizer=self.tokenizer,
+                text_encoder=text_encoder,
+                vae=vae,
+                transformer=transformer,
+                scheduler=CogVideoXDDIMScheduler(**self.preset.scheduler),
+            )
+        )
+
+
+def download_folder(repo: str, folder: Path) -> Path:
+    """Fetch a model from the Hugging Face hub into `folder`; call it only when the user asked for a download.
+
+    What is there already is kept, and a download that was cut off goes on where it stopped.
+    """
+    from huggingface_hub import snapshot_download
+
+    parts = ["model_index.json", "LICENSE*", "scheduler/*", "text_encoder/*", "tokenizer/*", "transformer/*", "vae/*"]
+    snapshot_download(repo, local_dir=folder, allow_patterns=parts)
+    return folder
+
+
+def _freeze(pipe: CogVideoXPipeline) -> CogVideoXPipeline:
+    for module in (pipe.text_encoder, pipe.vae, pipe.transformer):
+        module.requires_grad_(False).eval()
+    return pipe
+
+
+def _shapes(path: Path) -> dict[str, torch.Size]:
+    if not path.is_file():
+        raise CheckpointError(f"There is no file {path}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path.name} is damaged, cut short, or not a .safetensors file: {error}") from error
+
+
+def _load_file(module: torch.nn.Module, path: Path, dtype: torch.dtype) -> None:
+    """Load a file strictly into a module on `meta`; tied weights may stand in the file once."""
+    expected = {key: tensor.shape for key, tensor in module.state_dict().items()}
+    tied = {"encoder.embed_tokens.weight": "shared.weight"}
+    found = _shapes(path)
+    check_tensors(path, {k: s for k, s in expected.items() if k in found or k not in tied}, found)
+    weights = {key: tensor.to(dtype) for key, tensor in load_file(path).items()}
+    for copy, original in tied.items():
+        if copy in expected:
+            weights[copy] = weights[original]
+    module.load_state_dict(weights, assign=True)

@@ -1,0 +1,48 @@
+"""From photographs to an identity: faces found, cropped and encoded, once per person."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..faces.references import Reference
+from ..memory import on_device
+from ..models.id_encoder import FaceFeatures, IDEncoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """One person, from one or more photos. Everything is on the CPU, in float32."""
+
+    features: FaceFeatures
+    references: tuple[Reference, ...]
+
+    @property
+    def id_tokens(self) -> Tensor:
+        """`x_id`, the mean over the references: (1, N, c)."""
+        return self.features.id_tokens.mean(dim=0, keepdim=True)
+
+    @property
+    def report(self) -> str:
+        """What was found in each photo, and what will hurt the likeness."""
+        return "\n".join(str(reference.report) for reference in self.references)
+
+    @property
+    def crops(self) -> np.ndarray:
+        """(R, 224, 224, 3) uint8 RGB, what the ViT saw."""
+        return np.stack([reference.crop for reference in self.references])
+
+
+def encode_identity(references: Sequence[Reference], encoder: IDEncoder, device: torch.device) -> Identity:
+    """Run the frozen encoder on the device and bring the result, and the encoder, back."""
+    crops = np.stack([reference.crop for reference in references])
+    pixels = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255  # (R, 3, 224, 224)
+    embeddings = torch.from_numpy(np.stack([reference.face.embedding for reference in references]))
+    with on_device([encoder], device):
+        features = encoder(pixels.to(device), embeddings.to(device))
+        features = FaceFeatures(*(tensor.float().cpu() for tensor in features))
+    return Identity(features=features, references=tuple(references))

@@ -1,0 +1,341 @@
+"""The whole method: photos and a prompt become a clip of that person.
+
+The denoising loop is diffusers' own `CogVideoXPipeline`; this file prepares what the identity adds and hands it over.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
+from PIL import Image
+from torch import Tensor
+
+from ..checkpoints.adapter_file import AdapterHeader, load_adapter, read_header
+from ..checkpoints.photomaker import load_id_encoder
+from ..errors import CheckpointError, SettingError
+from ..faces.references import Reference
+from ..memory import apply_policy, choose_policy, compute_dtype, default_device, on_device, sampling_parts, store_in_fp8
+from ..models.adapter import MagicMirrorAdapter
+from ..models.config import BASE_FIELDS, base_sizes
+from ..models.diffusers_block import STATE, attach
+from ..models.id_encoder import PHOTOMAKER_V2, IDEncoder
+from . import tiny
+from .base import BaseModel, TinyBase
+from .conditioning import AdapterSettings, FaceConditioning, condition
+from .decode import decode
+from .identity import Identity, encode_identity
+from .preview import fit_latent_rgb, preview_image
+from .prompt import IdentityTokens, identity_tokens, without_trigger
+
+SCHEDULERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
+
+# (steps done, all steps, function that draws a preview). Raise in it to cancel.
+StepCallback = Callable[[int, int, Callable[[], Image.Image]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipSettings:
+    """What to sample."""
+
+    prompt: str
+    """Names the person: a word before the trigger `img`, or the first identity word."""
+    negative_prompt: str = ""
+    width: int
+    """Pixels, a multiple of 16."""
+    height: int
+    num_frames: int
+    """8N + 1 (CogVideoX 1.0) or 16N + 1 (1.5); 1 makes an image."""
+    steps: int = 50
+    """Denoising steps, 1 to 1000."""
+    guidance_scale: float = 6.0
+    """Classifier-free guidance; 1 switches it off and halves the work."""
+    dynamic_guidance: bool = True
+    """Let the guidance grow along the schedule, as diffusers' `use_dynamic_cfg`; goes with `dpm`."""
+    scheduler: str = "dpm"
+    """`ddim` or `dpm`, CogVideoX's own."""
+    seed: int = 0
+    """The same seed gives the same noise on every device."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.steps <= 1000:
+            raise SettingError(f"steps is {self.steps}; it must be from 1 to 1000.")
+        if not math.isfinite(self.guidance_scale) or not 1 <= self.guidance_scale <= 30:
+            raise SettingError(f"guidance_scale is {self.guidance_scale}; it must be a number from 1 (off) to 30.")
+        if self.scheduler not in SCHEDULERS:
+            raise SettingError(f"The scheduler is {self.scheduler!r}; choose one of {', '.join(SCHEDULERS)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """A finished clip."""
+
+    frames: Tensor
+    """(F, H, W, 3), RGB in 0..1."""
+    latents: Tensor
+    """(1, C, F', H / 8, W / 8), what the VAE decoded, times its scaling factor."""
+    fps: int
+    """The rate that the model was trained at."""
+
+
+class MagicMirror:
+    """A base model with an adapter and an ID encoder, each loaded when it is first needed.
+
+    Args:
+        base: the CogVideoX model.
+        adapter: an adapter file; None for the base model alone. `tiny` brings its own.
+        id_encoder: `photomaker-v2.bin`; `tiny` brings its own.
+        precision: auto, bf16, fp16, fp32, or fp8 (storage of the transformer).
+        offload: auto, none, model, group, sequential.
+        device: where to compute; the accelerator by default.
+
+    Raises:
+        CheckpointError: the adapter file is damaged or was made for a base of other sizes. Weights are not read yet.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        *,
+        adapter: Path | None = None,
+        id_encoder: Path | None = None,
+        precision: str = "auto",
+        offload: str = "auto",
+        device: torch.device | None = None,
+    ) -> None:
+        self.base = base
+        self.device = device or default_device()
+        self.dtype = compute_dtype(precision, self.device)
+        self._precision, self._offload = precision, offload
+        self._adapter_path, self._id_encoder_path = adapter, id_encoder
+        self.header = self._read_header()
+
+    def _read_header(self) -> AdapterHeader | None:
+        """The adapter's header, checked against the base; None without an adapter."""
+        if isinstance(self.base, TinyBase) and self._adapter_path is None:
+            return tiny.HEADER
+        if self._adapter_path is None:
+            return None
+        header = read_header(self._adapter_path)
+        base, ours = base_sizes(self.base.transformer_config), header.config
+        differ = [f"{f} {getattr(ours, f)} instead of {base[f]}" for f in BASE_FIELDS if getattr(ours, f) != base[f]]
+        if differ:
+            raise CheckpointError(
+                f"{self._adapter_path.name} was made for {header.base_model}, not for {self.base.name}: {', '.join(differ)}."
+            )
+        return header
+
+    @property
+    def status(self) -> str:
+        """One line about base and adapter, to show to the user."""
+        return f"{self.base.name}: " + ("no adapter" if self.header is None else str(self.header.trained))
+
+    @cached_property
+    def id_encoder(self) -> IDEncoder:
+        """PhotoMaker-V2's encoder, or tiny's."""
+        if self._id_encoder_path is None and isinstance(self.base, TinyBase):
+            return tiny.build_id_encoder(self.dtype)
+        if self._id_encoder_path is None:
+            raise CheckpointError("No ID encoder was chosen. It is photomaker-v2.bin of TencentARC/PhotoMaker-V2.")
+        config = tiny.ID_ENCODER if isinstance(self.base, TinyBase) else PHOTOMAKER_V2
+        return load_id_encoder(self._id_encoder_path, dtype=self.dtype, config=config)
+
+    @cached_property
+    def pipeline(self) -> CogVideoXPipeline:
+        """diffusers' pipeline with the adapter attached and the memory policy applied."""
+        pipe = self.base.load(self.dtype)
+        pipe.set_progress_bar_config(disable=True)
+        if self.adapter is not None:
+            attach(pipe.transformer, self.adapter)
+        self.latent_rgb = fit_latent_rgb(pipe.vae)
+        if self._precision == "fp8":
+            store_in_fp8(pipe, self.dtype)
+        apply_policy(choose_policy(self._offload, pipe, self.device), pipe, self.adapter, self.device)
+        return pipe
+
+    @cached_property
+    def adapter(self) -> MagicMirrorAdapter | None:
+        if self.header is None:
+            return None
+        if self._adapter_path is None:
+            return tiny.build_adapter(self.dtype)
+        return load_adapter(self._adapter_path, dtype=self.dtype)[0]
+
+    def identity(self, references: list[Reference]) -> Identity:
+        """Encode photos of one person; see `faces.references.analyse_references`."""
+        return encode_identity(references, self.id_encoder, self.device)
+
+    def check(self, clip: ClipSettings, identity: Identity | None, settings: AdapterSettings) -> IdentityTokens | None:
+        """Raise whatever would stop the clip, before any weight is loaded; returns the prompt's identity tokens.
+
+        Raises:
+            SettingError: a size or length that the model cannot make.
+            PromptError: no identity word, or one cut off.
+            CheckpointError: an identity but no adapter, or one from another encoder.
+        """
+        self.base.limits.check(width=clip.width, height=clip.height, num_frames=clip.num_frames)
+        if identity is None or settings.off:
+            return None
+        if self.header is None:
+            raise CheckpointError(f"An identity is given, but {self.base.name} was loaded without an adapter.")
+        config = self.header.config
+        seen = (*identity.features.id_tokens.shape[1:], identity.features.structure_tokens.shape[-1])
+        wanted = (config.num_id_tokens, config.id_token_dim, config.clip_hidden_size)
+        if seen != wanted:
+            raise CheckpointError(
+                f"The identity was extracted by another encoder: tokens of {seen}, where the adapter takes {wanted}. "
+                "Extract it again with this model."
+            )
+        if not settings.id_branch:
+            return None
+        return identity_tokens(
+            self.base.tokenizer,
+            clip.prompt,
+            num_slots=config.num_id_tokens,
+            max_length=self.base.transformer_config["max_text_seq_length"],
+        )
+
+    def sample(
+        self,
+        clip: ClipSettings,
+        identity: Identity | None = None,
+        settings: AdapterSettings | None = None,
+        on_step: StepCallback | None = None,
+    ) -> Tensor:
+        """Sample latents, (1, C, F', H / 8, W / 8). Without identity, or with all strengths 0, this is plain CogVideoX.
+
+        Raises:
+            as `check`; whatever `on_step` raises, with the device freed as after a finished run.
+        """
+        settings = settings or AdapterSettings()
+        tokens = self.check(clip, identity, settings)
+        pipe = self.pipeline
+        pipe.scheduler, last = _watched_scheduler(SCHEDULERS[clip.scheduler], pipe.scheduler.config)
+        with_identity = identity is not None and not settings.off
+        try:
+            prompt, negative = self._encode(without_trigger(clip.prompt), clip)
+            face = self._condition(clip, identity, settings, tokens, prompt) if with_identity else None
+            with on_device(sampling_parts(self.adapter) if face else [], self.device):
+                latents = self._denoise(clip, prompt, negative, face, last, on_step)
+        finally:
+            pipe.maybe_free_model_hooks()
+        return latents.permute(0, 2, 1, 3, 4).cpu()
+
+    def decode(self, latents: Tensor) -> Clip:
+        """Decode sampled latents. Raises DecodeError, which carries them, when no tiling fits in memory."""
+        try:
+            return Clip(frames=decode(self.pipeline, latents), latents=latents, fps=self.base.limits.fps)
+        finally:
+            self.pipeline.maybe_free_model_hooks()
+
+    def generate(
+        self,
+        clip: ClipSettings,
+        identity: Identity | None = None,
+        settings: AdapterSettings | None = None,
+        on_step: StepCallback | None = None,
+    ) -> Clip:
+        """`sample`, then `decode`."""
+        return self.decode(self.sample(clip, identity, settings, on_step))
+
+    @torch.no_grad()
+    def _encode(self, prompt: str, clip: ClipSettings) -> tuple[Tensor, Tensor | None]:
+        """T5 embeddings of a prompt, and of the negative one if guidance is on, as CogVideoXPipeline makes them."""
+        return self.pipeline.encode_prompt(
+            prompt,
+            clip.negative_prompt,
+            do_classifier_free_guidance=clip.guidance_scale > 1,
+            max_sequence_length=self.base.transformer_config["max_text_seq_length"],
+        )
+
+    @torch.no_grad()
+    def _condition(
+        self,
+        clip: ClipSettings,
+        identity: Identity,
+        settings: AdapterSettings,
+        tokens: IdentityTokens | None,
+        prompt: Tensor,
+    ) -> FaceConditioning:
+        pipe = self.pipeline
+        if tokens is not None:
+            ids = torch.tensor([tokens.ids], device=pipe._execution_device)
+            prompt = pipe.text_encoder(ids)[0].to(prompt)
+        pipe.scheduler.set_timesteps(clip.steps)
+        return condition(
+            self.adapter,
+            pipe.transformer,
+            identity,
+            prompt,
+            tokens.slots if tokens else (),
+            pipe.scheduler.timesteps,
+            settings,
+            self.device,
+        )
+
+    def _denoise(
+        self,
+        clip: ClipSettings,
+        prompt: Tensor,
+        negative: Tensor | None,
+        face: FaceConditioning | None,
+        last: dict[str, Tensor],
+        on_step: StepCallback | None,
+    ) -> Tensor:
+        """diffusers' loop. Between steps, the callback hands the blocks the next step's state and the text its words."""
+        attention_kwargs: dict[str, Any] = {}
+
+        def prepare(step: int) -> Tensor:
+            state = face.state(step) if face is not None and step < clip.steps else None
+            attention_kwargs.pop(STATE, None)
+            if state is None:
+                return prompt
+            attention_kwargs[STATE] = state
+            return face.prompt_embeds.to(prompt)
+
+        def on_step_end(pipe: CogVideoXPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict:
+            if on_step is not None:
+                on_step(step + 1, clip.steps, lambda: preview_image(last["x0"], self.latent_rgb))
+            if face is None:
+                return {}
+            embeds = prepare(step + 1)
+            return {"prompt_embeds": embeds if negative is None else torch.cat([negative, embeds])}
+
+        latents = self.pipeline(
+            prompt_embeds=prepare(0),
+            negative_prompt_embeds=negative,
+            width=clip.width,
+            height=clip.height,
+            num_frames=clip.num_frames,
+            num_inference_steps=clip.steps,
+            guidance_scale=clip.guidance_scale,
+            use_dynamic_cfg=clip.dynamic_guidance,
+            generator=torch.Generator("cpu").manual_seed(clip.seed),
+            attention_kwargs=attention_kwargs,
+            callback_on_step_end=on_step_end,
+            output_type="latent",
+        ).frames
+        wanted = (clip.num_frames - 1) // self.pipeline.vae_scale_factor_temporal + 1
+        return latents[:, latents.shape[1] - wanted :]  # 1.5 pads in front to whole patches
+
+
+def _watched_scheduler(cls: type, config: Any) -> tuple[Any, dict[str, Tensor]]:
+    """A scheduler that also notes each step's estimate of the clean latents, for previews: `x_t` is mostly noise."""
+    scheduler, last = cls.from_config(config), {}
+    step = scheduler.step
+
+    @functools.wraps(step)
+    def watched(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        result = step(*args, **kwargs)
+        last["x0"] = result[1]
+        return result
+
+    scheduler.step = watched
+    return scheduler, last

@@ -1,0 +1,140 @@
+"""The base models: published CogVideoX configs, and what each can make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import SettingError
+
+_TRANSFORMER_5B = dict(
+    num_attention_heads=48,
+    attention_head_dim=64,
+    num_layers=42,
+    time_embed_dim=512,
+    text_embed_dim=4096,
+    in_channels=16,
+    out_channels=16,
+    sample_frames=49,
+    sample_height=60,
+    sample_width=90,
+    use_rotary_positional_embeddings=True,
+)
+_VAE = dict(
+    block_out_channels=(128, 256, 256, 512),
+    down_block_types=("CogVideoXDownBlock3D",) * 4,
+    up_block_types=("CogVideoXUpBlock3D",) * 4,
+    latent_channels=16,
+    layers_per_block=3,
+    norm_num_groups=32,
+    sample_height=480,
+    sample_width=720,
+)
+SCHEDULER = dict(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    prediction_type="v_prediction",
+    rescale_betas_zero_snr=True,
+    set_alpha_to_one=True,
+    timestep_spacing="trailing",
+)
+T5_XXL = dict(
+    vocab_size=32128,
+    d_model=4096,
+    d_kv=64,
+    d_ff=10240,
+    num_layers=24,
+    num_heads=64,
+    feed_forward_proj="gated-gelu",
+    tie_word_embeddings=False,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A published CogVideoX text-to-video model, as diffusers configs."""
+
+    repo: str
+    """Its name on the Hugging Face hub."""
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+
+
+PRESETS = {
+    "CogVideoX-5b": Preset(
+        repo="THUDM/CogVideoX-5b",
+        transformer=_TRANSFORMER_5B,
+        vae=_VAE | dict(scaling_factor=0.7),
+        scheduler=SCHEDULER | dict(snr_shift_scale=1.0),
+    ),
+    "CogVideoX-2b": Preset(
+        repo="THUDM/CogVideoX-2b",
+        transformer=_TRANSFORMER_5B
+        | dict(num_attention_heads=30, num_layers=30, use_rotary_positional_embeddings=False),
+        vae=_VAE | dict(scaling_factor=1.15258426),
+        scheduler=SCHEDULER | dict(snr_shift_scale=3.0),
+    ),
+    "CogVideoX1.5-5B": Preset(
+        repo="THUDM/CogVideoX1.5-5B",
+        transformer=_TRANSFORMER_5B
+        | dict(patch_size_t=2, patch_bias=False, sample_frames=81, sample_height=300, sample_width=300),
+        vae=_VAE | dict(scaling_factor=0.7, invert_scale_latents=True),
+        scheduler=SCHEDULER | dict(snr_shift_scale=1.0),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipLimits:
+    """Lengths and sizes that a base model can make, from its configs."""
+
+    frame_step: int
+    """Lengths are `frame_step` x N + 1."""
+    max_frames: int
+    size_step: int
+    """Width and height are multiples of this, in pixels."""
+    max_height: int | None
+    max_width: int | None
+    """Only 1.5 has them: its rotary grid is cut from one of fixed size."""
+    fps: int
+    """Frame rate of the clips that the model was trained on."""
+
+    @classmethod
+    def from_config(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> ClipLimits:
+        spatial = 2 ** (len(vae["block_out_channels"]) - 1)
+        is_1_5 = transformer.get("patch_size_t") is not None
+        # The VAE decodes latent frames in pairs and gives a clip back at its own length only when one is left over; 1.5
+        # patches the pairs once more.
+        frame_step = 2 * transformer.get("temporal_compression_ratio", 4) * (2 if is_1_5 else 1)
+        return cls(
+            frame_step=frame_step,
+            max_frames=161 if is_1_5 else transformer["sample_frames"],
+            size_step=spatial * transformer.get("patch_size", 2),
+            max_height=transformer["sample_height"] * spatial if is_1_5 else None,
+            max_width=transformer["sample_width"] * spatial if is_1_5 else None,
+            fps=16 if is_1_5 else 8,
+        )
+
+    def check(self, *, width: int, height: int, num_frames: int) -> None:
+        """Raise SettingError, with the nearest value that works, for a clip that the model cannot make."""
+        for name, value, limit in (("width", width, self.max_width), ("height", height, self.max_height)):
+            if value < self.size_step or value % self.size_step:
+                near = max(self.size_step, round(value / self.size_step) * self.size_step)
+                raise SettingError(f"The {name} is {value} px; it must be a multiple of {self.size_step}. Try {near}.")
+            if limit is not None and value > limit:
+                raise SettingError(f"The {name} is {value} px; this model makes at most {limit}.")
+        step = self.frame_step
+        if num_frames < 1 or num_frames > self.max_frames:
+            raise SettingError(
+                f"The clip has {num_frames} frames; this model makes 1 (an image) to {self.max_frames}."
+            )
+        if num_frames % step != 1:
+            below = num_frames // step * step + 1 if num_frames % step else num_frames - step + 1
+            near = min(below + step, self.max_frames)
+            raise SettingError(
+                f"The clip has {num_frames} frames; this model makes {step} x N + 1 of them. Try {below} or {near}."
+            )

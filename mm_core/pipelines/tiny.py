@@ -1,0 +1,158 @@
+"""The `tiny` preset: every real class at a small size, built in memory, so that the whole product runs anywhere.
+
+UNTRAINED: its weights are seeded noise, and so are its clips.
+"""
+
+from __future__ import annotations
+
+import string
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from ..checkpoints.adapter_file import AdapterHeader, Trained
+from ..models.adapter import MagicMirrorAdapter
+from ..models.config import AdapterConfig
+from ..models.id_encoder import IDEncoder, IDEncoderConfig
+from .presets import SCHEDULER as COGVIDEOX_SCHEDULER
+from .prompt import IDENTITY_WORDS
+
+NAME = "tiny"
+_SEED = 0
+_TEXT_DIM = 128
+
+TRANSFORMER = dict(
+    num_attention_heads=6,
+    attention_head_dim=32,
+    num_layers=8,
+    time_embed_dim=128,
+    text_embed_dim=_TEXT_DIM,
+    in_channels=16,
+    out_channels=16,
+    sample_frames=49,
+    sample_height=8,
+    sample_width=8,
+    use_rotary_positional_embeddings=True,
+)
+VAE = dict(
+    block_out_channels=(16, 32, 32, 32),
+    down_block_types=("CogVideoXDownBlock3D",) * 4,
+    up_block_types=("CogVideoXUpBlock3D",) * 4,
+    latent_channels=16,
+    layers_per_block=1,
+    norm_num_groups=8,
+    sample_height=64,
+    sample_width=64,
+    scaling_factor=0.7,
+)
+SCHEDULER = COGVIDEOX_SCHEDULER | dict(snr_shift_scale=1.0)
+ID_ENCODER = IDEncoderConfig(
+    clip_hidden_size=128,
+    clip_intermediate_size=256,
+    clip_num_heads=4,
+    clip_num_layers=4,
+    clip_patch_size=32,
+    clip_image_size=224,
+    clip_projection_dim=64,
+    second_projection_dim=64,
+    id_embedding_dim=512,
+    id_token_dim=128,
+    num_id_tokens=2,
+    perceiver_depth=2,
+    perceiver_dim_head=32,
+)
+ADAPTER = AdapterConfig.for_base(
+    TRANSFORMER,
+    id_token_dim=ID_ENCODER.id_token_dim,
+    id_proj_dim=64,
+    can_hidden_dim=128,
+    clip_hidden_size=ID_ENCODER.clip_hidden_size,
+    perceiver_dim=128,
+    perceiver_depth=2,
+    perceiver_dim_head=32,
+)
+HEADER = AdapterHeader(
+    base_model=NAME, config=ADAPTER, trained=Trained(stage="untrained", steps=0, data="seeded noise")
+)
+# Whole words that captions of people use; any other is spelled letter by letter.
+_WORDS = """
+a an the of in on at with and or to is are his her their who from into by young old elderly bearded bald smiling
+person's hair beard eyes face head shirt hat glasses short long black white brown blond grey red green blue yellow purple
+orange pink light dark skin background wall room street park beach forest city sky sun night day wearing reading walking
+talking turning turns turn looks looking look smiles smile frowns laughs blinks opens closes mouth left right up down
+camera slowly quickly then video photo portrait close cinematic style watercolor oil painting detailed
+""".split()
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A SentencePiece-like unigram tokenizer with T5's special tokens and end mark."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    words = [w for word in dict.fromkeys([*IDENTITY_WORDS, *_WORDS]) for w in dict.fromkeys([word, word.capitalize()])]
+    words = [(f"▁{word}", -4.0) for word in words]
+    letters = [(letter, -9.0) for letter in "▁" + string.ascii_letters + string.digits + string.punctuation]
+    tokenizer = Tokenizer(models.Unigram(special + words + letters, unk_id=2, byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=226
+    )
+
+
+def build_base(dtype: torch.dtype) -> CogVideoXPipeline:
+    """The base text-to-video model on the CPU."""
+    tokenizer = build_tokenizer()
+    text_config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=_TEXT_DIM,
+        d_kv=32,
+        d_ff=256,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+    with _seeded():
+        text_encoder = T5EncoderModel(text_config)
+        vae = AutoencoderKLCogVideoX(**VAE)
+        transformer = CogVideoXTransformer3DModel(**TRANSFORMER)
+    for module in (text_encoder, vae, transformer):
+        # torch's own `to`: diffusers' warns about parts to be kept in float32 even where there are none.
+        torch.nn.Module.to(module, dtype).requires_grad_(False).eval()
+    return CogVideoXPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=vae,
+        transformer=transformer,
+        scheduler=CogVideoXDDIMScheduler(**SCHEDULER),
+    )
+
+
+def build_id_encoder(dtype: torch.dtype) -> IDEncoder:
+    with _seeded():
+        return IDEncoder(ID_ENCODER).to(dtype).requires_grad_(False).eval()
+
+
+def build_adapter(dtype: torch.dtype) -> MagicMirrorAdapter:
+    """An adapter whose zero-initialised parts are noise too: with those at zero it would do next to nothing."""
+    with _seeded():
+        adapter = MagicMirrorAdapter(ADAPTER)
+        for parameter in adapter.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
+    return adapter.to(dtype).requires_grad_(False).eval()
+
+
+class _seeded:
+    """The same weights every time, without touching the caller's random state."""
+
+    def __enter__(self) -> None:
+        self._state = torch.get_rng_state()
+        torch.manual_seed(_SEED)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_rng_state(self._state)

@@ -1,0 +1,100 @@
+"""Crops and picture files: exact geometry on synthetic pictures, no models."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mm_core.errors import MagicMirrorError
+from mm_core.faces.crop import square_crop, whole_image
+from mm_core.faces.references import read_image
+
+NOISE = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+
+
+def test_square_is_twice_the_larger_side_around_the_centre():
+    box = np.float32([150, 94, 206, 206])  # 56 x 112, centre (178, 150): the square is x 66..290, y 38..262
+    np.testing.assert_array_equal(square_crop(NOISE, box), NOISE[38:262, 66:290])
+    np.testing.assert_array_equal(square_crop(NOISE, box, scale=1.0, size=112), NOISE[94:206, 122:234])
+
+
+def test_box_fills_the_middle_half_after_resizing():
+    image = np.zeros((1000, 1000, 3), np.uint8)
+    image[300:748, 200:648] = 255
+    crop = square_crop(image, np.float32([200, 300, 648, 748]))
+    assert (crop[58:166, 58:166] == 255).all()
+    assert not crop[:54].any() and not crop[170:].any() and not crop[:, :54].any() and not crop[:, 170:].any()
+
+
+def test_square_follows_fractions_of_a_pixel():
+    ramp = np.broadcast_to(np.arange(0, 256, 8, np.uint8)[None, :, None], (32, 32, 3))
+    whole, moved = (square_crop(ramp, np.array([x, 12, x + 8, 20]), size=16).astype(int) for x in (12.0, 12.5))
+    assert (whole[0, :, 0] == np.arange(64, 192, 8)).all()
+    assert (moved[:, 2:-2] - whole[:, 2:-2] == 4).all()  # half of a step of 8
+
+
+def test_edges_are_repeated_outside_the_picture():
+    crop = square_crop(NOISE, np.float32([-56, -56, 56, 56]))  # the square is -112..112 both ways
+    np.testing.assert_array_equal(crop[112:, 112:], NOISE[:112, :112])
+    assert (crop[:112, :112] == NOISE[0, 0]).all()
+    np.testing.assert_array_equal(crop[112:, :112], np.repeat(NOISE[:112, :1], 112, axis=1))
+    far = square_crop(NOISE, np.float32([344, 244, 456, 356]))  # beyond the lower right corner
+    assert (far[112:, 112:] == NOISE[-1, -1]).all()
+
+
+def test_shrinking_is_antialiased():
+    board = np.indices((896, 896)).sum(axis=0) % 2 * 255
+    board = np.repeat(board[..., None], 3, axis=2).astype(np.uint8)
+    for crop in (square_crop(board, np.float32([224, 224, 672, 672])), whole_image(board)):
+        assert np.abs(crop.astype(int) - 127).max() <= 3
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_whole_image_is_the_centre(upright):
+    image = np.zeros((448, 1000, 3), np.uint8)
+    image[:, 276:724] = NOISE[0, 0]
+    crop = whole_image(image.transpose(1, 0, 2) if upright else image)
+    crop = crop.transpose(1, 0, 2) if upright else crop
+    assert crop.shape == (224, 224, 3)
+    assert (crop[:, 3:-3] == NOISE[0, 0]).all()
+    wider = whole_image(image[:, 276:724], size=112)
+    assert wider.shape == (112, 112, 3) and (wider == NOISE[0, 0]).all()
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned left; to be shown turned right
+    Image.fromarray(NOISE).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "turned.png"), NOISE)
+
+
+def test_modes_other_than_rgb(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(NOISE[..., 0].astype(np.uint16) * 257).save(path)
+    np.testing.assert_array_equal(read_image(path), np.repeat(NOISE[..., :1], 3, axis=2))
+    Image.fromarray(NOISE[..., 0]).save(path)
+    np.testing.assert_array_equal(read_image(path), np.repeat(NOISE[..., :1], 3, axis=2))
+
+    alpha = np.zeros((300, 400, 1), np.uint8)
+    alpha[:, 200:] = 255
+    Image.fromarray(np.concatenate([NOISE, alpha], axis=2)).save(path)
+    flat = read_image(path)
+    assert (flat[:, :200] == 128).all()
+    np.testing.assert_array_equal(flat[:, 200:], NOISE[:, 200:])
+
+    Image.fromarray(np.array([[0, 257, 65535, 70000]], np.int32)).save(tmp_path / "deep.tif")
+    np.testing.assert_array_equal(read_image(tmp_path / "deep.tif")[0, :, 0], [0, 1, 255, 255])
+
+    Image.new("CMYK", (8, 8), (255, 0, 0, 0)).save(tmp_path / "ink.tif")
+    np.testing.assert_array_equal(read_image(tmp_path / "ink.tif")[0, 0], [0, 255, 255])
+
+
+def test_unreadable_files_are_named(tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.fromarray(NOISE).save(photo)
+    (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:5000])
+    (tmp_path / "text.jpg").write_text("not a picture")
+    for name in ("missing.jpg", "text.jpg", "cut.png"):
+        with pytest.raises(MagicMirrorError, match=f"{name}.*Use a JPEG"):
+            read_image(tmp_path / name)
+    with pytest.raises(MagicMirrorError, match="cannot read the photo"):
+        read_image(tmp_path)
