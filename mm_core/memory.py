@@ -69,7 +69,9 @@ def size_in_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in [*module.parameters(), *module.buffers()])
 
 
-def apply_policy(policy: str, pipe: CogVideoXPipeline, adapter: MagicMirrorAdapter | None, device: torch.device) -> None:
+def apply_policy(
+    policy: str, pipe: CogVideoXPipeline, adapter: MagicMirrorAdapter | None, device: torch.device
+) -> None:
     """Set a policy up, once, after the adapter was attached. The adapter itself rests on the CPU under every policy."""
     if policy == "none":
         pipe.to(device)

@@ -91,9 +91,7 @@ def read_header(path: Path) -> AdapterHeader:
         return _parse_header(path, file.metadata() or {})
 
 
-def load_adapter(
-    path: Path, *, dtype: torch.dtype = torch.float32
-) -> tuple[MagicMirrorAdapter, AdapterHeader]:
+def load_adapter(path: Path, *, dtype: torch.dtype = torch.float32) -> tuple[MagicMirrorAdapter, AdapterHeader]:
     """Load an adapter to the CPU, strictly: the weights are read once, straight into their final place and type.
 
     Raises:
@@ -102,7 +100,7 @@ def load_adapter(
     with _open(path) as file:
         header = _parse_header(path, file.metadata() or {})
         expected = expected_tensors(header.config)
-        shapes = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}
+        shapes = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118, not a dict
         check_tensors(path, expected, shapes)
         weights = {key: file.get_tensor(key).to(dtype) for key in expected}
     with torch.device("meta"):
@@ -136,8 +134,8 @@ def _open(path: Path) -> Any:
         start = file.read(2)
     if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise CheckpointError(
-            f"{path.name} is a pickle (.pt, .bin), which can run code when it is read. Adapters are .safetensors files: "
-            "ask for one, or convert it where you trust its source."
+            f"{path.name} is a pickle (.pt, .bin), which can run code when it is read. Adapters are .safetensors "
+            "files: ask for one, or convert it where you trust its source."
         )
     try:
         return safe_open(path, framework="pt")

@@ -13,6 +13,9 @@ from ..errors import CheckpointError
 from ..models.id_encoder import PHOTOMAKER_V2, IDEncoder, IDEncoderConfig
 from .adapter_file import check_tensors
 
+REPO = "TencentARC/PhotoMaker-V2"
+FILE_NAME = "photomaker-v2.bin"
+
 # Older transformers saved this constant buffer (0, 1, 2 ...) with the weights.
 _NOT_A_WEIGHT = "vision_model.embeddings.position_ids"
 _PREFIX = "id_encoder."
@@ -22,6 +25,13 @@ def id_encoder_tensors(config: IDEncoderConfig = PHOTOMAKER_V2) -> dict[str, tor
     """Every key of the file's `id_encoder` part and its shape."""
     with torch.device("meta"):
         return {key: tensor.shape for key, tensor in IDEncoder(config).state_dict().items()}
+
+
+def download_id_encoder(folder: Path) -> Path:
+    """Fetch the published file into `folder`, resuming a download that was cut off; only when the user asked for it."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(REPO, FILE_NAME, local_dir=folder))
 
 
 def load_id_encoder(
@@ -49,7 +59,7 @@ def load_id_encoder(
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
-        raise CheckpointError(f"There is no file {path}. It is photomaker-v2.bin of TencentARC/PhotoMaker-V2.")
+        raise CheckpointError(f"There is no file {path}. It is {FILE_NAME} of https://huggingface.co/{REPO}.")
     try:
         if path.suffix == ".safetensors":
             tensors = load_file(path)

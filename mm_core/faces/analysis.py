@@ -2,13 +2,14 @@
 
 import contextlib
 import io
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mm_core.errors import CheckpointError, FaceChoiceError, MagicMirrorError, NoFaceError, SettingError
+from ..errors import CheckpointError, FaceChoiceError, MagicMirrorError, NoFaceError, SettingError
 
 MODULES = ("detection", "recognition", "landmark_3d_68")
 # One fixed size. insightface 2.1 by default merges detections at 128 and 640 px, and where the coarse one scores higher
@@ -129,6 +130,22 @@ def estimate_pose(landmarks: np.ndarray) -> tuple[float, float, float]:
     return float(np.degrees(yaw)), float(np.degrees(pitch)), float(np.degrees(roll))
 
 
+def download_pack(root: Path, pack: str) -> None:
+    """Fetch a pack into `<root>/models/<pack>` unless it is there; only when the user asked for it.
+
+    The models are licensed by InsightFace for non-commercial research only.
+    """
+    models = root.expanduser() / "models"
+    if any((models / pack).rglob("*.onnx")):
+        return
+    from insightface.utils.storage import download
+
+    models.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=models) as temporary:  # half a pack must not look like a pack
+        folder = Path(download("models", pack, root=temporary))
+        folder.rename(models / pack)
+
+
 def _pack_folder(root: Path, pack: str) -> Path:
     folder = root.expanduser().absolute() / "models" / pack
     for candidate in (folder, folder / pack):  # antelopev2.zip unpacks into a folder inside its folder
@@ -146,7 +163,7 @@ def _load_pack(folder: Path, device: str) -> Any:
     try:
         import onnxruntime
         from insightface.app import FaceAnalysis
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # an uninstall can leave an empty onnxruntime behind
         raise MagicMirrorError(
             f"face analysis needs insightface and onnxruntime ({error}). Install them into ComfyUI's Python: "
             "python -m pip install insightface onnxruntime (onnxruntime-gpu for CUDA)"

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from mm_core.errors import FaceChoiceError, MagicMirrorError, NoFaceError, SettingError
-from mm_core.faces.analysis import Face, FaceAnalyzer, select_face
-from mm_core.faces.crop import square_crop, whole_image
+from ..errors import FaceChoiceError, MagicMirrorError, NoFaceError, SettingError
+from .analysis import Face, FaceAnalyzer, select_face
+from .crop import square_crop, whole_image
 
 MIN_SIZE = 112  # pixels: ArcFace sees the face at 112 px, the image encoder's crop too; below, both are enlarged
 MIN_SCORE = 0.65  # portraits score 0.8 to 0.9; the detector gives up at 0.5

@@ -36,8 +36,8 @@ class MagicMirrorAdapter(nn.Module):
     def initialize_weights(self) -> None:
         """A fresh adapter starts as close to the base model as a face stream allows."""
         zero = []
-        # Modulation predictors end in zero [paper]: no residual on the base's factors, and a face stream whose gates are
-        # closed, so that it enters every block as the perceiver made it.
+        # Modulation predictors end in zero [paper]: no residual on the base's factors, and a face stream whose gates
+        # are closed, so that it enters every block as the perceiver made it.
         for block in self.blocks.values():
             zero += [block.face_modulation.linear_2, block.can.linear_2]
             # The cross-attention adds nothing at first.

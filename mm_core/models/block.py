@@ -25,7 +25,7 @@ class BaseBlock:
 
     head_dim: int
     modulation1: Layer
-    """(B, Dt) -> (B, 6D): video shift, scale, gate, then text shift, scale, gate (`phi_vid`, `phi_txt`), for attention."""
+    """(B, Dt) -> (B, 6D): video shift, scale, gate, then text shift, scale, gate (`phi_vid`, `phi_txt`)."""
     norm1: Layer
     to_q: Layer
     to_k: Layer
@@ -34,7 +34,7 @@ class BaseBlock:
     norm_k: Layer
     to_out: Layer
     modulation2: Layer
-    """The same for the feed-forward."""
+    """The same for the feed-forward; the first is for attention."""
     norm2: Layer
     feed_forward: Layer
     rotary: Callable[[Tensor], Tensor]

@@ -68,7 +68,7 @@ class AdapterConfig:
             )
         if not bad and self.perceiver_dim % self.perceiver_dim_head:
             bad.append(
-                f"perceiver_dim={self.perceiver_dim} (must be a multiple of perceiver_dim_head={self.perceiver_dim_head})"
+                f"perceiver_dim={self.perceiver_dim} (not a multiple of perceiver_dim_head={self.perceiver_dim_head})"
             )
         if bad:
             raise ValueError("Not an adapter config: " + "; ".join(bad))

@@ -1,8 +1,8 @@
 """Binds the adapter to diffusers' CogVideoX blocks: the only file of the models that knows them.
 
-`attach` puts a forward of ours in front of each block's own. It acts only while the caller passes a `FaceState` in
-the transformer's `attention_kwargs`; without one the block runs its own code, bit for bit. No weight of the base is touched
-and no module is added to it, so LoRA, offloading, casting and state dicts see the model they know.
+`attach` puts a forward of ours in front of each block's own. It acts only while the caller passes a `FaceState` in the
+transformer's `attention_kwargs`; without one the block runs its own code, bit for bit. No weight of the base is touched and
+no module is added to it, so LoRA, offloading, casting and state dicts see the model they know.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class FaceState:
     factors: dict[int, BlockFactors]
     """The adapter's modulation of each adapted block at this timestep."""
     streams: dict[int, Tensor | None]
-    """The face stream entering each block, (n, Q, D), written by the adapted block before it; the first block's is there
-    from the start. None: no structure branch."""
+    """The face stream entering each block, (n, Q, D), written by the adapted block before it; the first block's is
+    there from the start. None: no structure branch."""
     can_scale: float = 1.0
     ip_scale: float = 1.0
     order: tuple[int, ...] = field(init=False)

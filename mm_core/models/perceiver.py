@@ -80,7 +80,7 @@ class IDPerceiver(nn.Module):
 
 
 class FacePerceiver(nn.Module):
-    """`x_face = tau_face(q_face, f)` (Eq. 4): learnable queries read the structure of the face from the image tokens."""
+    """`x_face = tau_face(q_face, f)` (Eq. 4): learnable queries read the face's structure from the image tokens."""
 
     def __init__(self, *, image_dim: int, dim: int, num_tokens: int, depth: int, dim_head: int) -> None:
         super().__init__()

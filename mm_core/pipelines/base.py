@@ -1,14 +1,14 @@
 """Base models: where their files are, what they can make, and how they are loaded into diffusers' own pipeline.
 
-Configs and tokenizer are read at once, weights only when a clip is to be sampled: a mistake in a prompt or a size is told
-before anything heavy happens.
+Configs and tokenizer are read at once, weights only when a clip is to be sampled: a mistake in a prompt or a size is
+told before anything heavy happens.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,7 +56,7 @@ class TinyBase:
 
     @property
     def limits(self) -> ClipLimits:
-        return ClipLimits.from_config(tiny.TRANSFORMER, tiny.VAE)
+        return replace(ClipLimits.from_config(tiny.TRANSFORMER, tiny.VAE), num_frames=tiny.NUM_FRAMES)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -86,7 +86,9 @@ class FolderBase:
             )
         if config["in_channels"] != config["out_channels"]:
             raise CheckpointError(f"{self.folder} is an image-to-video model; Magic Mirror needs a text-to-video one.")
-        return dict(CogVideoXTransformer3DModel.load_config(self.folder / "transformer")) | {"patch_size_t": None} | config
+        return (
+            dict(CogVideoXTransformer3DModel.load_config(self.folder / "transformer")) | {"patch_size_t": None} | config
+        )
 
     @cached_property
     def limits(self) -> ClipLimits:
@@ -111,8 +113,8 @@ class FolderBase:
         path = self.folder / part / "config.json"
         if not path.is_file():
             raise CheckpointError(
-                f"There is no {path}. The folder of a base model must hold model_index.json, scheduler/, text_encoder/, "
-                "tokenizer/, transformer/ and vae/, as on the Hugging Face hub."
+                f"There is no {path}. The folder of a base model must hold model_index.json, scheduler/, "
+                "text_encoder/, tokenizer/, transformer/ and vae/, as on the Hugging Face hub."
             )
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -204,7 +206,7 @@ def _shapes(path: Path) -> dict[str, torch.Size]:
         raise CheckpointError(f"There is no file {path}.")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}
+            return {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path.name} is damaged, cut short, or not a .safetensors file: {error}") from error
 

@@ -151,8 +151,8 @@ def precompute_factors(
 ) -> dict[int, BlockFactors]:
     """The adapter's modulation of every adapted block at every timestep, on the CPU.
 
-    It depends on (timestep, layer, identity) only, so the sampler need not keep CAN and the face modulation, most of the
-    adapter's weights, on the device: they visit it block by block, here.
+    It depends on (timestep, layer, identity) only, so the sampler need not keep CAN and the face modulation, most of
+    the adapter's weights, on the device: they visit it block by block, here.
     """
     dtype = id_embedding.dtype
     temb = _run(lambda t: time_embedding(transformer, t, dtype), timesteps, transformer.time_embedding.linear_1)

@@ -45,12 +45,15 @@ def decode(pipe: CogVideoXPipeline, latents: Tensor) -> Tensor:
             torch.accelerator.empty_cache()
     raise DecodeError(
         "The clip is sampled, but there is not enough memory to decode it, even in tiles of "
-        f"{_TILES[-1]:.0%} of the size: {message}. Close other programs or use a stronger offloading, then decode the latents.",
+        f"{_TILES[-1]:.0%} of the size: {message}. Close other programs or use a stronger "
+        "offloading, then decode the latents.",
         latents.cpu(),
     )
 
 
 def _tile(vae: torch.nn.Module, part: float) -> None:
     """Tiles of `part` of the training size, at least 32 px, in multiples of 16."""
-    height, width = (max(32, int(side * part) // 16 * 16) for side in (vae.config.sample_height, vae.config.sample_width))
+    height, width = (
+        max(32, int(side * part) // 16 * 16) for side in (vae.config.sample_height, vae.config.sample_width)
+    )
     vae.enable_tiling(tile_sample_min_height=height, tile_sample_min_width=width)

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoints.adapter_file import AdapterHeader, load_adapter, read_header
-from ..checkpoints.photomaker import load_id_encoder
+from ..checkpoints.photomaker import FILE_NAME, REPO, load_id_encoder
 from ..errors import CheckpointError, SettingError
 from ..faces.references import Reference
 from ..memory import apply_policy, choose_policy, compute_dtype, default_device, on_device, sampling_parts, store_in_fp8
@@ -128,7 +128,8 @@ class MagicMirror:
         differ = [f"{f} {getattr(ours, f)} instead of {base[f]}" for f in BASE_FIELDS if getattr(ours, f) != base[f]]
         if differ:
             raise CheckpointError(
-                f"{self._adapter_path.name} was made for {header.base_model}, not for {self.base.name}: {', '.join(differ)}."
+                f"{self._adapter_path.name} was made for {header.base_model}, not for {self.base.name}: "
+                f"{', '.join(differ)}."
             )
         return header
 
@@ -143,7 +144,7 @@ class MagicMirror:
         if self._id_encoder_path is None and isinstance(self.base, TinyBase):
             return tiny.build_id_encoder(self.dtype)
         if self._id_encoder_path is None:
-            raise CheckpointError("No ID encoder was chosen. It is photomaker-v2.bin of TencentARC/PhotoMaker-V2.")
+            raise CheckpointError(f"No ID encoder was chosen. It is {FILE_NAME} of https://huggingface.co/{REPO}.")
         config = tiny.ID_ENCODER if isinstance(self.base, TinyBase) else PHOTOMAKER_V2
         return load_id_encoder(self._id_encoder_path, dtype=self.dtype, config=config)
 
@@ -173,18 +174,17 @@ class MagicMirror:
         return encode_identity(references, self.id_encoder, self.device)
 
     def check(self, clip: ClipSettings, identity: Identity | None, settings: AdapterSettings) -> IdentityTokens | None:
-        """Raise whatever would stop the clip, before any weight is loaded; returns the prompt's identity tokens.
+        """Raise whatever would stop the clip, before the base model is loaded; returns the prompt's identity tokens.
 
         Raises:
             SettingError: a size or length that the model cannot make.
             PromptError: no identity word, or one cut off.
             CheckpointError: an identity but no adapter, or one from another encoder.
         """
-        self.base.limits.check(width=clip.width, height=clip.height, num_frames=clip.num_frames)
         if identity is None or settings.off:
+            self.base.limits.check(width=clip.width, height=clip.height, num_frames=clip.num_frames)
             return None
-        if self.header is None:
-            raise CheckpointError(f"An identity is given, but {self.base.name} was loaded without an adapter.")
+        tokens = self.check_prompt(clip, settings)
         config = self.header.config
         seen = (*identity.features.id_tokens.shape[1:], identity.features.structure_tokens.shape[-1])
         wanted = (config.num_id_tokens, config.id_token_dim, config.clip_hidden_size)
@@ -193,12 +193,19 @@ class MagicMirror:
                 f"The identity was extracted by another encoder: tokens of {seen}, where the adapter takes {wanted}. "
                 "Extract it again with this model."
             )
-        if not settings.id_branch:
+        return tokens
+
+    def check_prompt(self, clip: ClipSettings, settings: AdapterSettings) -> IdentityTokens | None:
+        """The part of `check` that needs no photo yet."""
+        self.base.limits.check(width=clip.width, height=clip.height, num_frames=clip.num_frames)
+        if self.header is None:
+            raise CheckpointError(f"An identity is given, but {self.base.name} was loaded without an adapter.")
+        if settings.off or not settings.id_branch:
             return None
         return identity_tokens(
             self.base.tokenizer,
             clip.prompt,
-            num_slots=config.num_id_tokens,
+            num_slots=self.header.config.num_id_tokens,
             max_length=self.base.transformer_config["max_text_seq_length"],
         )
 
@@ -289,7 +296,7 @@ class MagicMirror:
         last: dict[str, Tensor],
         on_step: StepCallback | None,
     ) -> Tensor:
-        """diffusers' loop. Between steps, the callback hands the blocks the next step's state and the text its words."""
+        """diffusers' loop. Between steps, the callback hands over the next step's state and text."""
         attention_kwargs: dict[str, Any] = {}
 
         def prepare(step: int) -> Tensor:

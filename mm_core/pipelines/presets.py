@@ -102,6 +102,10 @@ class ClipLimits:
     """Only 1.5 has them: its rotary grid is cut from one of fixed size."""
     fps: int
     """Frame rate of the clips that the model was trained on."""
+    width: int
+    height: int
+    num_frames: int
+    """The clip that the model makes best."""
 
     @classmethod
     def from_config(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> ClipLimits:
@@ -117,6 +121,9 @@ class ClipLimits:
             max_height=transformer["sample_height"] * spatial if is_1_5 else None,
             max_width=transformer["sample_width"] * spatial if is_1_5 else None,
             fps=16 if is_1_5 else 8,
+            width=1360 if is_1_5 else transformer["sample_width"] * spatial,
+            height=768 if is_1_5 else transformer["sample_height"] * spatial,
+            num_frames=transformer["sample_frames"],
         )
 
     def check(self, *, width: int, height: int, num_frames: int) -> None:
@@ -129,9 +136,7 @@ class ClipLimits:
                 raise SettingError(f"The {name} is {value} px; this model makes at most {limit}.")
         step = self.frame_step
         if num_frames < 1 or num_frames > self.max_frames:
-            raise SettingError(
-                f"The clip has {num_frames} frames; this model makes 1 (an image) to {self.max_frames}."
-            )
+            raise SettingError(f"The clip has {num_frames} frames; this model makes 1 (an image) to {self.max_frames}.")
         if num_frames % step != 1:
             below = num_frames // step * step + 1 if num_frames % step else num_frames - step + 1
             near = min(below + step, self.max_frames)

@@ -14,8 +14,8 @@ TRIGGER = "img"
 
 IDENTITY_WORDS = (
     "man", "woman", "boy", "girl", "baby", "child", "person", "gentleman", "lady", "guy", "kid", "toddler", "infant",
-    "teenager", "adult", "male", "female", "father", "mother", "son", "daughter", "brother", "sister", "husband", "wife",
-    "grandfather", "grandmother", "grandpa", "grandma", "uncle", "aunt", "king", "queen", "prince", "princess",
+    "teenager", "adult", "male", "female", "father", "mother", "son", "daughter", "brother", "sister", "husband",
+    "wife",     "grandfather", "grandmother", "grandpa", "grandma", "uncle", "aunt", "king", "queen", "prince", "princess",
     "businessman", "businesswoman", "actor", "actress", "human",
 )  # fmt: skip
 
@@ -64,13 +64,15 @@ def mark_identity(prompt: str) -> MarkedPrompt:
         match = _TRIGGER.search(prompt)
         word = match and _WORD_BEFORE.search(prompt[: match.start()])
         if not word:
-            raise PromptError(f'No word stands right before "{TRIGGER}". Write it after the person, as in "a man {TRIGGER}".')
+            raise PromptError(
+                f'No word stands right before "{TRIGGER}". Write it after the person, as in "a man {TRIGGER}".'
+            )
         return MarkedPrompt(prompt[: match.start()] + prompt[match.end() :], word.start(), word.end())
     word = _IDENTITY_WORD.search(prompt)
     if not word:
         raise PromptError(
-            f'The prompt names no person. Put "{TRIGGER}" after the word that stands for the person ("a wizard {TRIGGER} '
-            f'reading"), or use one of these words: {", ".join(IDENTITY_WORDS)}.'
+            f'The prompt names no person. Put "{TRIGGER}" after the word that stands for the person ("a wizard '
+            f'{TRIGGER} reading"), or use one of these words: {", ".join(IDENTITY_WORDS)}.'
         )
     return MarkedPrompt(prompt, word.start(), word.end())
 
@@ -104,9 +106,9 @@ def identity_tokens(
     room = max_length - 1  # the end-of-sequence token takes the last place
     if last >= room:
         raise PromptError(
-            f'The word "{marked.word}" ends at token {last + 1} of the prompt; the model reads {max_length}, one of them '
-            "the end mark. Move the person nearer to the beginning, or shorten what stands before."
+            f'The word "{marked.word}" ends at token {last + 1} of the prompt; the model reads {max_length}, one of '
+            "them the end mark. Move the person nearer to the beginning, or shorten what stands before."
         )
-    ids = ids[:room] + [tokenizer.eos_token_id]
+    ids = [*ids[:room], tokenizer.eos_token_id]
     ids += [tokenizer.pad_token_id] * (max_length - len(ids))
     return IdentityTokens(ids=ids, slots=tuple(range(index, index + num_slots)), word=marked.word)

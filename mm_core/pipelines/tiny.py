@@ -22,6 +22,8 @@ from .prompt import IDENTITY_WORDS
 NAME = "tiny"
 _SEED = 0
 _TEXT_DIM = 128
+NUM_FRAMES = 9
+"""Default length of a clip; it makes up to `sample_frames`."""
 
 TRANSFORMER = dict(
     num_attention_heads=6,
@@ -79,8 +81,8 @@ HEADER = AdapterHeader(
 # Whole words that captions of people use; any other is spelled letter by letter.
 _WORDS = """
 a an the of in on at with and or to is are his her their who from into by young old elderly bearded bald smiling
-person's hair beard eyes face head shirt hat glasses short long black white brown blond grey red green blue yellow purple
-orange pink light dark skin background wall room street park beach forest city sky sun night day wearing reading walking
+person's hair beard eyes face head shirt hat glasses short long black white brown blond grey red green blue yellow
+purple orange pink light dark skin background wall room street park beach forest city sky sun night day wearing reading walking
 talking turning turns turn looks looking look smiles smile frowns laughs blinks opens closes mouth left right up down
 camera slowly quickly then video photo portrait close cinematic style watercolor oil painting detailed
 """.split()

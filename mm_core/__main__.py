@@ -1,0 +1,192 @@
+"""`python -m mm_core generate`: photos and a prompt become a video, without ComfyUI."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .errors import DecodeError, MagicMirrorError
+
+DOWNLOADS = Path.home() / ".cache" / "magic-mirror-models"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        generate(args)
+    except MagicMirrorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("cancelled", file=sys.stderr)
+        return 130
+    return 0
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Check everything that can be checked, look at the photos, and only then load the base model."""
+    from tqdm import tqdm
+
+    from .faces.analysis import FaceAnalyzer
+    from .faces.references import analyse_references, read_image
+    from .pipelines.conditioning import AdapterSettings
+    from .pipelines.magic_mirror import ClipSettings, MagicMirror
+    from .video import FORMATS, write_video
+
+    output: Path = args.output
+    if output.suffix[1:] not in FORMATS:
+        raise MagicMirrorError(f"The output is {output.name}; its ending must be one of {', '.join(FORMATS)}.")
+    if not output.absolute().parent.is_dir():
+        raise MagicMirrorError(f"The folder {output.absolute().parent} of the output does not exist; make it first.")
+    model = MagicMirror(
+        _base(args), adapter=args.adapter, id_encoder=_id_encoder(args), precision=args.precision, offload=args.offload
+    )
+    limits = model.base.limits
+    clip = ClipSettings(
+        prompt=args.prompt,
+        negative_prompt=args.negative_prompt,
+        width=args.width or limits.width,
+        height=args.height or limits.height,
+        num_frames=args.frames or limits.num_frames,
+        steps=args.steps,
+        guidance_scale=args.guidance,
+        dynamic_guidance=args.scheduler == "dpm",
+        scheduler=args.scheduler,
+        seed=args.seed,
+    )
+    settings = AdapterSettings(
+        identity_scale=args.identity_scale,
+        can_scale=args.can_scale,
+        ip_scale=args.ip_scale,
+        start=args.start,
+        end=args.end,
+    )
+    model.check_prompt(clip, settings)
+    print(model.status)
+    images = [read_image(path) for path in args.reference]
+    if args.download:
+        _download_face_pack(args.insightface_root, args.face_pack)
+    analyzer = FaceAnalyzer(args.insightface_root, args.face_pack)
+    which = int(args.face) if args.face.isdigit() else args.face
+    identity = model.identity(analyse_references(analyzer, images, which=which, names=[p.name for p in args.reference]))
+    print(identity.report)
+
+    with tqdm(total=clip.steps, unit="step") as bar:
+        latents = model.sample(clip, identity, settings, on_step=lambda *_: bar.update())
+    try:
+        result = model.decode(latents)
+    except DecodeError as error:
+        path = _save_latents(error, output)
+        raise MagicMirrorError(f"{error} The latents are in {path}.") from error
+    write_video(output, result.frames, result.fps)
+    print(output.absolute())
+
+
+def _base(args: argparse.Namespace) -> object:
+    """The base model that `--base` names: tiny, a folder, a file, or a model on the hub."""
+    from .pipelines.base import FileBase, FolderBase, TinyBase, download_folder
+    from .pipelines.presets import PRESETS
+
+    if args.base == "tiny":
+        return TinyBase()
+    path = Path(args.base)
+    if path.is_file():
+        parts = {"text_encoder": args.text_encoder, "vae": args.vae, "tokenizer_folder": args.tokenizer}
+        missing = [f"--{name.removesuffix('_folder').replace('_', '-')}" for name, value in parts.items() if not value]
+        if missing:
+            raise MagicMirrorError(f"{path.name} holds the transformer only: give {', '.join(missing)} too.")
+        return FileBase(transformer=path, **parts)
+    repos = {preset.repo for preset in PRESETS.values()}
+    if args.base in repos:
+        path = DOWNLOADS / path.name
+        if args.download:
+            download_folder(args.base, path)
+        elif not path.is_dir():
+            raise MagicMirrorError(
+                f"{args.base} is not on this machine. Add --download to fetch it into {path} (about 20 GB or more, "
+                f"under the model's own licence, https://huggingface.co/{args.base}), or give the folder of a copy."
+            )
+    if not path.is_dir():
+        raise MagicMirrorError(
+            f"There is no base model {args.base}: give tiny, a folder, a file, or one of {sorted(repos)}."
+        )
+    return FolderBase(path)
+
+
+def _id_encoder(args: argparse.Namespace) -> Path | None:
+    from .checkpoints.photomaker import FILE_NAME, REPO, download_id_encoder
+
+    if args.id_encoder or args.base == "tiny":
+        return args.id_encoder
+    path = DOWNLOADS / FILE_NAME
+    if args.download:
+        return download_id_encoder(DOWNLOADS)
+    if not path.is_file():
+        raise MagicMirrorError(
+            f"There is no {path}. Add --download to fetch it from https://huggingface.co/{REPO}, or give --id-encoder."
+        )
+    return path
+
+
+def _download_face_pack(root: Path, pack: str) -> None:
+    from .faces.analysis import download_pack
+
+    download_pack(root, pack)
+
+
+def _save_latents(error: DecodeError, output: Path) -> Path:
+    from safetensors.torch import save_file
+
+    path = output.with_suffix(".latents.safetensors")
+    save_file({"latents": error.latents}, path)
+    return path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mm_core", description=__doc__)
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "generate", help="make a video of a person", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = command.add_argument
+    add("--reference", type=Path, nargs="+", required=True, help="photos of one person")
+    add("--prompt", required=True, help='names the person by a word, or marks one: "a man img reading"')
+    add("--output", type=Path, required=True, help="the video: .mp4, .webm, .webp or .gif")
+    add("--negative-prompt", default="")
+    add(
+        "--base",
+        default="tiny",
+        help="tiny (built in, untrained), a diffusers folder, a .safetensors file, or a hub name",
+    )
+    add("--text-encoder", type=Path, help="with a file as base: T5 encoder file")
+    add("--vae", type=Path, help="with a file as base: VAE file")
+    add("--tokenizer", type=Path, help="with a file as base: folder of the T5 tokenizer")
+    add("--adapter", type=Path, help="adapter file; tiny brings its own")
+    add("--id-encoder", type=Path, help="photomaker-v2.bin; tiny brings its own")
+    add("--insightface-root", type=Path, default=Path.home() / ".insightface", help="holds models/<pack>/*.onnx")
+    add("--face-pack", default="buffalo_l", help="insightface model pack")
+    add(
+        "--face",
+        default="largest",
+        help="which face: largest, leftmost, rightmost, or its number from the left, from 0",
+    )
+    add("--download", action="store_true", help="allow to download models that are missing")
+    add("--width", type=int, help="pixels, default: the model's own")
+    add("--height", type=int, help="pixels, default: the model's own")
+    add("--frames", type=int, help="1, or 8N + 1 (CogVideoX 1.5: 16N + 1), default: the model's own")
+    add("--steps", type=int, default=50)
+    add("--guidance", type=float, default=6.0, help="classifier-free guidance, 1 is off")
+    add("--scheduler", default="dpm", choices=("dpm", "ddim"))
+    add("--seed", type=int, default=0)
+    add("--identity-scale", type=float, default=1.0, help="strength of the text fusion, 0 to 3")
+    add("--can-scale", type=float, default=1.0, help="strength of CAN, 0 to 3")
+    add("--ip-scale", type=float, default=1.0, help="strength of the cross-attention, 0 to 3")
+    add("--start", type=float, default=0.0, help="part of the schedule where the identity sets in, 0 to 1")
+    add("--end", type=float, default=1.0, help="part of the schedule where it stops")
+    add("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32", "fp8"))
+    add("--offload", default="auto", choices=("auto", "none", "model", "group", "sequential"))
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
