@@ -1,8 +1,8 @@
 """Binds the adapter to diffusers' CogVideoX blocks: the only file of the models that knows them.
 
 `attach` puts a forward of ours in front of each block's own. It acts only while the caller passes a `FaceState` in the
-transformer's `attention_kwargs`; without one the block runs its own code, bit for bit. No weight of the base is touched and
-no module is added to it, so LoRA, offloading, casting and state dicts see the model they know.
+transformer's `attention_kwargs`; without one the block runs its own code, bit for bit. No weight of the base is touched
+and no module is added to it, so LoRA, offloading, casting and state dicts see the model they know.
 """
 
 from __future__ import annotations

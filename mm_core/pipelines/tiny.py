@@ -17,7 +17,6 @@ from ..models.adapter import MagicMirrorAdapter
 from ..models.config import AdapterConfig
 from ..models.id_encoder import IDEncoder, IDEncoderConfig
 from .presets import SCHEDULER as COGVIDEOX_SCHEDULER
-from .prompt import IDENTITY_WORDS
 
 NAME = "tiny"
 _SEED = 0
@@ -80,18 +79,19 @@ HEADER = AdapterHeader(
 )
 # Whole words that captions of people use; any other is spelled letter by letter.
 _WORDS = """
-a an the of in on at with and or to is are his her their who from into by young old elderly bearded bald smiling
-person's hair beard eyes face head shirt hat glasses short long black white brown blond grey red green blue yellow
-purple orange pink light dark skin background wall room street park beach forest city sky sun night day wearing reading walking
-talking turning turns turn looks looking look smiles smile frowns laughs blinks opens closes mouth left right up down
-camera slowly quickly then video photo portrait close cinematic style watercolor oil painting detailed
+man woman boy girl baby child person gentleman lady guy kid toddler infant teenager father mother a an the of in on at
+with and or to is are his her their who from into by young old elderly bearded bald smiling person's hair beard eyes
+face head shirt hat glasses short long black white brown blond grey red green blue yellow purple orange pink light
+dark skin background wall room street park beach forest city sky sun night day wearing reading walking talking turning
+turns turn looks looking look smiles smile frowns laughs blinks opens closes mouth left right up down camera slowly
+quickly then video photo portrait close cinematic style watercolor oil painting detailed
 """.split()
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A SentencePiece-like unigram tokenizer with T5's special tokens and end mark."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    words = [w for word in dict.fromkeys([*IDENTITY_WORDS, *_WORDS]) for w in dict.fromkeys([word, word.capitalize()])]
+    words = [w for word in _WORDS for w in dict.fromkeys([word, word.capitalize()])]
     words = [(f"▁{word}", -4.0) for word in words]
     letters = [(letter, -9.0) for letter in "▁" + string.ascii_letters + string.digits + string.punctuation]
     tokenizer = Tokenizer(models.Unigram(special + words + letters, unk_id=2, byte_fallback=False))
