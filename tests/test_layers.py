@@ -1,0 +1,96 @@
+"""Who may import whom, and what may not stand in the code at all."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted([ROOT / "__init__.py", *ROOT.glob("mm_core/**/*.py"), *ROOT.glob("nodes/**/*.py")])
+
+# Each package, and the parts of the project that it may use beside itself and `errors`.
+MAY_IMPORT = {
+    "mm_core.errors": set(),
+    "mm_core.video": set(),
+    "mm_core.faces": set(),
+    "mm_core.models": set(),
+    "mm_core.checkpoints": {"mm_core.models"},
+    "mm_core.memory": {"mm_core.models"},
+    "mm_core.pipelines": {"mm_core.models", "mm_core.faces", "mm_core.checkpoints", "mm_core.memory"},
+    "nodes": {"mm_core.pipelines", "mm_core.faces", "mm_core.checkpoints", "mm_core.memory", "mm_core.video"},
+}
+COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server", "execution", "nodes"}
+FRONT_END = "mm_core/models/diffusers_block.py"
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of everything a file imports, relative imports resolved against the repository."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1]
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{stem}.{alias.name}".lstrip(".") for alias in node.names}
+    return found
+
+
+def unit(name: str) -> str | None:
+    """`mm_core.models.block.adapted_block` -> `mm_core.models`; None for a name outside the project."""
+    return next((u for u in MAY_IMPORT if name == u or name.startswith(u + ".")), None)
+
+
+def path_id(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=path_id)
+def test_imports_point_one_way(path: Path) -> None:
+    own = unit(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    if own is None:  # __init__ files and the command line may use everything below them
+        return
+    allowed = MAY_IMPORT[own] | {own, "mm_core.errors"}
+    wrong = sorted(name for name in imports(path) if unit(name) and unit(name) not in allowed)
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if "mm_core" in p.parts], ids=path_id)
+def test_core_knows_no_comfyui(path: Path) -> None:
+    assert not {name for name in imports(path) if name.split(".")[0] in COMFYUI}
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if "models" in p.parts], ids=path_id)
+def test_only_the_front_end_knows_diffusers(path: Path) -> None:
+    knows = any(name.split(".")[0] == "diffusers" for name in imports(path))
+    assert knows == (path_id(path) == FRONT_END)
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if "nodes" in p.parts], ids=path_id)
+def test_only_the_runtime_touches_comfyui_internals(path: Path) -> None:
+    internals = {name for name in imports(path) if name.split(".")[0] in COMFYUI - {"comfy_api"}}
+    assert path.name == "runtime.py" or not internals
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=path_id)
+def test_everything_inside_the_pack_is_imported_relatively(path: Path) -> None:
+    """Inside ComfyUI the pack's module name comes from its folder; absolute names of its own would not be found."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    absolute = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 0}
+    assert not {name for name in absolute if name.split(".")[0] in {"mm_core", "nodes"}}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=path_id)
+def test_nothing_unsafe(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+        name = ast.unparse(call.func)
+        assert name not in {"eval", "exec", "compile", "os.system", "pickle.load", "pickle.loads"}
+        assert not name.startswith("subprocess.")
+        if name == "torch.load":
+            assert {k.arg: ast.unparse(k.value) for k in call.keywords}.get("weights_only") == "True"
