@@ -36,6 +36,10 @@ class Trained:
     data: str
     """One line about the training data."""
 
+    def __post_init__(self) -> None:
+        if type(self.steps) is not int or self.steps < 0:
+            raise ValueError(f"steps={self.steps!r} (a number from 0)")
+
     def __str__(self) -> str:
         if self.stage == "untrained":
             return "UNTRAINED weights: the result will not resemble anybody"
@@ -130,19 +134,24 @@ def check_tensors(path: Path, expected: Mapping[str, torch.Size], found: Mapping
 def _open(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}.")
-    with path.open("rb") as file:
-        start = file.read(2)
-    if start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise CheckpointError(
-            f"{path.name} is a pickle (.pt, .bin), which can run code when it is read. Adapters are .safetensors "
-            "files: ask for one, or convert it where you trust its source."
-        )
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
+        if _is_pickle(path):
+            raise CheckpointError(
+                f"{path.name} is a pickle (.pt, .bin), which can run code when it is read. Adapters are .safetensors "
+                "files: ask for one, or convert it where you trust its source."
+            ) from None
         raise CheckpointError(
             f"{path.name} is damaged or cut short ({path.stat().st_size:,} bytes): {error}. Download or copy it again."
         ) from error
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file that is no safetensors file starts like `torch.save`'s. (A safetensors file starts with a length,
+    which can be these bytes too.)"""
+    with path.open("rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 def _parse_header(path: Path, metadata: Mapping[str, str]) -> AdapterHeader:

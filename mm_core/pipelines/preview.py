@@ -8,7 +8,7 @@ from diffusers import AutoencoderKLCogVideoX
 from PIL import Image
 from torch import Tensor
 
-_PATCHES = 64
+_PATCHES = 27
 _PATCH = 32
 
 
