@@ -20,7 +20,7 @@ from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBloc
 from torch import Tensor
 
 from .adapter import MagicMirrorAdapter
-from .block import AdapterBlock, BaseBlock, adapted_block
+from .block import AdapterBlock, BaseBlock, adapted_block, video_shift
 from .config import BASE_FIELDS, base_sizes
 from .modulation import BlockFactors
 
@@ -58,7 +58,9 @@ def attach(transformer: CogVideoXTransformer3DModel, adapter: MagicMirrorAdapter
         ValueError: another adapter is attached, the sizes differ, or the blocks are wrapped by hooks already.
     """
     check_fits(transformer, adapter)
-    wrapped = [i for i, block in enumerate(transformer.transformer_blocks) if "forward" in vars(block)]
+    # Not `"forward" in vars(block)`: hooks that were switched off leave the block's own method there.
+    blocks = enumerate(transformer.transformer_blocks)
+    wrapped = [i for i, block in blocks if getattr(block.forward, "__func__", None) is not type(block).forward]
     if wrapped:
         raise ValueError(
             f"Blocks {wrapped} of the transformer have a replaced forward (an adapter, or the hooks of offloading or "
@@ -170,6 +172,36 @@ def take_apart(
 
 def _identity(x: Tensor) -> Tensor:
     return x
+
+
+def face_state(
+    transformer: CogVideoXTransformer3DModel,
+    adapter: MagicMirrorAdapter,
+    *,
+    id_tokens: Tensor,
+    face_tokens: Tensor | None,
+    timestep: Tensor,
+    can_scale: float = 1.0,
+    ip_scale: float = 1.0,
+) -> FaceState:
+    """The identity of a single forward pass, its factors computed here and now, with gradients.
+
+    A sampler with a known schedule computes them once for all steps instead (`pipelines/conditioning.py`).
+
+    Args:
+        id_tokens: (n, N, c) `x_id`, for the last n rows of the batch.
+        face_tokens: (n, Q, D) from `MagicMirrorAdapter.face_tokens`; None for no structure branch.
+        timestep: (n,).
+    """
+    temb = time_embedding(transformer, timestep, id_tokens.dtype)
+    id_embedding = adapter.id_embedding(id_tokens)
+    factors = {}
+    for layer in adapter.config.adapted_layers:
+        shift = video_shift(take_apart(transformer.transformer_blocks[layer]), temb)
+        factors[layer] = adapter.blocks[str(layer)].factors(id_embedding, temb, shift)
+    return FaceState(
+        factors=factors, streams=dict.fromkeys(factors, face_tokens), can_scale=can_scale, ip_scale=ip_scale
+    )
 
 
 def time_embedding(transformer: CogVideoXTransformer3DModel, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
