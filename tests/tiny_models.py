@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
 
+from mm_core.checkpoints.adapter_file import Trained, save_adapter
 from mm_core.models.adapter import MagicMirrorAdapter
 from mm_core.models.config import AdapterConfig
-from mm_core.models.diffusers_block import FaceState, take_apart, time_embedding
-from mm_core.models.block import video_shift
+from mm_core.models.id_encoder import FaceFeatures
+from mm_core.pipelines.identity import Identity
+from mm_core.pipelines.presets import SCHEDULER
+from mm_core.pipelines.tiny import build_tokenizer
+
+# At these sizes threads only wait for each other.
+torch.set_num_threads(1)
 
 TEXT_TOKENS = 7
 FRAMES, HEIGHT, WIDTH = 4, 4, 6
@@ -26,10 +34,11 @@ _TRANSFORMER = dict(
     in_channels=4,
     out_channels=4,
     max_text_seq_length=TEXT_TOKENS,
-    sample_frames=13,
+    sample_frames=17,
     sample_height=HEIGHT,
     sample_width=WIDTH,
 )
+TINY_KINDS = ("5b", "2b", "1.5")
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "5b": _TRANSFORMER | dict(use_rotary_positional_embeddings=True),
     "2b": _TRANSFORMER | dict(use_rotary_positional_embeddings=False),
@@ -47,6 +56,20 @@ ADAPTER_SIZES = dict(
     perceiver_dim_head=4,
     num_face_tokens=3,
 )
+
+_VAE = dict(
+    block_out_channels=(8, 8, 8, 8),
+    down_block_types=("CogVideoXDownBlock3D",) * 4,
+    up_block_types=("CogVideoXUpBlock3D",) * 4,
+    latent_channels=4,
+    layers_per_block=1,
+    norm_num_groups=4,
+    sample_height=128,
+    sample_width=128,
+    scaling_factor=0.7,
+)
+_T5 = dict(d_model=14, d_kv=4, d_ff=20, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")
+PROMPT_TOKENS = 24
 
 
 @torch.no_grad()
@@ -90,27 +113,33 @@ def transformer_inputs(transformer: CogVideoXTransformer3DModel, batch: int = 1)
     )
 
 
-def build_face_state(
-    transformer: CogVideoXTransformer3DModel,
-    adapter: MagicMirrorAdapter,
-    *,
-    id_tokens: Tensor,
-    face_tokens: Tensor | None,
-    timestep: Tensor,
-    can_scale: float = 1.0,
-    ip_scale: float = 1.0,
-) -> FaceState:
-    """The identity of one forward pass, its factors computed here and now."""
-    rows = id_tokens.shape[0]
-    temb = time_embedding(transformer, timestep[:rows], id_tokens.dtype)
-    id_embedding = adapter.id_embedding(id_tokens)
-    factors = {}
-    for layer in adapter.config.adapted_layers:
-        shift = video_shift(take_apart(transformer.transformer_blocks[layer]), temb)
-        factors[layer] = adapter.blocks[str(layer)].factors(id_embedding, temb, shift)
-    return FaceState(
-        factors=factors, streams=dict.fromkeys(factors, face_tokens), can_scale=can_scale, ip_scale=ip_scale
+def build_pipeline(kind: str) -> CogVideoXPipeline:
+    """A base model whose prompts have `PROMPT_TOKENS` tokens."""
+    tokenizer = build_tokenizer()
+    transformer = CogVideoXTransformer3DModel(**TRANSFORMERS[kind] | dict(max_text_seq_length=PROMPT_TOKENS))
+    return CogVideoXPipeline(
+        tokenizer=tokenizer,
+        text_encoder=fill_with_noise(T5EncoderModel(T5Config(vocab_size=len(tokenizer), tie_word_embeddings=False, **_T5))),
+        vae=AutoencoderKLCogVideoX(**_VAE).eval(),
+        transformer=fill_with_noise(transformer),
+        scheduler=CogVideoXDDIMScheduler(**SCHEDULER),
     )
+
+
+def save_tiny_folder(kind: str, folder: Path) -> Path:
+    """Such a model in diffusers' layout, and an adapter for it."""
+    pipe = build_pipeline(kind)
+    pipe.save_pretrained(folder)
+    trained = Trained(stage="untrained", steps=0, data="seeded noise")
+    save_adapter(build_adapter(pipe.transformer), folder / "adapter.safetensors", base_model=kind, trained=trained)
+    return folder
+
+
+def build_identity(seed: int = 0, references: int = 1) -> Identity:
+    """Somebody, as the frozen encoder would see several photos of them."""
+    id_tokens = noise(references, 2, ADAPTER_SIZES["id_token_dim"], seed=seed)
+    structure_tokens = noise(references, 5, ADAPTER_SIZES["clip_hidden_size"], seed=seed + 1)
+    return Identity(features=FaceFeatures(id_tokens=id_tokens, structure_tokens=structure_tokens), references=())
 
 
 def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -32,8 +32,8 @@ def decode(pipe: CogVideoXPipeline, latents: Tensor) -> Tensor:
             if part is not None:
                 _tile(vae, part)
             latents = latents.to(pipe._execution_device, vae.dtype)
-            video = vae.decode(latents / vae.config.scaling_factor).sample
-            return ((video[0].float() + 1) / 2).clamp(0, 1).permute(1, 2, 3, 0).cpu()
+            video = vae.decode(1 / vae.config.scaling_factor * latents).sample
+            return (video[0].float() * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 3, 0).cpu()
         except torch.OutOfMemoryError as error:
             log.warning("Decoding %s ran out of memory; trying smaller tiles.", part or "whole frames")
             message = str(error)
@@ -52,8 +52,15 @@ def decode(pipe: CogVideoXPipeline, latents: Tensor) -> Tensor:
 
 
 def _tile(vae: torch.nn.Module, part: float) -> None:
-    """Tiles of `part` of the training size, at least 32 px, in multiples of 16."""
-    height, width = (
-        max(32, int(side * part) // 16 * 16) for side in (vae.config.sample_height, vae.config.sample_width)
+    """Tiles of `part` of the training size, in multiples of 32 px, overlapping by a quarter.
+
+    diffusers rounds a tile's overlap down, in latents and in pixels apart: where these differ, as its own fractions do
+    for most sizes, the tiles do not fit together and the frames come out stretched. These are always whole numbers.
+    """
+    height, width = (max(32, int(side * part) // 32 * 32) for side in (vae.config.sample_height, vae.config.sample_width))
+    vae.enable_tiling(
+        tile_sample_min_height=height,
+        tile_sample_min_width=width,
+        tile_overlap_factor_height=1 / 4,
+        tile_overlap_factor_width=1 / 4,
     )
-    vae.enable_tiling(tile_sample_min_height=height, tile_sample_min_width=width)

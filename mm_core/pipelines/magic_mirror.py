@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -272,6 +272,8 @@ class MagicMirror:
         prompt: Tensor,
     ) -> FaceConditioning:
         pipe = self.pipeline
+        # Without guidance there is no unconditional half.
+        settings = replace(settings, in_negative=settings.in_negative and clip.guidance_scale > 1)
         if tokens is not None:
             ids = torch.tensor([tokens.ids], device=pipe._execution_device)
             prompt = pipe.text_encoder(ids)[0].to(prompt)

@@ -14,7 +14,6 @@ from tiny_models import (
     TRANSFORMERS,
     assert_near,
     build_adapter,
-    build_face_state,
     build_transformer,
     fill_with_noise,
     noise,
@@ -27,7 +26,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from mm_core.models.adapter import MagicMirrorAdapter
 from mm_core.models.block import adapted_block, video_shift
 from mm_core.models.config import AdapterConfig
-from mm_core.models.diffusers_block import STATE, attach, take_apart
+from mm_core.models.diffusers_block import STATE, attach, face_state, take_apart
 from mm_core.models.id_encoder import CLIP_MEAN, CLIP_STD, FaceFeatures, IDEncoder, IDEncoderConfig
 from mm_core.models.id_fusion import fuse_slots
 from mm_core.models.perceiver import IDPerceiver
@@ -288,7 +287,7 @@ def test_transformer(kind: str) -> None:
     attach(transformer, adapter)
     inputs = transformer_inputs(transformer)
     face, id_tokens = noise(1, 3, 32, seed=6), noise(1, 2, 12, seed=7)
-    state = build_face_state(
+    state = face_state(
         transformer, adapter, id_tokens=id_tokens, face_tokens=face, timestep=inputs["timestep"]
     )
     ours = transformer(**inputs, attention_kwargs={STATE: state}).sample

@@ -1,0 +1,210 @@
+"""The models that the loader offers by name, and the files behind the names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..mm_core.errors import CheckpointError, SettingError
+from ..mm_core.pipelines.presets import PRESETS
+from . import runtime
+
+if TYPE_CHECKING:
+    from ..mm_core.pipelines.base import BaseModel
+
+TINY = "tiny"
+AUTO = "auto"
+NONE = "none"
+HUB = tuple(preset.repo for preset in PRESETS.values())
+FACE_PACKS = ("buffalo_l", "antelopev2", "buffalo_sc")
+
+_HUB_ADDRESS = "https://huggingface.co"
+_ID_ENCODER_REPO = "TencentARC/PhotoMaker-V2"
+_ID_ENCODER_STEM = "photomaker-v2"
+_KINDS = {
+    "base_model": "diffusion_models",
+    "adapter": runtime.ADAPTERS,
+    "id_encoder": "photomaker",
+    "text_encoder": "text_encoders",
+    "vae": "vae",
+}
+_CONSENT = 'set "allow_download" to true'
+
+
+def base_models() -> list[str]:
+    """tiny, the published models, diffusers folders, single files."""
+    published = {_hub_folder(repo) for repo in HUB}
+    folders = [
+        config.parent.parent.relative_to(root).as_posix()
+        for root in _diffusers_roots()
+        for config in sorted([*root.glob("*/transformer/config.json"), *root.glob("*/*/transformer/config.json")])
+        if config.parent.parent not in published
+    ]
+    return list(dict.fromkeys([TINY, *HUB, *folders, *runtime.model_files("diffusion_models", ".safetensors")]))
+
+
+def adapters() -> list[str]:
+    return [AUTO, NONE, *runtime.model_files(runtime.ADAPTERS, ".safetensors")]
+
+
+def id_encoders() -> list[str]:
+    return [AUTO, *runtime.model_files("photomaker", ".bin", ".safetensors")]
+
+
+def face_packs() -> list[str]:
+    """insightface's usual packs, and those that are there."""
+    found = [
+        folder.name
+        for root in runtime.model_folders(runtime.FACE_MODELS)
+        for folder in sorted((root / "models").glob("*"))
+        if any(folder.glob("*.onnx")) or any(folder.glob(f"{folder.name}/*.onnx"))
+    ]
+    return list(dict.fromkeys([*FACE_PACKS, *found]))
+
+
+def face_root(pack: str) -> Path:
+    """The insightface folder that holds a pack; the usual one if none does."""
+    roots = runtime.model_folders(runtime.FACE_MODELS)
+    return next((root for root in roots if (root / "models" / pack).is_dir()), roots[0])
+
+
+def open_base(name: str, *, text_encoder: str, vae: str, allow_download: bool) -> BaseModel:
+    """The base model behind a name; nothing of it is loaded yet.
+
+    Raises:
+        CheckpointError: it is not on disk, or not all of it.
+        SettingError: a single file without its text encoder or VAE.
+    """
+    with runtime.packages():
+        from ..mm_core.pipelines.base import FileBase, FolderBase, TinyBase
+
+    if name == TINY:
+        return TinyBase()
+    folder = _published(name, allow_download) if name in HUB else _find_folder(name)
+    if folder is not None:
+        missing = missing_files(folder)
+        if missing:
+            raise CheckpointError(f"{folder} is incomplete, it lacks {', '.join(missing)}. Download it again.")
+        return FolderBase(folder)
+    transformer = runtime.model_file("diffusion_models", name)
+    for part, value in (("text_encoder", text_encoder), ("vae", vae)):
+        if value == NONE:
+            raise SettingError(f"{name} is a single file: choose its {part} too, under the advanced inputs.")
+    return FileBase(
+        transformer=transformer,
+        text_encoder=runtime.model_file("text_encoders", text_encoder),
+        vae=runtime.model_file("vae", vae),
+        tokenizer_folder=runtime.t5_tokenizer(),
+    )
+
+
+def find_adapter(choice: str, base_model: str) -> Path | None:
+    """The adapter's file; None for tiny's own, and for no adapter.
+
+    Raises:
+        CheckpointError: an adapter has to be chosen, or is missing.
+    """
+    if base_model == TINY and choice == NONE:
+        raise SettingError('tiny brings its own adapter: choose "auto". For plain video, bypass the Apply node.')
+    if choice == NONE or (base_model == TINY and choice == AUTO):
+        return None
+    if choice == AUTO:
+        found = adapters()[2:]
+        folder = runtime.model_folders(runtime.ADAPTERS)[0]
+        raise CheckpointError(
+            f"Choose the adapter for {base_model}: "
+            + (f"one of {', '.join(found)}, or " if found else f"put its .safetensors file into {folder}, or ")
+            + '"none" for the base model alone.'
+        )
+    return runtime.model_file(runtime.ADAPTERS, choice)
+
+
+def find_id_encoder(choice: str, base_model: str, adapter: str, allow_download: bool) -> Path | None:
+    """PhotoMaker-V2's file; None where tiny brings its own, and without an adapter.
+
+    Raises:
+        CheckpointError: it is missing, and a download is not allowed.
+    """
+    file = f"{_ID_ENCODER_STEM}.bin"
+    if choice == AUTO and (base_model == TINY or adapter == NONE):
+        return None
+    found = [name for name in id_encoders()[1:] if choice in (name, AUTO) and Path(name).stem == _ID_ENCODER_STEM]
+    if found or choice not in (AUTO, file):
+        return runtime.model_file("photomaker", found[0] if found else choice)
+    folder = runtime.model_folders("photomaker")[0]
+    if not allow_download:
+        raise CheckpointError(
+            f"The ID encoder is missing. Put {file} (1.8 GB) into {folder}, from "
+            f"{_HUB_ADDRESS}/{_ID_ENCODER_REPO}/resolve/main/{file}, or {_CONSENT}."
+        )
+    with runtime.packages():
+        from huggingface_hub import hf_hub_download
+    return Path(hf_hub_download(_ID_ENCODER_REPO, file, local_dir=folder))
+
+
+def files_behind(choices: Mapping[str, object]) -> list[Path]:
+    """The files on disk that the loader's choices, input name to value, stand for."""
+    files = []
+    for part, kind in _KINDS.items():
+        name = choices.get(part)
+        if isinstance(name, str):
+            files += [Path(path) / name for path in runtime.model_folders(kind)]
+    base = choices.get("base_model")
+    if isinstance(base, str):
+        folder = _hub_folder(base) if base in HUB else _find_folder(base)
+        if folder is not None:
+            files += [*folder.glob("*/*.json"), *folder.glob("*/*.safetensors")]
+    return [file for file in files if file.is_file()]
+
+
+def missing_files(folder: Path) -> list[str]:
+    """What a diffusers folder of a text-to-video model lacks: names relative to it. Sharded weights count by shard."""
+    wanted = ["model_index.json", "scheduler/scheduler_config.json"]
+    for part, stem in (
+        ("transformer", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
+        index = folder / part / f"{stem}.safetensors.index.json"
+        shards = [f"{stem}.safetensors"]
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        wanted += [f"{part}/{file}" for file in ("config.json", *shards)]
+    missing = [file for file in wanted if not (folder / file).is_file()]
+    if not any((folder / "tokenizer" / file).is_file() for file in ("spiece.model", "tokenizer.json")):
+        missing.append("tokenizer/spiece.model")
+    return missing
+
+
+def _published(repo: str, allow_download: bool) -> Path:
+    """The folder of a model of the hub, fetched where that is allowed."""
+    folder = _hub_folder(repo)
+    missing = missing_files(folder)
+    if not missing:
+        return folder
+    if not allow_download:
+        state = f"{folder} lacks {', '.join(missing)}" if folder.is_dir() else f"there is no {folder}"
+        raise CheckpointError(
+            f"{repo} is not on this machine: {state}. Download all of {_HUB_ADDRESS}/{repo} (about 20 GB) into that "
+            f"folder, or {_CONSENT}; what is there already is kept."
+        )
+    with runtime.packages():
+        from ..mm_core.pipelines.base import download_folder
+    return download_folder(repo, folder)
+
+
+def _hub_folder(repo: str) -> Path:
+    """Where a model of the hub is, or should be put."""
+    own_name = repo.rpartition("/")[2]
+    return _find_folder(repo) or _find_folder(own_name) or runtime.model_folders(runtime.BASE_MODELS)[0] / own_name
+
+
+def _find_folder(name: str) -> Path | None:
+    candidates = (root / name for root in _diffusers_roots())
+    return next((folder for folder in candidates if (folder / "transformer" / "config.json").is_file()), None)
+
+
+def _diffusers_roots() -> list[Path]:
+    return runtime.model_folders(runtime.BASE_MODELS) + runtime.model_folders("diffusers")

@@ -1,0 +1,27 @@
+"""ComfyUI's IMAGE and LATENT to the core's arrays and back; the only place that does it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def photos_from_images(batches: Iterable[Tensor | None]) -> Iterator[np.ndarray]:
+    """IMAGE batches, (B, H, W, C) in 0..1 -> (H, W, 3) uint8 RGB photos; unconnected inputs are None."""
+    for batch in batches:
+        if batch is not None:
+            for image in batch:
+                yield (image[..., :3].float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def image_from_photos(photos: np.ndarray) -> Tensor:
+    """(B, H, W, 3) uint8 -> IMAGE."""
+    return torch.from_numpy(photos).float() / 255
+
+
+def latent_from_samples(samples: Tensor, scaling_factor: float) -> dict[str, Tensor]:
+    """Sampled latents, (1, C, F, h, w) -> LATENT on the scale that core's VAE Decode takes."""
+    return {"samples": samples / scaling_factor}

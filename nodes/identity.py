@@ -1,0 +1,182 @@
+"""A person from photographs, and the person into the model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..mm_core.errors import NoFaceError
+from . import catalog, runtime
+from .convert import image_from_photos, photos_from_images
+from .types import CATEGORY, IdentitySocket, Model, ModelSocket, Person, advanced, with_aliases
+
+BY_INDEX = "index"
+FACES = ["largest", "leftmost", "rightmost", BY_INDEX]
+CROPS = ["face", "image"]
+ERROR, NO_IDENTITY = "error", "no identity"
+
+_CROP_SIZE = 224
+
+
+class MagicMirrorExtractFaceEmbedding(io.ComfyNode):
+    """Photographs of one person -> identity."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        more = "More photos of the same person, of any size."
+        schema = io.Schema(
+            node_id="MagicMirrorExtractFaceEmbedding",
+            display_name="Extract Face Embedding (MagicMirror)",
+            category=CATEGORY,
+            description="Finds the person's face in each photo and encodes it. Several photos are averaged.",
+            inputs=[
+                ModelSocket.Input("model", tooltip="From Load MagicMirror."),
+                io.Image.Input("image", tooltip="Photos of one person: upright, sharp, the face at least 112 px."),
+                io.Image.Input("image_2", optional=True, tooltip=more),
+                io.Image.Input("image_3", optional=True, tooltip=more),
+                io.Image.Input("image_4", optional=True, tooltip=more),
+                io.Combo.Input("face", options=FACES, default=FACES[0], tooltip="Which face to take from each photo."),
+                io.Int.Input(
+                    "face_index",
+                    default=0,
+                    min=0,
+                    max=99,
+                    tooltip='With face "index": the face\'s number, counted from 0 at the left of the picture.',
+                ),
+                io.Combo.Input(
+                    "crop",
+                    options=CROPS,
+                    default=CROPS[0],
+                    tooltip="What the image encoder sees. face: a square twice as large as the face. image: the "
+                    "middle of the photo.",
+                ),
+                io.Combo.Input(
+                    "on_no_face",
+                    options=[ERROR, NO_IDENTITY],
+                    default=ERROR,
+                    tooltip="When a photo shows no face: stop, or go on with the base model alone.",
+                ),
+            ],
+            outputs=[
+                IdentitySocket.Output(display_name="identity"),
+                io.Image.Output(display_name="faces", tooltip="What the image encoder saw of each photo."),
+                io.String.Output(display_name="report", tooltip="What was found, and what will cost likeness."),
+            ],
+        )
+        return with_aliases(schema, "face embedding", "photomaker", "arcface", "insightface", "face id")
+
+    @classmethod
+    def execute(
+        cls,
+        model: Model,
+        image: Tensor,
+        face: str,
+        face_index: int,
+        crop: str,
+        on_no_face: str,
+        image_2: Tensor | None = None,
+        image_3: Tensor | None = None,
+        image_4: Tensor | None = None,
+    ) -> io.NodeOutput:
+        with runtime.packages():
+            from ..mm_core.faces.analysis import FaceAnalyzer
+            from ..mm_core.faces.references import analyse_references
+        analyzer = FaceAnalyzer(catalog.face_root(model.face_pack), model.face_pack, _face_device())
+        photos = list(photos_from_images([image, image_2, image_3, image_4]))
+        try:
+            references = analyse_references(
+                analyzer, photos, which=face_index if face == BY_INDEX else face, crop=crop
+            )
+        except NoFaceError as error:
+            if on_no_face == ERROR:
+                raise
+            return cls._output(Person(identity=None), f"NO IDENTITY, the base model will run alone: {error}")
+        identity = model.mirror.identity(references)
+        return cls._output(Person(identity=identity), identity.report)
+
+    @classmethod
+    def _output(cls, person: Person, report: str) -> io.NodeOutput:
+        nobody = np.zeros((1, _CROP_SIZE, _CROP_SIZE, 3), dtype=np.uint8)
+        faces = image_from_photos(nobody if person.identity is None else person.identity.crops)
+        shown = ui.PreviewImage(faces).as_dict() | runtime.show(report).as_dict()
+        return io.NodeOutput(person, faces, report, ui=shown)
+
+
+class MagicMirrorApplyCANAdapter(io.ComfyNode):
+    """Model + identity -> model that makes this person."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        schema = io.Schema(
+            node_id="MagicMirrorApplyCANAdapter",
+            display_name="Apply CAN Adapter (MagicMirror)",
+            category=CATEGORY,
+            description="Gives the model a person's identity. Bypass this node for plain CogVideoX.",
+            inputs=[
+                ModelSocket.Input("model", tooltip="From Load MagicMirror; it stays as it is."),
+                IdentitySocket.Input("identity", tooltip="From Extract Face Embedding; replaces an earlier one."),
+                _strength("identity_scale", "How far the person's word in the prompt becomes this person."),
+                _strength("can_scale", "How strongly the identity shifts the statistics of each layer (CAN)."),
+                _strength("ip_scale", "How strongly the video attends to the face itself."),
+                _position("start_percent", 0.0, "Before this part of the steps the base model runs alone."),
+                _position("end_percent", 1.0, "After this part of the steps it does again."),
+                _switch("identity_in_negative", False, "Give the negative prompt's half the identity too."),
+                _switch("id_branch", True, "Ablation: the recogniser's embedding, in the prompt and in CAN."),
+                _switch("structure_branch", True, "Ablation: the face's structure, and the attention to it."),
+                _switch("face_modulation", True, "Ablation: the face stream's own modulation."),
+                _switch("can", True, "Ablation: conditioned adaptive normalization."),
+            ],
+            outputs=[ModelSocket.Output(display_name="model", tooltip="For the sampler.")],
+        )
+        return with_aliases(schema, "can adapter", "apply identity", "magic mirror adapter")
+
+    @classmethod
+    def execute(
+        cls,
+        model: Model,
+        identity: Person,
+        identity_scale: float,
+        can_scale: float,
+        ip_scale: float,
+        start_percent: float,
+        end_percent: float,
+        identity_in_negative: bool = False,
+        id_branch: bool = True,
+        structure_branch: bool = True,
+        face_modulation: bool = True,
+        can: bool = True,
+    ) -> io.NodeOutput:
+        with runtime.packages():
+            from ..mm_core.pipelines.conditioning import AdapterSettings
+        settings = AdapterSettings(
+            identity_scale=identity_scale,
+            can_scale=can_scale,
+            ip_scale=ip_scale,
+            start=start_percent,
+            end=end_percent,
+            in_negative=identity_in_negative,
+            id_branch=id_branch,
+            structure_branch=structure_branch,
+            face_modulation=face_modulation,
+            can=can,
+        )
+        return io.NodeOutput(dataclasses.replace(model, identity=identity.identity, settings=settings))
+
+
+def _strength(name: str, purpose: str) -> io.Input:
+    return io.Float.Input(name, default=1.0, min=0.0, max=3.0, step=0.05, tooltip=f"{purpose} 0 (off) to 3.")
+
+
+def _position(name: str, default: float, purpose: str) -> io.Input:
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=f"{purpose} 0 to 1.")
+
+
+def _switch(name: str, default: bool, purpose: str) -> io.Input:
+    return advanced(io.Boolean.Input(name, default=default, optional=True, tooltip=purpose))
+
+
+def _face_device() -> str:
+    return "cpu" if runtime.device().type == "cpu" else "auto"

@@ -1,0 +1,173 @@
+"""Choosing a base model, its adapter and its ID encoder. Configs and headers are read here, weights by the sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+from comfy_api.latest import io
+
+from . import catalog, runtime
+from .types import CATEGORY, Model, ModelSocket, advanced, with_aliases
+
+if TYPE_CHECKING:
+    from ..mm_core.pipelines.magic_mirror import MagicMirror
+
+# mm_core.memory has these too, and imports diffusers.
+PRECISIONS = ["auto", "bf16", "fp16", "fp32", "fp8"]
+OFFLOADING = ["auto", "none", "model", "group", "sequential"]
+
+# The models that some node's output still holds. The same choice gives the same object: another face pack, or a second
+# loader, does not load the weights again.
+_open: WeakValueDictionary[tuple[object, ...], MagicMirror] = WeakValueDictionary()
+
+
+class MagicMirrorLoader(io.ComfyNode):
+    """Base model + adapter + ID encoder -> model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        schema = io.Schema(
+            node_id="MagicMirrorLoader",
+            display_name="Load MagicMirror",
+            category=CATEGORY,
+            description="Chooses a CogVideoX model, the adapter that gives it a person's identity, and the ID encoder. "
+            "Weights are loaded when the first clip is sampled.",
+            inputs=[*_model_inputs(), *_memory_inputs(), *_single_file_inputs()],
+            outputs=[
+                ModelSocket.Output(display_name="model", tooltip="For Extract Face Embedding and Apply CAN Adapter."),
+                io.String.Output(display_name="status", tooltip="Base model, and what the adapter was trained on."),
+            ],
+        )
+        return with_aliases(schema, "magic mirror", "cogvideox", "identity video", "id-preserving video")
+
+    @classmethod
+    def validate_inputs(cls, base_model: str | None, adapter: str | None, id_encoder: str | None) -> bool:
+        """Let names that are not in the lists pass: `execute` says into which folder the missing file belongs, and may
+        download it."""
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, **choices: object) -> str:
+        """Files that are replaced under the same name count as another model."""
+        return repr(_versions(choices))
+
+    @classmethod
+    def execute(
+        cls,
+        base_model: str,
+        adapter: str,
+        id_encoder: str,
+        face_pack: str,
+        precision: str,
+        offload: str,
+        allow_download: bool,
+        text_encoder: str = catalog.NONE,
+        vae: str = catalog.NONE,
+    ) -> io.NodeOutput:
+        adapter_file = catalog.find_adapter(adapter, base_model)
+        base = catalog.open_base(base_model, text_encoder=text_encoder, vae=vae, allow_download=allow_download)
+        encoder_file = catalog.find_id_encoder(id_encoder, base_model, adapter, allow_download)
+        with runtime.packages():
+            from ..mm_core.pipelines.magic_mirror import MagicMirror
+        files = dict(base_model=base_model, adapter=adapter, id_encoder=id_encoder, text_encoder=text_encoder, vae=vae)
+        key = (base, adapter_file, encoder_file, precision, offload, *_versions(files))
+        mirror = _open.get(key) or MagicMirror(
+            base,
+            adapter=adapter_file,
+            id_encoder=encoder_file,
+            precision=precision,
+            offload=offload,
+            device=runtime.device(),
+        )
+        _open[key] = mirror
+        return io.NodeOutput(
+            Model(mirror=mirror, face_pack=face_pack), mirror.status, ui=runtime.show(mirror.status)
+        )
+
+
+def _model_inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "base_model",
+            options=catalog.base_models(),
+            default=catalog.TINY,
+            tooltip="tiny: built in, UNTRAINED, to try the workflow. THUDM/...: the published models; diffusers "
+            "folders in models/CogVideo and models/diffusers; single files in models/diffusion_models.",
+        ),
+        io.Combo.Input(
+            "adapter",
+            options=catalog.adapters(),
+            default=catalog.AUTO,
+            tooltip="A .safetensors file in models/magic_mirror, made for this base model. auto: tiny's own. none: the "
+            "base model alone, without identity.",
+        ),
+        io.Combo.Input(
+            "id_encoder",
+            options=catalog.id_encoders(),
+            default=catalog.AUTO,
+            tooltip="PhotoMaker-V2's photomaker-v2.bin in models/photomaker. auto: that file, or tiny's own.",
+        ),
+        io.Combo.Input(
+            "face_pack",
+            options=catalog.face_packs(),
+            default=catalog.FACE_PACKS[0],
+            tooltip="insightface's models in models/insightface/models, for non-commercial research only.",
+        ),
+    ]
+
+
+def _memory_inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "precision",
+            options=PRECISIONS,
+            default="auto",
+            tooltip="auto: bf16 where the GPU has it, else fp16; fp32 on a CPU. fp8 stores the transformer in half "
+            "the memory and computes as auto does.",
+        ),
+        io.Combo.Input(
+            "offload",
+            options=OFFLOADING,
+            default="auto",
+            tooltip="Where weights rest. none: all on the GPU. model: one model at a time. group: a block at a time. "
+            "sequential: a layer at a time, the slowest and smallest. auto: by the memory that is free.",
+        ),
+        io.Boolean.Input(
+            "allow_download",
+            default=False,
+            tooltip="Fetch a published base model (about 20 GB) and the ID encoder (1.8 GB) from huggingface.co when "
+            "they are missing. A download that was cut off goes on where it stopped.",
+        ),
+    ]
+
+
+def _single_file_inputs() -> list[io.Input]:
+    purpose = "Only for a base model that is a single file."
+    return [
+        advanced(
+            io.Combo.Input(
+                "text_encoder",
+                options=[catalog.NONE, *runtime.model_files("text_encoders", ".safetensors")],
+                default=catalog.NONE,
+                optional=True,
+                tooltip=f"{purpose} The T5-XXL encoder, such as t5xxl_fp16.safetensors in models/text_encoders.",
+            )
+        ),
+        advanced(
+            io.Combo.Input(
+                "vae",
+                options=[catalog.NONE, *runtime.model_files("vae", ".safetensors")],
+                default=catalog.NONE,
+                optional=True,
+                tooltip=f"{purpose} CogVideoX's VAE in models/vae.",
+            )
+        ),
+    ]
+
+
+def _versions(choices: Mapping[str, object]) -> list[tuple[str, int, int]]:
+    """Path, time and size of each file that the choices stand for."""
+    files = [(str(path), path.stat()) for path in catalog.files_behind(choices)]
+    return [(path, stat.st_mtime_ns, stat.st_size) for path, stat in files]

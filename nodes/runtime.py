@@ -1,0 +1,152 @@
+"""ComfyUI itself: model folders, output files, devices, memory, progress, interruption. Nothing else imports it."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from comfy.cli_args import args
+from comfy_api.latest import io, ui
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
+
+from ..mm_core.errors import CheckpointError, MagicMirrorError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..mm_core.pipelines.magic_mirror import MagicMirror, StepCallback
+
+log = logging.getLogger(__name__)
+
+# Kinds of models this pack adds; each is a folder of that name below ComfyUI's `models`, and may be set to others in
+# extra_model_paths.yaml.
+BASE_MODELS = "CogVideo"
+ADAPTERS = "magic_mirror"
+FACE_MODELS = "insightface"
+
+_PREVIEW_SIZE = 512
+
+_last_used: Callable[[], MagicMirror | None] = lambda: None  # noqa: E731
+
+
+@contextmanager
+def packages() -> Iterator[None]:
+    """Around the imports of the core: a package that is not installed becomes a message that says what to do."""
+    try:
+        yield
+    except ImportError as error:
+        requirements = Path(__file__).resolve().parent.parent / "requirements.txt"
+        raise MagicMirrorError(
+            f"MagicMirror needs a Python package that is missing or too old ({error}). Install its requirements into "
+            f'ComfyUI\'s Python and start again: python -m pip install -r "{requirements}"'
+        ) from error
+
+
+def register_model_folders() -> None:
+    """Make this pack's kinds of models known to ComfyUI."""
+    for kind in (BASE_MODELS, ADAPTERS, FACE_MODELS):
+        folder_paths.add_model_folder_path(kind, str(Path(folder_paths.models_dir) / kind))
+
+
+def model_folders(kind: str) -> list[Path]:
+    """The folders of a kind of models, the one for downloads first."""
+    return [Path(folder) for folder in folder_paths.get_folder_paths(kind)]
+
+
+def model_files(kind: str, *suffixes: str) -> list[str]:
+    """Names of the files of a kind, as a combo box offers them."""
+    return [name for name in folder_paths.get_filename_list(kind) if name.lower().endswith(suffixes)]
+
+
+def model_file(kind: str, name: str) -> Path:
+    """The path of one of `model_files`.
+
+    Raises:
+        CheckpointError: it is not there any more.
+    """
+    path = folder_paths.get_full_path(kind, name)
+    if path is None:
+        folders = " or ".join(str(folder) for folder in model_folders(kind))
+        raise CheckpointError(f"There is no {name} in {folders}. Put it there, or choose another file.")
+    return Path(path)
+
+
+def t5_tokenizer() -> Path:
+    """The folder of the T5 tokenizer that is part of ComfyUI."""
+    return Path(comfy.utils.__file__).parent / "text_encoders" / "t5_tokenizer"
+
+
+def device() -> torch.device:
+    """Where ComfyUI computes."""
+    return comfy.model_management.get_torch_device()
+
+
+def make_room(mirror: MagicMirror) -> None:
+    """Before a model samples: let other models leave the device, ComfyUI's own and the one of this pack used before.
+
+    ComfyUI may keep the outputs of earlier workflows, so a replaced model is not gone just because nothing uses it.
+    """
+    global _last_used
+    previous = _last_used()
+    if previous is not None and previous is not mirror:
+        for weights in ("pipeline", "adapter", "id_encoder"):
+            vars(previous).pop(weights, None)  # cached properties: they load again when they are asked for
+        del previous
+        release_memory()
+    _last_used = weakref.ref(mirror)
+    where = device()
+    comfy.model_management.free_memory(comfy.model_management.get_total_memory(where), where)
+
+
+def release_memory() -> None:
+    """Give back what finished work left behind."""
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
+
+
+def step_callback(steps: int) -> StepCallback:
+    """Progress bar, preview picture and cancelling, once a step."""
+    bar = comfy.utils.ProgressBar(steps)
+
+    def on_step(done: int, total: int, preview: Callable[[], Image.Image]) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total, ("JPEG", preview(), _PREVIEW_SIZE))
+
+    return on_step
+
+
+def show(text: str, *, warn: bool = False) -> ui.PreviewText:
+    """Write a text into the log and onto the executing node; the result, as the node's ui, puts it into the history."""
+    log.log(logging.WARNING if warn else logging.INFO, "MagicMirror: %s", text)
+    context, page = get_executing_context(), PromptServer.instance
+    if context is not None and page.client_id is not None:
+        page.send_progress_text(text, context.node_id, page.client_id)
+    return ui.PreviewText(text)
+
+
+def output_file(prefix: str, suffix: str, width: int = 0, height: int = 0) -> tuple[Path, ui.SavedResult]:
+    """A path in ComfyUI's output folder that no file has yet, and how its page refers to it."""
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+        prefix, folder_paths.get_output_directory(), width, height
+    )
+    file = f"{name}_{counter:05}_{suffix}"
+    return Path(folder) / file, ui.SavedResult(file, subfolder, io.FolderType.output)
+
+
+def workflow_metadata(hidden: io.HiddenHolder) -> dict[str, str]:
+    """The graph that is being executed, to be written into a file; empty where the user runs ComfyUI without."""
+    if args.disable_metadata:
+        return {}
+    graph = {"prompt": hidden.prompt} | (hidden.extra_pnginfo or {})
+    return {key: json.dumps(value) for key, value in graph.items() if value is not None}

@@ -1,0 +1,184 @@
+"""A prompt and a model become a clip."""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from comfy_api.latest import InputImpl, Types, io
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..mm_core.errors import DecodeError, SettingError
+from ..mm_core.pipelines.presets import PRESETS, ClipLimits
+from . import runtime
+from .convert import latent_from_samples
+from .types import CATEGORY, Model, ModelSocket, with_aliases
+
+if TYPE_CHECKING:
+    from ..mm_core.pipelines.magic_mirror import MagicMirror
+
+SCHEDULERS = ["dpm", "ddim"]
+MAX_SIDE = 2400
+MAX_FRAMES = 161
+MAX_SEED = 2**64 - 1
+
+_DEFAULT = PRESETS["CogVideoX-5b"]
+_DEFAULT_LIMITS = ClipLimits.from_config(_DEFAULT.transformer, _DEFAULT.vae)
+# What every base model demands; each one's own limits are checked when it is known.
+_COMMON_LIMITS = dataclasses.replace(
+    _DEFAULT_LIMITS, max_frames=MAX_FRAMES, max_height=MAX_SIDE, max_width=MAX_SIDE
+)
+
+
+class MagicMirrorCogVideoXSampler(io.ComfyNode):
+    """Samples and decodes a clip, with the model's identity if it has one."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        schema = io.Schema(
+            node_id="MagicMirrorCogVideoXSampler",
+            display_name="CogVideoX Sampler (MagicMirror)",
+            category=CATEGORY,
+            description="Makes a clip from a prompt. With an identity the prompt names the person: a word followed by "
+            '"img" ("a man img reading"), or a word such as man, woman, child, person.',
+            inputs=_inputs(),
+            outputs=[
+                io.Image.Output(display_name="images"),
+                io.Latent.Output(display_name="latent", tooltip="As core's VAE Decode takes it."),
+                io.Video.Output(display_name="video", tooltip="At the frame rate that the model was trained on."),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+        )
+        return with_aliases(schema, "magic mirror sampler", "cogvideox", "text to video", "t2v")
+
+    @classmethod
+    def validate_inputs(cls, width: int | None, height: int | None, num_frames: int | None) -> bool | str:
+        """Refuse sizes and lengths that no base model makes; connected inputs are not known yet, and None."""
+        try:
+            _COMMON_LIMITS.check(width=width or 16, height=height or 16, num_frames=num_frames or 1)
+        except SettingError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(
+        cls,
+        model: Model,
+        prompt: str,
+        negative_prompt: str,
+        width: int,
+        height: int,
+        num_frames: int,
+        steps: int,
+        guidance_scale: float,
+        dynamic_guidance: bool,
+        scheduler: str,
+        seed: int,
+    ) -> io.NodeOutput:
+        with runtime.packages():
+            from ..mm_core.pipelines.conditioning import AdapterSettings
+            from ..mm_core.pipelines.magic_mirror import ClipSettings
+        clip = ClipSettings(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            width=width,
+            height=height,
+            num_frames=num_frames,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            dynamic_guidance=dynamic_guidance,
+            scheduler=scheduler,
+            seed=seed,
+        )
+        mirror, settings = model.mirror, model.settings or AdapterSettings()
+        mirror.check(clip, model.identity, settings)
+        status = runtime.show(mirror.status, warn=_untrained(mirror))
+        runtime.make_room(mirror)
+        try:
+            result = mirror.generate(clip, model.identity, settings, runtime.step_callback(steps))
+        except DecodeError as error:
+            path = cls._save_latent(latent_from_samples(error.latents, _scaling_factor(mirror)))
+            raise DecodeError(f"{error} They are in {path}.", error.latents) from error
+        finally:
+            runtime.release_memory()
+        return io.NodeOutput(
+            result.frames,
+            latent_from_samples(result.latents, _scaling_factor(mirror)),
+            InputImpl.VideoFromComponents(
+                Types.VideoComponents(images=result.frames, audio=None, frame_rate=Fraction(result.fps))
+            ),
+            ui=status,
+        )
+
+    @classmethod
+    def _save_latent(cls, latent: dict[str, Tensor]) -> Path:
+        """A file that core's Load Latent reads."""
+        path, _ = runtime.output_file("latents/magic_mirror", ".latent")
+        tensors = {"latent_tensor": latent["samples"].contiguous(), "latent_format_version_0": torch.tensor([])}
+        save_file(tensors, path, metadata=runtime.workflow_metadata(cls.hidden))
+        return path
+
+
+def _scaling_factor(mirror: MagicMirror) -> float:
+    return mirror.pipeline.vae.config.scaling_factor
+
+
+def _untrained(mirror: MagicMirror) -> bool:
+    return mirror.header is not None and mirror.header.trained.stage == "untrained"
+
+
+def _inputs() -> list[io.Input]:
+    best = _DEFAULT_LIMITS
+    side = {"min": 16, "max": MAX_SIDE, "step": 16}
+    return [
+        ModelSocket.Input("model", tooltip="From Apply CAN Adapter; from Load MagicMirror for plain CogVideoX."),
+        io.String.Input(
+            "prompt",
+            multiline=True,
+            dynamic_prompts=True,
+            default="A person img looks into the camera and smiles.",
+            tooltip='What happens, in up to 226 tokens. Write "img" after the word that stands for the person.',
+        ),
+        io.String.Input(
+            "negative_prompt",
+            multiline=True,
+            dynamic_prompts=True,
+            default="",
+            tooltip="What should not be in the clip; needs a guidance_scale above 1.",
+        ),
+        io.Int.Input("width", default=best.width, **side, tooltip="Pixels, a multiple of 16; 720 for CogVideoX 1.0."),
+        io.Int.Input("height", default=best.height, **side, tooltip="Pixels, a multiple of 16; 480 for CogVideoX 1.0."),
+        io.Int.Input(
+            "num_frames",
+            default=best.num_frames,
+            min=1,
+            max=MAX_FRAMES,
+            step=8,
+            tooltip="8 x N + 1 frames, up to 49 (CogVideoX 1.0); 16 x N + 1, up to 161 (1.5). 1 makes an image.",
+        ),
+        io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Denoising steps."),
+        io.Float.Input(
+            "guidance_scale",
+            default=6.0,
+            min=1.0,
+            max=30.0,
+            step=0.1,
+            tooltip="How closely the clip follows the prompt; 1 switches guidance off and halves the time.",
+        ),
+        io.Boolean.Input(
+            "dynamic_guidance", default=True, tooltip="Let the guidance grow along the steps; goes with dpm."
+        ),
+        io.Combo.Input("scheduler", options=SCHEDULERS, default=SCHEDULERS[0], tooltip="CogVideoX's own samplers."),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=MAX_SEED,
+            control_after_generate=True,
+            tooltip="The same seed gives the same noise on every device.",
+        ),
+    ]

@@ -1,0 +1,48 @@
+"""What travels between the nodes, and what their schemas share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from comfy_api.latest import io
+
+if TYPE_CHECKING:
+    from ..mm_core.pipelines.conditioning import AdapterSettings
+    from ..mm_core.pipelines.identity import Identity
+    from ..mm_core.pipelines.magic_mirror import MagicMirror
+
+CATEGORY = "MagicMirror"
+
+ModelSocket = io.Custom("MAGICMIRROR_MODEL")
+IdentitySocket = io.Custom("MAGICMIRROR_IDENTITY")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What a MAGICMIRROR_MODEL socket carries. Never changed: Apply makes a new one that shares the weights."""
+
+    mirror: MagicMirror
+    face_pack: str
+    identity: Identity | None = None
+    settings: AdapterSettings | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Person:
+    """What a MAGICMIRROR_IDENTITY socket carries: a person, or nobody where no face was found and that is allowed."""
+
+    identity: Identity | None
+
+
+# ComfyUI 0.3.75 takes neither of these two in its constructors, and passes over them when they are set afterwards.
+def advanced(item: io.Input) -> io.Input:
+    """Show an input only on demand."""
+    item.extra_dict["advanced"] = True
+    return item
+
+
+def with_aliases(schema: io.Schema, *aliases: str) -> io.Schema:
+    """Let the node search find a node by other words too."""
+    schema.search_aliases = list(aliases)
+    return schema

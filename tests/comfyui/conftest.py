@@ -1,0 +1,116 @@
+"""The tiny workflow on a real ComfyUI, and what comes out of it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from comfy_server import ComfyClient, ComfyServer
+from PIL import Image
+
+WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "api" / "text_to_video_tiny.json"
+
+
+class Graph(dict[str, dict[str, Any]]):
+    """A workflow in API format whose nodes are found by their type."""
+
+    def id(self, class_type: str) -> str:
+        (found,) = (key for key, node in self.items() if node["class_type"] == class_type)
+        return found
+
+    def inputs(self, class_type: str) -> dict[str, Any]:
+        return self[self.id(class_type)]["inputs"]
+
+    def add(self, key: str, class_type: str, **inputs: Any) -> None:
+        self[key] = {"class_type": class_type, "inputs": inputs}
+
+    def bypass_apply(self) -> None:
+        """What the canvas sends when the Apply node is bypassed."""
+        self.inputs("MagicMirrorCogVideoXSampler")["model"] = [self.id("MagicMirrorLoader"), 0]
+        for unused in ("MagicMirrorApplyCANAdapter", "MagicMirrorExtractFaceEmbedding", "LoadImage"):
+            del self[self.id(unused)]
+
+    def copy(self) -> Graph:
+        return copy.deepcopy(self)
+
+
+@pytest.fixture(scope="session")
+def portrait(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A portrait by its name, as a PNG: decoders of JPEG differ by a bit."""
+    folder = tmp_path_factory.mktemp("portraits")
+
+    def convert(name: str) -> Path:
+        path = folder / f"{name}.png"
+        if not path.is_file():
+            Image.open(photographs / f"{name}.jpg").convert("RGB").save(path)
+        return path
+
+    return convert
+
+
+@pytest.fixture(scope="session")
+def make_graph(portrait: Callable[[str], Path]) -> Callable[..., Graph]:
+    """The tiny workflow with a photo that the server has, in three steps."""
+
+    def make(server: ComfyClient, photo: str = "person_b_2") -> Graph:
+        graph = Graph(json.loads(WORKFLOW.read_text(encoding="utf-8")))
+        graph.inputs("LoadImage")["image"] = server.upload_image(portrait(photo))
+        graph.inputs("MagicMirrorCogVideoXSampler")["steps"] = 3
+        return graph
+
+    return make
+
+
+@pytest.fixture
+def graph(server: ComfyServer, make_graph: Callable[..., Graph]) -> Graph:
+    return make_graph(server)
+
+
+def saved_file(entry: dict[str, Any], graph: Graph) -> dict[str, str]:
+    """The file that the Video Combine node lists in a history record."""
+    (file,) = entry["outputs"][graph.id("MagicMirrorVideoCombine")]["images"]
+    return file
+
+
+def read_frames(content: bytes) -> np.ndarray:
+    """(F, H, W, 3) uint8 from a file of any of the four formats."""
+    try:
+        with av.open(io.BytesIO(content)) as container:
+            return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    except av.error.InvalidDataError:  # FFmpeg reads no animated webp
+        return np.stack(list(_pictures(content)))
+
+
+def _pictures(content: bytes) -> Iterator[np.ndarray]:
+    with Image.open(io.BytesIO(content)) as image:
+        for index in range(image.n_frames):
+            image.seek(index)
+            yield np.array(image.convert("RGB"))
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[[ComfyClient, Graph], np.ndarray]:
+    """Execute a graph; the frames of the file it saves."""
+
+    def execute(server: ComfyClient, graph: Graph) -> np.ndarray:
+        file = saved_file(server.run(graph), graph)
+        return read_frames(server.view(**file))
+
+    return execute
+
+
+@pytest.fixture(scope="session")
+def saved() -> Callable[[dict[str, Any], Graph], dict[str, str]]:
+    return saved_file
+
+
+@pytest.fixture(scope="session")
+def decode() -> Callable[[bytes], np.ndarray]:
+    return read_frames

@@ -1,0 +1,88 @@
+"""Ids and names that saved workflows rely on: what this file lists is never renamed, and only added to."""
+
+from __future__ import annotations
+
+import pytest
+from comfy_server import ComfyServer
+
+NODES = {
+    "MagicMirrorLoader": (
+        "base_model adapter id_encoder face_pack precision offload allow_download",
+        "text_encoder vae",
+        ["MAGICMIRROR_MODEL", "STRING"],
+    ),
+    "MagicMirrorExtractFaceEmbedding": (
+        "model image face face_index crop on_no_face",
+        "image_2 image_3 image_4",
+        ["MAGICMIRROR_IDENTITY", "IMAGE", "STRING"],
+    ),
+    "MagicMirrorApplyCANAdapter": (
+        "model identity identity_scale can_scale ip_scale start_percent end_percent",
+        "identity_in_negative id_branch structure_branch face_modulation can",
+        ["MAGICMIRROR_MODEL"],
+    ),
+    "MagicMirrorCogVideoXSampler": (
+        "model prompt negative_prompt width height num_frames steps guidance_scale dynamic_guidance scheduler seed",
+        "",
+        ["IMAGE", "LATENT", "VIDEO"],
+    ),
+    "MagicMirrorVideoCombine": (
+        "images frame_rate filename_prefix format quality",
+        "audio save_metadata",
+        ["VIDEO", "STRING"],
+    ),
+}
+COMBOS = {
+    ("MagicMirrorLoader", "base_model"): ["tiny", "THUDM/CogVideoX-5b", "THUDM/CogVideoX-2b", "THUDM/CogVideoX1.5-5B"],
+    ("MagicMirrorLoader", "adapter"): ["auto", "none"],
+    ("MagicMirrorLoader", "id_encoder"): ["auto"],
+    ("MagicMirrorLoader", "face_pack"): ["buffalo_l", "antelopev2", "buffalo_sc"],
+    ("MagicMirrorLoader", "precision"): ["auto", "bf16", "fp16", "fp32", "fp8"],
+    ("MagicMirrorLoader", "offload"): ["auto", "none", "model", "group", "sequential"],
+    ("MagicMirrorExtractFaceEmbedding", "face"): ["largest", "leftmost", "rightmost", "index"],
+    ("MagicMirrorExtractFaceEmbedding", "crop"): ["face", "image"],
+    ("MagicMirrorExtractFaceEmbedding", "on_no_face"): ["error", "no identity"],
+    ("MagicMirrorCogVideoXSampler", "scheduler"): ["dpm", "ddim"],
+    ("MagicMirrorVideoCombine", "format"): ["mp4", "webm", "webp", "gif"],
+}
+
+
+@pytest.fixture(scope="module", params=["server", "old_server"])
+def any_server(request: pytest.FixtureRequest) -> ComfyServer:
+    """Both supported ends of ComfyUI."""
+    return request.getfixturevalue(request.param)
+
+
+def test_no_other_nodes(any_server: ComfyServer) -> None:
+    assert {name for name in any_server.object_info() if name.startswith("MagicMirror")} == NODES.keys()
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_names(any_server: ComfyServer, node: str) -> None:
+    info = any_server.object_info(node)
+    required, optional, outputs = NODES[node]
+    assert info["input_order"]["required"] == required.split()
+    assert info["input_order"].get("optional", []) == optional.split()
+    assert info["output"] == outputs
+
+
+@pytest.mark.parametrize(("node", "name"), COMBOS)
+def test_choices(any_server: ComfyServer, node: str, name: str) -> None:
+    """Further choices are what the machine's folders hold."""
+    options = any_server.object_info(node)["input"]["required"][name][1]["options"]
+    choices = COMBOS[node, name]
+    assert options[: len(choices)] == choices
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_every_input_is_explained(any_server: ComfyServer, node: str) -> None:
+    info = any_server.object_info(node)
+    assert info["description"] and info["display_name"] != node
+    for section in ("required", "optional"):
+        for name, (_, options) in info["input"].get(section, {}).items():
+            assert options.get("tooltip"), name
+            assert bool(options.get("advanced")) == (section == "optional" and _is_expert(node, name)), name
+
+
+def _is_expert(node: str, name: str) -> bool:
+    return node in ("MagicMirrorLoader", "MagicMirrorApplyCANAdapter")

@@ -1,0 +1,87 @@
+"""The published sizes, on `meta`: shapes, parameters and arithmetic without memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mm_core.models.adapter import MagicMirrorAdapter
+from mm_core.models.config import AdapterConfig
+from mm_core.models.diffusers_block import STATE, FaceState, attach
+from mm_core.models.modulation import BlockFactors
+from mm_core.pipelines.presets import PRESETS
+
+META = torch.device("meta")
+
+
+def published(model: str) -> tuple[CogVideoXTransformer3DModel, MagicMirrorAdapter]:
+    with META:
+        transformer = CogVideoXTransformer3DModel(**PRESETS[model].transformer)
+        adapter = MagicMirrorAdapter(AdapterConfig.for_base(PRESETS[model].transformer))
+    return transformer.requires_grad_(False), adapter.requires_grad_(False)
+
+
+def forward(transformer: CogVideoXTransformer3DModel, state: FaceState | None = None) -> torch.Size:
+    """One step of 49 frames of 480 x 720 without guidance; 1.5 pads 13 latent frames to 14."""
+    config = transformer.config
+    frames = 13 if config.patch_size_t is None else 14
+    tokens = frames // (config.patch_size_t or 1) * 30 * 45
+    rotary = tuple(torch.empty(tokens, config.attention_head_dim, device=META) for _ in range(2))
+    return transformer(
+        hidden_states=torch.empty(1, frames, 16, 60, 90, device=META),
+        encoder_hidden_states=torch.empty(1, 226, config.text_embed_dim, device=META),
+        timestep=torch.empty(1, device=META),
+        image_rotary_emb=rotary if config.use_rotary_positional_embeddings else None,
+        attention_kwargs=None if state is None else {STATE: state},
+    ).sample.shape
+
+
+def sampling_state(adapter: MagicMirrorAdapter) -> FaceState:
+    """What a step of sampling gets: all factors computed before."""
+    size = adapter.config.hidden_size
+    factors = BlockFactors(face=torch.empty(1, 6, size, device=META), can=torch.empty(1, 12, size, device=META))
+    face = torch.empty(1, adapter.config.num_face_tokens, size, device=META)
+    layers = adapter.config.adapted_layers
+    return FaceState(factors=dict.fromkeys(layers, factors), streams=dict.fromkeys(layers, face))
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters", "tensors"),
+    [
+        ("CogVideoX-5b", 1_773_973_120, 403),
+        ("CogVideoX-2b", 892_077_568, 307),
+        ("CogVideoX1.5-5B", 1_773_973_120, 403),
+    ],
+)
+def test_adapter_size(model: str, parameters: int, tensors: int) -> None:
+    """The adapter of each published model has as many parameters and tensors as docs/checkpoint.md adds up to."""
+    _, adapter = published(model)
+    assert sum(parameter.numel() for parameter in adapter.parameters()) == parameters
+    assert len(adapter.state_dict()) == tensors
+    assert adapter.config.adapted_layers == tuple(range(0, PRESETS[model].transformer["num_layers"], 2))
+
+
+@pytest.mark.parametrize("model", PRESETS)
+def test_forward_passes(model: str) -> None:
+    """An adapted forward of every published model gives a prediction of the latents' shape."""
+    transformer, adapter = published(model)
+    attach(transformer, adapter)
+    frames = 13 if PRESETS[model].transformer.get("patch_size_t") is None else 14
+    assert forward(transformer, sampling_state(adapter)) == (1, frames, 16, 60, 90)
+
+
+def test_cost_of_a_step() -> None:
+    """A step with the identity costs at most half a per cent more arithmetic than one of the base model."""
+    transformer, adapter = published("CogVideoX-5b")
+    attach(transformer, adapter)
+    flops = []
+    for state in (None, sampling_state(adapter)):
+        with FlopCounterMode(display=False) as counter:
+            forward(transformer, state)
+        flops.append(counter.get_total_flops())
+    base, adapted = flops
+    print(f"\nbase {base / 1e12:.2f} TFLOP, adapted {adapted / 1e12:.2f} TFLOP, ratio {adapted / base:.5f}")
+    assert base == pytest.approx(332.2e12, rel=0.001)
+    assert 1 < adapted / base <= 1.005

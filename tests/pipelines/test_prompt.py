@@ -1,0 +1,128 @@
+"""Which word carries the identity, and which tokens."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import PreTrainedTokenizerBase, T5Tokenizer
+
+from mm_core.errors import PromptError
+from mm_core.pipelines.prompt import IDENTITY_WORDS, identity_tokens, mark_identity, without_trigger
+from mm_core.pipelines.tiny import build_tokenizer
+
+LENGTH = 226
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """T5's own tokenizer class with a vocabulary that knows some words whole and splits "wizard" in two."""
+    pieces = ["a", "man", "old", "wiz", "reading", "in", "the", "rain", "woman"]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    vocabulary += [(f"▁{piece}", -3.0) for piece in pieces]
+    vocabulary += [("ard", -3.0), ("'", -4.0), ("s", -4.0), (",", -3.0), (".", -3.0)]
+    return T5Tokenizer(vocab=vocabulary, extra_ids=0)
+
+
+TOKENIZERS = {"tiny": build_tokenizer, "t5": t5_tokenizer}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    return TOKENIZERS[request.param]()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word", "text"),
+    [
+        ("a man img reading", "man", "a man reading"),
+        ("A Woman IMG.", "Woman", "A Woman."),
+        ("a man  img  reading", "man", "a man  reading"),
+        ("a man\nimg, reading", "man", "a man, reading"),
+        ("a woman and a wizard img reading", "wizard", "a woman and a wizard reading"),
+        ("an old-timer img", "old-timer", "an old-timer"),
+        ("the man's img", "man's", "the man's"),
+        ("eine Köchin img lacht", "Köchin", "eine Köchin lacht"),
+        ("a tall girl, then a man", "girl", "a tall girl, then a man"),
+        ("A MAN.", "MAN", "A MAN."),
+        ("the man's hat", "man", "the man's hat"),
+        ("a human and a woman", "woman", "a human and a woman"),
+        ("an image of a baby", "baby", "an image of a baby"),
+    ],
+)
+def test_marked_word(prompt: str, word: str, text: str) -> None:
+    """The trigger marks the word before it and goes; without one the first whole identity word is taken."""
+    marked = mark_identity(prompt)
+    assert (marked.word, marked.text) == (word, text)
+    assert without_trigger(prompt) == text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"),
+    [
+        ("a wizard reading", ["img", *IDENTITY_WORDS]),
+        ("a wizard reading an image", ["img"]),
+        ("", ["img"]),
+        ("img", ["No word", "img"]),
+        ("img reading", ["No word"]),
+        ("a man, img reading", ["No word"]),
+        ("a man img and a woman img", ["2 times", "one word"]),
+    ],
+)
+def test_prompts_without_a_person(prompt: str, named: list[str]) -> None:
+    """What is missing, and how to write it, stands in the message."""
+    with pytest.raises(PromptError) as error:
+        mark_identity(prompt)
+    assert [text for text in named if text not in str(error.value)] == []
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["a man img reading", "man img", "the old man img.", "the man's img, reading", "a wizard img in the rain", "old woman"],
+)
+def test_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+    """But for the doubled token and its padding the ids are those of plain tokenisation, and the slots show the word."""
+    tokens = identity_tokens(tokenizer, prompt, num_slots=2, max_length=LENGTH)
+    first, second = tokens.slots
+    assert (len(tokens.ids), second) == (LENGTH, first + 1)
+    assert tokens.ids[first] == tokens.ids[second]
+
+    plain = tokenizer(without_trigger(prompt), padding="max_length", max_length=LENGTH, truncation=True).input_ids
+    assert tokens.ids[:second] + tokens.ids[second + 1 :] == plain[:-1]
+    upto_word = tokenizer.decode(tokens.ids[:second])
+    assert upto_word.endswith(tokens.word)
+
+
+def test_split_word() -> None:
+    """Of a word that the tokenizer splits, the last token is doubled."""
+    tokenizer = t5_tokenizer()
+    tokens = identity_tokens(tokenizer, "a wizard img reading", num_slots=2, max_length=LENGTH)
+    pieces = tokenizer.convert_ids_to_tokens(tokens.ids)
+    assert pieces[:7] == ["▁a", "▁wiz", "ard", "ard", "▁reading", "</s>", "<pad>"]
+    assert tokens.slots == (2, 3)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_number_of_slots(tokenizer: PreTrainedTokenizerBase, slots: int) -> None:
+    """There is a slot for each ID token."""
+    tokens = identity_tokens(tokenizer, "a man reading", num_slots=slots, max_length=LENGTH)
+    assert tokens.slots == tuple(range(1, 1 + slots))
+    assert len({tokens.ids[slot] for slot in tokens.slots}) == 1
+    assert tokens.ids[1 + slots] == tokenizer("reading").input_ids[0]
+
+
+def test_long_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
+    """What stands after the person may be cut off, as in plain tokenisation; the end mark stays."""
+    prompt = "a man" + " reading" * 400
+    tokens = identity_tokens(tokenizer, prompt, num_slots=2, max_length=LENGTH)
+    plain = tokenizer(prompt, max_length=LENGTH, truncation=True).input_ids
+    assert len(plain) == LENGTH
+    assert tokens.ids[:2] + tokens.ids[3:] == plain[:-2] + plain[-1:]
+
+
+def test_slots_at_the_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    """The last place that both slots fit is 224 and 225 of 226; one word more is an error that says so."""
+    tokens = identity_tokens(tokenizer, "a " * 223 + "man", num_slots=2, max_length=LENGTH)
+    assert tokens.slots == (223, 224)
+    assert tokens.ids[-1] == tokenizer.eos_token_id
+    with pytest.raises(PromptError) as error:
+        identity_tokens(tokenizer, "a " * 224 + "man", num_slots=2, max_length=LENGTH)
+    for text in ('"man"', "token 226", "reads 226", "nearer to the beginning"):
+        assert text in str(error.value)

@@ -1,0 +1,303 @@
+"""Offloading changes nothing in the clip, everything lent to the device comes back, and weights exist once."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers.hooks.group_offloading import ModuleGroup
+from tiny_models import build_identity, noise, save_tiny_folder
+from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
+
+from mm_core.checkpoints.adapter_file import Trained, load_adapter, save_adapter
+from mm_core.errors import SettingError
+from mm_core.memory import POLICIES, choose_policy, compute_dtype, on_device, size_in_bytes
+from mm_core.models.adapter import MagicMirrorAdapter
+from mm_core.models.config import AdapterConfig
+from mm_core.pipelines import magic_mirror
+from mm_core.pipelines.base import FolderBase
+from mm_core.pipelines.magic_mirror import ClipSettings, MagicMirror
+from mm_core.pipelines.presets import PRESETS, T5_XXL
+from mm_core.pipelines.tiny import build_tokenizer
+
+# Where the clip is computed, and where weights rest: the same memory under two names that can be told apart.
+DEVICE, REST = torch.device("cpu", 0), torch.device("cpu")
+CLIP = ClipSettings(prompt="a man img reading", width=48, height=32, num_frames=9, steps=3)
+
+
+@dataclass(frozen=True)
+class UntiedBase(FolderBase):
+    """Its T5 embedding stands once: accelerate cannot bring in tied weights layer by layer on a CPU."""
+
+    def load(self, dtype: torch.dtype) -> CogVideoXPipeline:
+        pipe = super().load(dtype)
+        pipe.text_encoder.encoder.embed_tokens = copy.deepcopy(pipe.text_encoder.shared)
+        return pipe
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_folder("5b", tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> tuple[Tensor, Tensor]:
+    """Latents and frames of the clip with everything in its place all the time."""
+    return run(MagicMirror(FolderBase(folder), adapter=folder / "adapter.safetensors", device=REST))
+
+
+def run(mirror: MagicMirror) -> tuple[Tensor, Tensor]:
+    clip = mirror.generate(CLIP, build_identity())
+    return clip.latents, clip.frames
+
+
+Build = Callable[..., MagicMirror]
+
+
+@pytest.fixture
+def build(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
+    """Makes the product under a policy that it would not choose for a CPU."""
+
+    def build(policy: str, device: torch.device = REST) -> MagicMirror:
+        monkeypatch.setattr(magic_mirror, "choose_policy", lambda *_: policy)
+        return MagicMirror(UntiedBase(folder), adapter=folder / "adapter.safetensors", device=device)
+
+    return build
+
+
+class Whereabouts:
+    """Follows where the layers of some modules are, by every way that they are moved."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.of: dict[nn.Module, torch.device] = {}
+        move, onload, offload = nn.Module.to, ModuleGroup.onload_, ModuleGroup.offload_
+
+        def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+            target = torch._C._nn._parse_to(*args, **kwargs)[0]
+            if target is not None:
+                self.of.update(dict.fromkeys(module.modules(), target))
+            return move(module, *args, **kwargs)
+
+        def group_moves(original: Any, target: torch.device) -> Any:
+            def moved(group: ModuleGroup) -> None:
+                for module in group.modules:
+                    self.of.update(dict.fromkeys(module.modules(), target))
+                original(group)
+
+            return moved
+
+        monkeypatch.setattr(nn.Module, "to", to)
+        monkeypatch.setattr(ModuleGroup, "onload_", group_moves(onload, DEVICE))
+        monkeypatch.setattr(ModuleGroup, "offload_", group_moves(offload, REST))
+
+    def on_device(self, *roots: nn.Module) -> list[nn.Module]:
+        """Layers with weights, below the roots, that are on the device now."""
+        layers = [layer for root in roots for layer in root.modules() if list(layer.parameters(recurse=False))]
+        return [layer for layer in layers if self.of.get(layer) == DEVICE]
+
+
+@pytest.fixture
+def whereabouts(monkeypatch: pytest.MonkeyPatch) -> Whereabouts:
+    return Whereabouts(monkeypatch)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_same_clip(build: Build, expected: tuple[Tensor, Tensor], policy: str) -> None:
+    """Every policy gives the same bits, the second time too."""
+    mirror = build(policy)
+    for _ in range(2):
+        for ours, theirs in zip(run(mirror), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+class Cancelled(Exception):
+    """Raised by a user's interrupt."""
+
+
+def cancel(*_: object) -> None:
+    raise Cancelled
+
+
+def run_or_cancel(mirror: MagicMirror, cancelled: bool) -> None:
+    """A whole run, or one that the user stops after the first step."""
+    if not cancelled:
+        run(mirror)
+        return
+    with pytest.raises(Cancelled):
+        mirror.sample(CLIP, build_identity(), on_step=cancel)
+
+
+RUNS = pytest.mark.parametrize("cancelled", [False, True], ids=["finished", "cancelled"])
+
+
+@RUNS
+@pytest.mark.parametrize("policy", ["none", "model"])
+def test_whole_models_return(build: Build, whereabouts: Whereabouts, policy: str, cancelled: bool) -> None:
+    """After a run, finished or not, the adapter rests again, and so does the base unless it is to stay."""
+    mirror = build(policy, DEVICE)
+    run_or_cancel(mirror, cancelled)
+    assert whereabouts.on_device(mirror.adapter) == []
+    base = (mirror.pipeline.text_encoder, mirror.pipeline.transformer, mirror.pipeline.vae)
+    assert bool(whereabouts.on_device(*base)) == (policy == "none")
+
+
+@RUNS
+def test_groups_return(build: Build, whereabouts: Whereabouts, cancelled: bool) -> None:
+    """After a run, finished or not, no block or layer of the base is on the device."""
+    mirror = build("group")
+    run_or_cancel(mirror, cancelled)
+    pipe = mirror.pipeline
+    assert whereabouts.on_device(pipe.text_encoder, pipe.transformer, pipe.vae) == []
+    assert pipe.transformer.transformer_blocks[0].attn1.to_q in whereabouts.of
+
+
+@RUNS
+def test_layers_return(build: Build, cancelled: bool) -> None:
+    """After a run, finished or not, no layer that comes one by one is in memory twice."""
+    mirror = build("sequential")
+    run_or_cancel(mirror, cancelled)
+    pipe = mirror.pipeline
+    roots = (pipe.text_encoder, pipe.transformer, pipe.vae, mirror.adapter)
+    hooked = [layer for root in roots for layer in root.modules() if hasattr(layer, "_hf_hook")]
+    assert {weight.device.type for layer in hooked for weight in layer.parameters(recurse=False)} == {"meta"}
+    assert mirror.adapter.blocks["2"].attn.to_v_ip in hooked
+
+
+@pytest.mark.parametrize("policy", ["none", "model"])
+def test_layers_of_the_adapter_run_on_the_device(build: Build, whereabouts: Whereabouts, policy: str) -> None:
+    """Every layer of the adapter has been brought to the device when it runs, and all layers of it do run."""
+    mirror = build(policy, DEVICE)
+    elsewhere, ran = [], set()
+
+    def note(layer: nn.Module, _: tuple[Any, ...]) -> None:
+        ran.add(layer)
+        if whereabouts.of.get(layer) != DEVICE:
+            elsewhere.append(layer)
+
+    layers = [layer for layer in mirror.adapter.modules() if list(layer.parameters(recurse=False))]
+    for layer in layers:
+        layer.register_forward_pre_hook(note)
+    mirror.sample(CLIP, build_identity())
+    assert elsewhere == []
+    assert ran == set(layers)
+
+
+def test_lent_modules_return(whereabouts: Whereabouts) -> None:
+    """Whatever happens meanwhile, and also when one of them cannot be moved."""
+    modules = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    with pytest.raises(Cancelled), on_device(modules, DEVICE):
+        assert len(whereabouts.on_device(*modules)) == 2
+        cancel()
+    assert whereabouts.on_device(*modules) == []
+
+    unmovable = nn.Linear(2, 2, device="meta")
+    with pytest.raises(NotImplementedError), on_device([modules[0], unmovable], DEVICE):
+        pass
+    assert whereabouts.on_device(*modules) == []
+
+
+def peak_growth(function: Any) -> int:
+    """By how many bytes the process's memory grew at most during a call."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def read(field: str) -> int:
+        return int(re.search(rf"{field}:\s+(\d+) kB", status.read_text())[1]) * 1024
+
+    clear.write_text("5")  # sets the peak to what is used now
+    before = read("VmRSS")
+    result = function()
+    growth = read("VmHWM") - before
+    del result
+    return growth
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize(("stored", "copies"), [(torch.float32, 1.25), (torch.bfloat16, 1.75)])
+def test_loading_holds_one_copy(tmp_path: Path, stored: torch.dtype, copies: float) -> None:
+    """Loading an adapter takes the memory of its weights once, and half again for a file of half the precision."""
+    sizes = dict(num_attention_heads=1, attention_head_dim=8, num_layers=1, time_embed_dim=8, text_embed_dim=2048)
+    config = AdapterConfig.for_base(sizes, id_token_dim=8, perceiver_dim=8, perceiver_dim_head=8, can_hidden_dim=8)
+    adapter = MagicMirrorAdapter(config).to(stored)
+    size = sum(parameter.numel() for parameter in adapter.parameters()) * 4
+    assert size > 64e6
+    path = tmp_path / "adapter.safetensors"
+    save_adapter(adapter, path, base_model="a/b", trained=Trained(stage="untrained", steps=0, data=""))
+    del adapter
+    load_adapter(path)
+
+    def load_and_read() -> MagicMirrorAdapter:
+        loaded, _ = load_adapter(path)
+        for parameter in loaded.parameters():
+            parameter.sum()  # a mapped file counts once it is read
+        return loaded
+
+    assert 0.75 * size < peak_growth(load_and_read) < copies * size
+
+
+@pytest.fixture(scope="module")
+def published() -> CogVideoXPipeline:
+    """CogVideoX-5B in bfloat16, without its memory: 9.5 GB of text encoder, 11 GB of transformer."""
+    preset = PRESETS["CogVideoX-5b"]
+    with torch.device("meta"):
+        parts = dict(
+            text_encoder=T5EncoderModel(T5Config(**T5_XXL)).bfloat16(),
+            transformer=CogVideoXTransformer3DModel(**preset.transformer).bfloat16(),
+            vae=AutoencoderKLCogVideoX(**preset.vae).bfloat16(),
+        )
+    return CogVideoXPipeline(tokenizer=build_tokenizer(), scheduler=CogVideoXDDIMScheduler(), **parts)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "policy"), [(80, "none"), (40, "none"), (24, "model"), (20, "model"), (16, "group"), (6, "group")]
+)
+def test_automatic_policy(
+    published: CogVideoXPipeline, monkeypatch: pytest.MonkeyPatch, gigabytes: int, policy: str
+) -> None:
+    """By the memory that is free: all of the model, a part at a time, or a block at a time, beside 6 GiB to compute."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (gigabytes * 2**30, 96 * 2**30))
+    assert choose_policy("auto", published, torch.device("cuda")) == policy
+
+
+def test_chosen_policy(published: CogVideoXPipeline) -> None:
+    """The user's choice stands; a CPU has nothing to offload to; an unknown name is told with the known ones."""
+    for policy in POLICIES:
+        assert choose_policy(policy, published, torch.device("cuda")) == policy
+        assert choose_policy(policy, published, torch.device("cpu")) == "none"
+    assert choose_policy("auto", published, torch.device("mps")) == "model"
+    with pytest.raises(SettingError, match="'disk'.*auto, none, model, group, sequential"):
+        choose_policy("disk", published, torch.device("cpu"))
+
+
+def test_size_in_bytes(published: CogVideoXPipeline) -> None:
+    """Parameters and buffers by their own types."""
+    module = nn.Linear(3, 5).half()
+    module.register_buffer("table", noise(4))
+    assert size_in_bytes(module) == 2 * (15 + 5) + 4 * 4
+    assert size_in_bytes(published.transformer) == pytest.approx(11.1e9, rel=0.02)
+    assert size_in_bytes(published.text_encoder) == pytest.approx(9.5e9, rel=0.02)
+
+
+def test_precision() -> None:
+    """A CPU computes in float32 unless told otherwise; an unknown name is told with the known ones."""
+    cpu = torch.device("cpu")
+    assert compute_dtype("auto", cpu) == compute_dtype("fp8", cpu) == torch.float32
+    assert compute_dtype("bf16", cpu) == torch.bfloat16
+    with pytest.raises(SettingError, match="'int4'.*auto, bf16, fp16, fp32, fp8"):
+        compute_dtype("int4", cpu)
+
+
+def test_fp8(folder: Path, expected: tuple[Tensor, Tensor]) -> None:
+    """Storing the transformer in 8 bits takes about a quarter of float32's memory and keeps the clip roughly."""
+    mirror = MagicMirror(FolderBase(folder), adapter=folder / "adapter.safetensors", precision="fp8", device=REST)
+    latents, _ = run(mirror)
+    assert nn.functional.cosine_similarity(latents.flatten(), expected[0].flatten(), dim=0) > 0.9
+    plain = FolderBase(folder).load(torch.float32).transformer
+    assert size_in_bytes(mirror.pipeline.transformer) < 0.6 * size_in_bytes(plain)
