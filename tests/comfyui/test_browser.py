@@ -1,0 +1,84 @@
+"""The workflow as a user meets it: opened on the canvas of a real browser, run by its button, watched on its node."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from comfy_server import ComfyServer
+from playwright.sync_api import ConsoleMessage, Page, expect, sync_playwright
+
+WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "text_to_video_tiny.json"
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+# The page asks for things that a server without internet and without a login does not have; they are not ours.
+NOT_OURS = ("Failed to load resource", "ERR_INTERNET_DISCONNECTED", "ERR_NAME_NOT_RESOLVED", "Google", "firebase")
+
+
+@pytest.fixture(scope="module")
+def page(browser: Path, server: ComfyServer, portrait: Callable[[str], Path]) -> Iterator[Page]:
+    """ComfyUI's page, past its greeting, with the photo that the workflow names in the input folder."""
+    photo = portrait("person_b_2")
+    example = photo.with_name("example.png")
+    example.write_bytes(photo.read_bytes())
+    server.upload_image(example)
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=str(browser), args=FLAGS)
+        page = chromium.new_page(viewport={"width": 1760, "height": 990})
+        page.goto(server.address)
+        page.wait_for_function("window.app?.graph && window.app.extensionManager", timeout=120_000)
+        page.wait_for_timeout(3000)
+        page.keyboard.press("Escape")
+        yield page
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def errors(page: Page) -> list[str]:
+    """What the page complains about from now on."""
+    found: list[str] = []
+
+    def note(message: ConsoleMessage) -> None:
+        if message.type == "error" and not any(part in message.text for part in NOT_OURS):
+            found.append(message.text)
+
+    page.on("console", note)
+    page.on("pageerror", lambda error: found.append(str(error)))
+    return found
+
+
+def picture(page: Page, name: str) -> None:
+    """Keep what the page shows, where the caller wants pictures."""
+    folder = os.environ.get("MAGIC_MIRROR_PICTURES")
+    if folder:
+        page.screenshot(path=str(Path(folder) / name))
+
+
+def test_the_workflow_opens_runs_and_shows_its_video(page: Page, errors: list[str], server: ComfyServer) -> None:
+    """No missing node, no error in the console; the Run button ends in a video that plays on the node."""
+    page.set_input_files("#comfy-file-input", WORKFLOW)
+    page.wait_for_function("window.app.graph.nodes.some(node => node.type === 'MagicMirrorLoader')", timeout=30_000)
+    unknown = page.evaluate(
+        "window.app.graph.nodes.map(n => n.type).filter(t => !(t in window.LiteGraph.registered_node_types))"
+    )
+    assert [kind for kind in unknown if kind not in ("Note", "MarkdownNote")] == []
+    page.wait_for_timeout(1000)
+    picture(page, "workflow_before.png")
+
+    page.get_by_test_id("queue-button").click()
+    video = page.locator("video").first
+    expect(video).to_be_visible(timeout=180_000)
+    playing = "v => v.readyState >= 2 && v.videoWidth === 64 && v.videoHeight === 64"
+    page.wait_for_function(f"[...document.querySelectorAll('video')].some({playing})", timeout=60_000)
+    page.wait_for_timeout(1000)
+    picture(page, "workflow.png")
+    assert errors == []
