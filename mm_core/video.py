@@ -57,8 +57,7 @@ _CODECS = {
         best_crf=11,
         # Without the first flag mp4 drops every metadata key it does not know; the second lets a browser start early.
         container_options={"movflags": "use_metadata_tags+faststart"},
-        # FFmpeg lets x264's threads race otherwise: the same frames would give another picture each time.
-        video_options={"flags": "+bitexact"},
+        video_options={},
     ),
     "webm": _Codec(
         video="libvpx-vp9",

@@ -119,7 +119,9 @@ def build_pipeline(kind: str) -> CogVideoXPipeline:
     transformer = CogVideoXTransformer3DModel(**TRANSFORMERS[kind] | dict(max_text_seq_length=PROMPT_TOKENS))
     return CogVideoXPipeline(
         tokenizer=tokenizer,
-        text_encoder=fill_with_noise(T5EncoderModel(T5Config(vocab_size=len(tokenizer), tie_word_embeddings=False, **_T5))),
+        text_encoder=fill_with_noise(
+            T5EncoderModel(T5Config(vocab_size=len(tokenizer), tie_word_embeddings=False, **_T5))
+        ),
         vae=AutoencoderKLCogVideoX(**_VAE).eval(),
         transformer=fill_with_noise(transformer),
         scheduler=CogVideoXDDIMScheduler(**SCHEDULER),

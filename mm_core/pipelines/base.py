@@ -13,8 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import diffusers
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
+from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
@@ -23,6 +25,10 @@ from ..checkpoints.adapter_file import check_tensors
 from ..errors import CheckpointError
 from . import tiny
 from .presets import PRESETS, T5_XXL, ClipLimits, Preset
+
+
+# diffusers 0.42 renamed the argument, and drops the old name in 1.0.
+_DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 
 
 class BaseModel(Protocol):
@@ -101,7 +107,7 @@ class FolderBase:
     def load(self, dtype: torch.dtype) -> CogVideoXPipeline:
         try:
             pipe = CogVideoXPipeline.from_pretrained(
-                str(self.folder), tokenizer=self.tokenizer, torch_dtype=dtype, local_files_only=True
+                str(self.folder), tokenizer=self.tokenizer, local_files_only=True, **{_DTYPE: dtype}
             )
         except (OSError, SafetensorError) as error:
             raise CheckpointError(

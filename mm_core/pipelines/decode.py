@@ -57,7 +57,8 @@ def _tile(vae: torch.nn.Module, part: float) -> None:
     diffusers rounds a tile's overlap down, in latents and in pixels apart: where these differ, as its own fractions do
     for most sizes, the tiles do not fit together and the frames come out stretched. These are always whole numbers.
     """
-    height, width = (max(32, int(side * part) // 32 * 32) for side in (vae.config.sample_height, vae.config.sample_width))
+    sizes = (vae.config.sample_height, vae.config.sample_width)
+    height, width = (max(32, int(size * part) // 32 * 32) for size in sizes)
     vae.enable_tiling(
         tile_sample_min_height=height,
         tile_sample_min_width=width,

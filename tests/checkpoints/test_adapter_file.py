@@ -187,7 +187,11 @@ def test_round_trip(adapter: MagicMirrorAdapter, path: Path, dtype: torch.dtype)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     assert metadata.keys() == METADATA.keys()
-    assert (metadata["format"], metadata["format_version"], metadata["base_model"]) == ("magicmirror-adapter", "1", "a/b")
+    assert (metadata["format"], metadata["format_version"], metadata["base_model"]) == (
+        "magicmirror-adapter",
+        "1",
+        "a/b",
+    )
     assert json.loads(metadata["config"]) == CONFIG
     assert json.loads(metadata["trained"]) == {"stage": "image", "steps": 3, "data": "two portraits"}
 
@@ -231,7 +235,9 @@ def several(*damages: Callable[[Tensors], None]) -> Callable[[Tensors], None]:
         (with_tensor("blocks.1.face_norm1.weight", 32), ["1 unexpected: blocks.1.face_norm1.weight"]),
         (with_tensor("id_proj.weight", 24, 9), ["1 of a wrong shape: id_proj.weight", "(24, 9)", "(9, 24)"]),
         (
-            several(without("id_proj.bias", "face_proj.bias"), with_tensor("extra", 1), with_tensor("face_proj.weight", 1)),
+            several(
+                without("id_proj.bias", "face_proj.bias"), with_tensor("extra", 1), with_tensor("face_proj.weight", 1)
+            ),
             ["2 missing", "id_proj.bias", "face_proj.bias", "1 unexpected: extra", "face_proj.weight (1,)"],
         ),
         (without(*(key for key in SHAPES if key.startswith("blocks.2"))), ["16 missing", "..."]),

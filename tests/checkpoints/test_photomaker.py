@@ -1,7 +1,7 @@
 """The ID encoder against PhotoMaker-V2's published file.
 
 `photomaker_v2_keys.json` lists the keys and shapes of the file's `id_encoder` part, written down from the published
-architecture: CLIP ViT-L/14 with two projections, the Q-Former perceiver, and a text fusion that is carried along unused.
+architecture: CLIP ViT-L/14 with two projections, the Q-Former perceiver, and a text fusion that is not used here.
 """
 
 from __future__ import annotations

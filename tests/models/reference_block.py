@@ -1,7 +1,7 @@
 """The method, written out in plain tensor algebra from docs/method.md and docs/checkpoint.md alone.
 
-Nothing here knows the project's classes: weights come as state dicts under the documented key names. Slow and literal on
-purpose; the code is held against it.
+Nothing here knows the project's classes: weights come as state dicts under the documented key names. Slow and literal
+on purpose; the code is held against it.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def resampler(state: State, queries: Tensor, image_tokens: Tensor, *, depth: int
     return layer_norm(state, "norm_out", linear(state, "proj_out", queries))
 
 
-def id_tokens(state: State, embedding: Tensor, image_tokens: Tensor, *, tokens: int, depth: int, head_dim: int) -> Tensor:
+def id_tokens(
+    state: State, embedding: Tensor, image_tokens: Tensor, *, tokens: int, depth: int, head_dim: int
+) -> Tensor:
     """`x_id = tau_id(q_id, f)` (Eq. 3), PhotoMaker-V2's `qformer_perceiver`: (R, 512) -> (R, N, c)."""
     queries = linear(state, "token_proj.2", gelu(linear(state, "token_proj.0", embedding)))
     queries = torch.stack(queries.chunk(tokens, dim=-1), dim=1)
@@ -147,7 +149,7 @@ def adapted_block(
     can_scale: float = 1.0,
     ip_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """"One adapted block, in order" for a batch whose rows all carry the identity: video, text and face after it."""
+    """ "One adapted block, in order" for a batch whose rows all carry the identity: video, text and face after it."""
     # 1. The base's factors plus CAN's residuals.
     first = list(linear(base, "norm1.linear", silu(temb)).chunk(6, dim=-1))
     second = list(linear(base, "norm2.linear", silu(temb)).chunk(6, dim=-1))

@@ -21,13 +21,14 @@ from tiny_models import (
     transformer_inputs,
 )
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from mm_core.models.adapter import MagicMirrorAdapter
 from mm_core.models.block import adapted_block, video_shift
 from mm_core.models.config import AdapterConfig
 from mm_core.models.diffusers_block import STATE, attach, face_state, take_apart
-from mm_core.models.id_encoder import CLIP_MEAN, CLIP_STD, FaceFeatures, IDEncoder, IDEncoderConfig
+from mm_core.models.id_encoder import FaceFeatures, IDEncoder, IDEncoderConfig
 from mm_core.models.id_fusion import fuse_slots
 from mm_core.models.perceiver import IDPerceiver
 
@@ -67,12 +68,13 @@ def test_id_tokens(dtype: torch.dtype) -> None:
 
 def test_which_hidden_state_each_branch_reads() -> None:
     """The ID branch reads the ViT's last hidden state, the structure branch the one before, of normalised pixels."""
-    vit = dict(hidden_size=16, intermediate_size=20, num_attention_heads=2, num_hidden_layers=3, image_size=8, patch_size=4)
-    sizes = dict(hidden_size="clip_hidden_size", intermediate_size="clip_intermediate_size")
-    sizes |= dict(num_attention_heads="clip_num_heads", num_hidden_layers="clip_num_layers")
-    sizes |= dict(image_size="clip_image_size", patch_size="clip_patch_size")
     config = IDEncoderConfig(
-        **{sizes[name]: value for name, value in vit.items()},
+        clip_hidden_size=16,
+        clip_intermediate_size=20,
+        clip_num_heads=2,
+        clip_num_layers=3,
+        clip_patch_size=4,
+        clip_image_size=8,
         clip_projection_dim=6,
         second_projection_dim=7,
         id_embedding_dim=10,
@@ -82,20 +84,20 @@ def test_which_hidden_state_each_branch_reads() -> None:
         perceiver_dim_head=4,
     )
     encoder = fill_with_noise(IDEncoder(config))
-    clip = CLIPVisionModel(CLIPVisionConfig(**vit)).eval()
+    clip = CLIPVisionModel(encoder.config).eval()
     prefix = "" if "embeddings.class_embedding" in clip.state_dict() else "vision_model."
     vision = reference.part(encoder.state_dict(), "vision_model")
     clip.load_state_dict({prefix + key: tensor for key, tensor in vision.items()})
 
     pixels, embedding = torch.rand(2, 3, 8, 8), noise(2, 10)
     features = encoder(pixels, embedding)
-    mean, deviation = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     with torch.no_grad():
-        hidden_states = clip((pixels - mean) / deviation, output_hidden_states=True).hidden_states
+        seen = clip((pixels - mean) / deviation, output_hidden_states=True)
     perceiver = reference.part(encoder.state_dict(), "qformer_perceiver")
-    expected = reference.id_tokens(perceiver, embedding, hidden_states[3], tokens=2, depth=1, head_dim=4)
+    expected = reference.id_tokens(perceiver, embedding, seen.last_hidden_state, tokens=2, depth=1, head_dim=4)
     assert_near(features.id_tokens, expected, 1e-5)
-    assert_near(features.structure_tokens, hidden_states[2], 1e-6)
+    assert_near(features.structure_tokens, seen.hidden_states[-2], 1e-6)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])
@@ -139,9 +141,7 @@ class BlockCase:
         temb = self.temb[-rows:]
         factors = self.block.factors(self.projected_id[-rows:], temb, video_shift(base, temb))
         stream = self.face[-rows:] if face else None
-        return adapted_block(
-            base, self.block, self.video, self.text, self.temb, stream, factors, can_scale, ip_scale
-        )
+        return adapted_block(base, self.block, self.video, self.text, self.temb, stream, factors, can_scale, ip_scale)
 
     def expected(self, row: int = 0, **strengths: float) -> tuple[Tensor, Tensor, Tensor]:
         """The transcription, on one row."""
@@ -245,7 +245,11 @@ def test_fresh_adapter_block(fresh: MagicMirrorAdapter) -> None:
 
 @torch.no_grad()
 def reference_transformer(
-    plain: CogVideoXTransformer3DModel, adapter: MagicMirrorAdapter, inputs: dict[str, Any], face: Tensor, id_tokens: Tensor
+    plain: CogVideoXTransformer3DModel,
+    adapter: MagicMirrorAdapter,
+    inputs: dict[str, Any],
+    face: Tensor,
+    id_tokens: Tensor,
 ) -> Tensor:
     """A CogVideoX forward for one row: diffusers' own layers around the blocks and for the odd ones, the transcription
     for the even ones, with the face stream going from one of those to the next."""
@@ -287,9 +291,7 @@ def test_transformer(kind: str) -> None:
     attach(transformer, adapter)
     inputs = transformer_inputs(transformer)
     face, id_tokens = noise(1, 3, 32, seed=6), noise(1, 2, 12, seed=7)
-    state = face_state(
-        transformer, adapter, id_tokens=id_tokens, face_tokens=face, timestep=inputs["timestep"]
-    )
+    state = face_state(transformer, adapter, id_tokens=id_tokens, face_tokens=face, timestep=inputs["timestep"])
     ours = transformer(**inputs, attention_kwargs={STATE: state}).sample
     expected = reference_transformer(plain, adapter, inputs, face, id_tokens)
     assert_near(ours, unpatchify(expected, ours, plain.config.patch_size_t or 1), 3e-5)

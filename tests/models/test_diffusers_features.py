@@ -90,8 +90,7 @@ def training_gradients(checkpointing: bool) -> tuple[Tensor, MagicMirrorAdapter,
 def test_gradients_reach_the_adapter_alone() -> None:
     """Every tensor of the adapter gets a gradient, and no base parameter does.
 
-    But for the last adapted block's own update of the face stream, which nobody reads any more: that block's second norm
-    of the face, and with it half of its factors, do not act on the video.
+    But for the second norm of the face in the last adapted block: nobody reads the face stream that leaves it.
     """
     _, adapter, transformer = training_gradients(checkpointing=False)
     untouched = {name for name, p in adapter.named_parameters() if p.grad is None or not p.grad.any()}
@@ -143,7 +142,7 @@ def test_sequential_offloading(expected: Tensor) -> None:
 
 @pytest.mark.parametrize("targets", [["to_q", "to_k", "to_v", "to_out.0"], ["norm1.linear"], ["ff.net.0.proj"]])
 def test_lora(model: Model, expected: Tensor, targets: list[str]) -> None:
-    """A LoRA acts on the identity's path just as the same change of the base weights would, and unloading restores it."""
+    """A LoRA acts on the identity's path as the same change of the base weights would; unloading restores it."""
     transformer = model.transformer
     plain = {name: parameter.clone() for name, parameter in transformer.named_parameters()}
     transformer.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=targets))

@@ -41,7 +41,9 @@ FRAMES = {"5b": 9, "2b": 9, "1.5": 17}
 
 def clip(**changes: Any) -> ClipSettings:
     """A small clip of a few steps."""
-    defaults = dict(prompt="a man img reading", negative_prompt="dark", width=48, height=32, num_frames=9, steps=4, seed=7)
+    defaults = dict(
+        prompt="a man img reading", negative_prompt="dark", width=48, height=32, num_frames=9, steps=4, seed=7
+    )
     return ClipSettings(**defaults | changes)
 
 
@@ -150,7 +152,9 @@ class TestIdentity:
         latents = mirror.sample(clip(), build_identity(), settings)
         assert torch.equal(latents, adapted) == (not settings.in_negative)
         unguided = clip(guidance_scale=1.0)
-        assert torch.equal(mirror.sample(unguided, build_identity(), settings), mirror.sample(unguided, build_identity()))
+        assert torch.equal(
+            mirror.sample(unguided, build_identity(), settings), mirror.sample(unguided, build_identity())
+        )
 
 
 class TestWindow:
@@ -348,9 +352,7 @@ def test_cancel(mirror: MagicMirror, adapted: Tensor, plain: Callable[..., Tenso
 def test_previews(mirror: MagicMirror) -> None:
     """Every step can draw a picture as large as the latents, and drawing changes nothing."""
     sizes: list[tuple[int, int]] = []
-    latents = mirror.sample(
-        clip(), build_identity(), on_step=lambda step, steps, preview: sizes.append(preview().size)
-    )
+    latents = mirror.sample(clip(), build_identity(), on_step=lambda step, steps, preview: sizes.append(preview().size))
     assert sizes == [(6, 4)] * 4
     assert torch.equal(latents, mirror.sample(clip(), build_identity()))
 

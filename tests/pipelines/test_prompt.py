@@ -75,10 +75,17 @@ def test_prompts_without_a_person(prompt: str, named: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "prompt",
-    ["a man img reading", "man img", "the old man img.", "the man's img, reading", "a wizard img in the rain", "old woman"],
+    [
+        "a man img reading",
+        "man img",
+        "the old man img.",
+        "the man's img, reading",
+        "a wizard img in the rain",
+        "old woman",
+    ],
 )
 def test_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
-    """But for the doubled token and its padding the ids are those of plain tokenisation, and the slots show the word."""
+    """But for the doubled token the ids are those of plain tokenisation, and the slots show the word."""
     tokens = identity_tokens(tokenizer, prompt, num_slots=2, max_length=LENGTH)
     first, second = tokens.slots
     assert (len(tokens.ids), second) == (LENGTH, first + 1)

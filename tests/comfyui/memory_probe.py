@@ -1,0 +1,46 @@
+"""A custom node for the tests: counts this pack's models inside ComfyUI, and makes decoding run out of memory."""
+
+import gc
+from pathlib import Path
+
+import folder_paths
+import torch
+from diffusers import AutoencoderKLCogVideoX
+
+SWITCH = Path(folder_paths.get_input_directory()) / "out_of_memory"
+
+_decode = AutoencoderKLCogVideoX.decode
+
+
+def decode(self, *args, **kwargs):
+    if SWITCH.exists():
+        raise torch.OutOfMemoryError("no memory is left")
+    return _decode(self, *args, **kwargs)
+
+
+class MemoryProbe:
+    """Which model this is, and how many models have their weights loaded."""
+
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "count"
+    CATEGORY = "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MAGICMIRROR_MODEL",), "after": ("IMAGE",)}}
+
+    @classmethod
+    def IS_CHANGED(cls, **_):
+        return float("nan")
+
+    def count(self, model, after):
+        gc.collect()
+        models = [thing for thing in gc.get_objects() if type(thing).__name__ == "MagicMirror"]
+        transformers = [thing for thing in gc.get_objects() if type(thing).__name__ == "CogVideoXTransformer3DModel"]
+        loaded = sum("pipeline" in vars(thing) for thing in models)
+        return {"ui": {"text": [str(id(model.mirror)), str(loaded), str(len(transformers))]}}
+
+
+AutoencoderKLCogVideoX.decode = decode
+NODE_CLASS_MAPPINGS = {"MemoryProbe": MemoryProbe}

@@ -1,0 +1,257 @@
+"""Photo and prompt to video on the current ComfyUI."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+import urllib.request
+import wave
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+import websocket
+from comfy_server import ComfyServer, ExecutionInterrupted
+from PIL import Image
+from safetensors.torch import load_file
+
+from mm_core.faces.analysis import FaceAnalyzer
+from mm_core.faces.references import analyse_references, read_image
+from mm_core.pipelines.base import TinyBase
+from mm_core.pipelines.conditioning import AdapterSettings
+from mm_core.pipelines.magic_mirror import ClipSettings, MagicMirror
+
+SAMPLER, LOADER = "MagicMirrorCogVideoXSampler", "MagicMirrorLoader"
+EXTRACT, APPLY, COMBINE = "MagicMirrorExtractFaceEmbedding", "MagicMirrorApplyCANAdapter", "MagicMirrorVideoCombine"
+UNTRAINED = "tiny: UNTRAINED weights: the result will not resemble anybody"
+CANVAS = {"nodes": [], "links": [], "version": 0.4}
+
+Run = Callable[..., np.ndarray]
+
+
+def queue(server: ComfyServer, graph: Any, **request: Any) -> str:
+    """Post a workflow with what the page sends beside it."""
+    body = json.dumps({"prompt": graph} | request).encode()
+    with urllib.request.urlopen(urllib.request.Request(server.address + "/prompt", data=body)) as answer:
+        return json.load(answer)["prompt_id"]
+
+
+def forget(server: ComfyServer) -> None:
+    """Make ComfyUI drop models and results; it does so between two workflows, a moment after it is asked."""
+    server.free()
+    time.sleep(1)
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm"])
+def test_a_video_with_its_workflow(
+    server: ComfyServer, graph: Any, format: str, saved: Callable[..., dict[str, str]]
+) -> None:
+    graph.inputs(COMBINE).update(format=format, frame_rate=12.0)
+    entry = server.wait(queue(server, graph, extra_data={"extra_pnginfo": {"workflow": CANVAS}}))
+    file = saved(entry, graph)
+    assert entry["outputs"][graph.id(COMBINE)]["animated"] == [True]
+    assert file["subfolder"] == "magic_mirror" and file["type"] == "output"
+    with av.open(io.BytesIO(server.view(**file))) as container:
+        stream = container.streams.video[0]
+        assert (stream.width, stream.height) == (64, 64)
+        assert stream.average_rate == 12
+        metadata = {key.lower(): value for key, value in container.metadata.items()}
+        assert sum(1 for _ in container.decode(stream)) == 9
+    assert json.loads(metadata["workflow"]) == CANVAS
+    assert json.loads(metadata["prompt"])[graph.id(SAMPLER)]["inputs"] == graph.inputs(SAMPLER)
+
+
+@pytest.mark.parametrize("format", ["webp", "gif"])
+def test_an_animated_picture(
+    server: ComfyServer, graph: Any, format: str, saved: Callable[..., dict[str, str]], decode: Callable
+) -> None:
+    graph.inputs(COMBINE)["format"] = format
+    entry = server.wait(queue(server, graph, extra_data={"extra_pnginfo": {"workflow": CANVAS}}))
+    content = server.view(**saved(entry, graph))
+    assert entry["outputs"][graph.id(COMBINE)]["animated"] == [True]
+    assert decode(content).shape == (9, 64, 64, 3)
+    if format == "webp":
+        exif = Image.open(io.BytesIO(content)).getexif()
+        assert exif[0x010F] == f"workflow:{json.dumps(CANVAS)}" and exif[0x0110].startswith("prompt:")
+
+
+def test_metadata_is_left_out_on_request(
+    server: ComfyServer, graph: Any, saved: Callable[..., dict[str, str]]
+) -> None:
+    graph.inputs(COMBINE)["save_metadata"] = False
+    with av.open(io.BytesIO(server.view(**saved(server.run(graph), graph)))) as container:
+        assert not {"prompt", "workflow"} & {key.lower() for key in container.metadata}
+
+
+def test_what_the_nodes_show(server: ComfyServer, graph: Any) -> None:
+    forget(server)
+    outputs = server.run(graph)["outputs"]
+    assert outputs[graph.id(LOADER)]["text"] == outputs[graph.id(SAMPLER)]["text"] == [UNTRAINED]
+    assert outputs[graph.id(EXTRACT)]["text"][0].startswith("photo 1: face 411 px across")
+    assert len(outputs[graph.id(EXTRACT)]["images"]) == 1
+    assert f"[WARNING] MagicMirror: {UNTRAINED}" in server.log_text()
+
+
+def test_a_file_is_never_overwritten(server: ComfyServer, graph: Any, saved: Callable[..., dict[str, str]]) -> None:
+    names = set()
+    for quality in (10, 20, 30):
+        graph.inputs(COMBINE)["quality"] = quality
+        names.add(saved(server.run(graph), graph)["filename"])
+    assert len(names) == 3
+
+
+def test_another_seed_runs_the_sampler_only(server: ComfyServer, graph: Any, run: Run) -> None:
+    first = run(server, graph)
+    graph.inputs(SAMPLER)["seed"] += 1
+    entry = server.run(graph)
+    assert server.cached_nodes(entry) == graph.keys() - {graph.id(SAMPLER), graph.id(COMBINE)}
+    assert not np.array_equal(first, run(server, graph))
+
+
+def test_the_same_as_the_core(
+    server: ComfyServer, graph: Any, portrait: Callable[[str], Path], insightface_root: Path
+) -> None:
+    """Every setting of the nodes arrives where it belongs."""
+    graph.inputs(EXTRACT).update(face="leftmost", crop="image")
+    graph.inputs(APPLY).update(
+        identity_scale=0.7, can_scale=1.3, ip_scale=0.9, start_percent=0.2, end_percent=0.8, identity_in_negative=True
+    )
+    graph.inputs(SAMPLER).update(
+        prompt="A wizard img waves.", negative_prompt="blur", width=80, height=48, num_frames=17, steps=5,
+        guidance_scale=4.5, dynamic_guidance=False, scheduler="ddim", seed=2**63 + 5,
+    )  # fmt: skip
+    graph.add("20", "SaveLatent", samples=[graph.id(SAMPLER), 1], filename_prefix="core")
+    (file,) = server.run(graph)["outputs"]["20"]["latents"]
+    found = load_file(server.base / "output" / file["filename"])["latent_tensor"]
+
+    mirror = MagicMirror(TinyBase(), device=torch.device("cpu"))
+    analyzer = FaceAnalyzer(insightface_root, "buffalo_sc", "cpu")
+    photo = read_image(portrait("person_b_2"))
+    identity = mirror.identity(analyse_references(analyzer, [photo], which="leftmost", crop="image"))
+    clip = ClipSettings(
+        prompt="A wizard img waves.", negative_prompt="blur", width=80, height=48, num_frames=17, steps=5,
+        guidance_scale=4.5, dynamic_guidance=False, scheduler="ddim", seed=2**63 + 5,
+    )  # fmt: skip
+    settings = AdapterSettings(
+        identity_scale=0.7, can_scale=1.3, ip_scale=0.9, start=0.2, end=0.8, in_negative=True
+    )
+    expected = mirror.sample(clip, identity, settings) / mirror.pipeline.vae.config.scaling_factor
+    assert found.shape == expected.shape == (1, 16, 5, 6, 10)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_several_photos_are_one_person(server: ComfyServer, graph: Any, portrait: Callable[[str], Path]) -> None:
+    graph.add("20", "LoadImage", image=server.upload_image(portrait("person_b_1")))
+    graph.inputs(EXTRACT)["image_3"] = ["20", 0]
+    forget(server)
+    shown = server.run(graph)["outputs"][graph.id(EXTRACT)]
+    assert len(shown["images"]) == 2
+    assert shown["text"][0].count("similarity to the other photos 0.") == 2 and "warning" not in shown["text"][0]
+
+
+def test_bypassed_and_switched_off_are_plain_cogvideox(server: ComfyServer, graph: Any, run: Run) -> None:
+    with_identity = run(server, graph.copy())
+    off = graph.copy()
+    off.inputs(APPLY).update(identity_scale=0.0, can_scale=0.0, ip_scale=0.0)
+    plain = graph.copy()
+    plain.bypass_apply()
+    assert np.array_equal(run(server, off), run(server, plain))
+    assert not np.array_equal(with_identity, run(server, plain))
+
+
+def test_one_identity_does_not_leak_into_the_next(
+    server: ComfyServer, make_graph: Callable[..., Any], run: Run
+) -> None:
+    """A, then B on the same loaded model, is B on a fresh one."""
+    a, b = make_graph(server, "person_a_2"), make_graph(server, "person_b_2")
+    first = run(server, a)
+    second = run(server, b)
+    forget(server)
+    assert np.array_equal(run(server, b), second)
+    assert not np.array_equal(first, second)
+
+
+@pytest.fixture
+def tone(server: ComfyServer) -> Iterator[str]:
+    """Five seconds of sound in the input folder."""
+    path = server.base / "input" / "tone.wav"
+    samples = (np.sin(np.arange(5 * 16000) * 2 * np.pi * 440 / 16000) * 20000).astype("<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes(samples.tobytes())
+    yield path.name
+    path.unlink()
+
+
+@pytest.mark.parametrize("format", ["mp4", "webm"])
+def test_sound(
+    server: ComfyServer, graph: Any, tone: str, format: str, saved: Callable[..., dict[str, str]]
+) -> None:
+    graph.add("20", "LoadAudio", audio=tone)
+    graph.inputs(COMBINE).update(format=format, audio=["20", 0])
+    with av.open(io.BytesIO(server.view(**saved(server.run(graph), graph)))) as container:
+        stream = container.streams.audio[0]
+        seconds = sum(frame.samples for frame in container.decode(stream)) / stream.rate
+    assert seconds == pytest.approx(9 / 8, abs=0.1)
+
+
+def test_core_nodes_take_the_outputs(server: ComfyServer, graph: Any) -> None:
+    graph.add("20", "SaveVideo", video=[graph.id(SAMPLER), 2], filename_prefix="core", format="auto", codec="auto")
+    graph.add("21", "SaveVideo", video=[graph.id(COMBINE), 0], filename_prefix="core", format="auto", codec="auto")
+    graph.add("22", "PreviewImage", images=[graph.id(EXTRACT), 1])
+    outputs = server.run(graph)["outputs"]
+    for key in ("20", "21"):
+        (file,) = outputs[key]["images"]
+        with av.open(io.BytesIO(server.view(**file))) as container:
+            assert container.streams.video[0].average_rate == 8
+
+
+def test_cancelling_takes_one_step(server: ComfyServer, graph: Any) -> None:
+    """Progress and previews arrive, cancelling stops the sampler, and the next clip is made as if nothing had been."""
+    graph.inputs(SAMPLER)["steps"] = 900
+    address = server.address.replace("http", "ws") + "/ws?clientId=canceller"
+    with closing(websocket.create_connection(address, timeout=120)) as page:
+        prompt_id = queue(server, graph, client_id="canceller")
+        seen, previews = _progress_until(page, 5)
+        threading.Thread(target=server.interrupt).start()
+        with pytest.raises(ExecutionInterrupted, match=SAMPLER):
+            server.wait(prompt_id, timeout=30)
+        last = _last_progress(page, seen)
+    assert seen >= 5 and last - seen < 100
+    assert previews and Image.open(io.BytesIO(previews[-1])).size == (512, 512)
+    graph.inputs(SAMPLER)["steps"] = 3
+    server.run(graph)
+
+
+def _progress_until(page: websocket.WebSocket, steps: int) -> tuple[int, list[bytes]]:
+    """Read messages until the sampler has made some steps: how many, and the JPEGs shown on the way."""
+    previews = []
+    while True:
+        message = page.recv()
+        if isinstance(message, bytes):
+            start = message.find(b"\xff\xd8")
+            previews += [message[start:]] if start >= 0 else []
+        else:
+            event = json.loads(message)
+            if event["type"] == "progress" and event["data"]["value"] >= steps:
+                return event["data"]["value"], previews
+
+
+def _last_progress(page: websocket.WebSocket, last: int) -> int:
+    page.settimeout(1)
+    try:
+        while True:
+            message = page.recv()
+            if isinstance(message, str) and json.loads(message)["type"] == "progress":
+                last = json.loads(message)["data"]["value"]
+    except websocket.WebSocketTimeoutException:
+        return last

@@ -1,0 +1,101 @@
+"""What stays in memory between runs, and what happens when there is too little of it; on both ends of ComfyUI."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfy_server import ComfyServer, ExecutionFailed
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+SAMPLER, LOADER = "MagicMirrorCogVideoXSampler", "MagicMirrorLoader"
+PROBE = Path(__file__).resolve().parent / "memory_probe.py"
+
+
+@pytest.fixture(scope="module", params=["comfyui_path", "old_comfyui_path"])
+def probed(
+    request: pytest.FixtureRequest, repository: Path, insightface_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ComfyServer]:
+    """A ComfyUI of its own, with the probe."""
+    comfyui, base = request.getfixturevalue(request.param), tmp_path_factory.mktemp("probed")
+    (base / "custom_nodes").mkdir()
+    shutil.copy(PROBE, base / "custom_nodes")
+    with ComfyServer(comfyui, Path(sys.executable), base, repository, insightface_root=insightface_root) as running:
+        yield running
+
+
+@pytest.fixture
+def graph(probed: ComfyServer, make_graph: Callable[..., Any]) -> Any:
+    graph = make_graph(probed)
+    graph.inputs(SAMPLER)["steps"] = 2
+    graph.add("90", "MemoryProbe", model=[graph.id(LOADER), 0], after=[graph.id(SAMPLER), 0])
+    return graph
+
+
+def probe(server: ComfyServer, graph: Any) -> tuple[str, int, int]:
+    """The model's identity, the models with loaded weights, the transformers in memory."""
+    model, loaded, transformers = server.run(graph)["outputs"]["90"]["text"]
+    return model, int(loaded), int(transformers)
+
+
+def test_runs_share_one_model(probed: ComfyServer, graph: Any, make_graph: Callable[..., Any]) -> None:
+    """Another seed, person, strength, face pack or consent to downloads does not load the weights again."""
+    first, loaded, transformers = probe(probed, graph)
+    assert (loaded, transformers) == (1, 1)
+    graph.inputs(SAMPLER)["seed"] += 1
+    assert probe(probed, graph) == (first, 1, 1)
+    graph.inputs("LoadImage")["image"] = make_graph(probed, "person_a_2").inputs("LoadImage")["image"]
+    assert probe(probed, graph) == (first, 1, 1)
+    graph.inputs("MagicMirrorApplyCANAdapter")["can_scale"] = 0.5
+    assert probe(probed, graph) == (first, 1, 1)
+    graph.inputs(LOADER)["allow_download"] = True
+    assert probe(probed, graph) == (first, 1, 1)
+
+
+def test_a_replaced_model_gives_way(probed: ComfyServer, graph: Any) -> None:
+    """ComfyUI 0.30 keeps the outputs of earlier workflows while there is memory; their weights go all the same."""
+    first, *_ = probe(probed, graph)
+    graph.inputs(LOADER)["precision"] = "bf16"
+    second, loaded, transformers = probe(probed, graph)
+    assert second != first and (loaded, transformers) == (1, 1)
+    graph.inputs(LOADER)["precision"] = "fp32"
+    assert probe(probed, graph)[1:] == (1, 1)
+
+
+def test_a_failed_decode_keeps_the_clip(probed: ComfyServer, graph: Any) -> None:
+    """The latents are in a file that core's Load Latent reads, with the workflow; the next run works."""
+    del graph["90"]
+    graph.add("91", "SaveLatent", samples=[graph.id(SAMPLER), 1], filename_prefix="expected")
+    (file,) = probed.run(graph)["outputs"]["91"]["latents"]
+    expected = load_file(probed.base / "output" / file["filename"])["latent_tensor"]
+
+    switch = probed.base / "input" / "out_of_memory"
+    switch.touch()
+    graph.inputs(SAMPLER)["negative_prompt"] = " "  # the same to the tokenizer, another input to ComfyUI's cache
+    try:
+        with pytest.raises(ExecutionFailed, match="not enough memory to decode") as raised:
+            probed.run(graph)
+    finally:
+        switch.unlink()
+    rescued = probed.base / "output" / "latents" / "magic_mirror_00001_.latent"
+    assert str(rescued) in str(raised.value)
+    with safe_open(rescued, "pt") as content:
+        assert graph.id(SAMPLER) in content.metadata()["prompt"]
+
+    shutil.copy(rescued, probed.base / "input" / "rescued.latent")
+    (read,) = (
+        probed.run(
+            {
+                "1": {"class_type": "LoadLatent", "inputs": {"latent": "rescued.latent"}},
+                "2": {"class_type": "SaveLatent", "inputs": {"samples": ["1", 0], "filename_prefix": "read"}},
+            }
+        )["outputs"]["2"]["latents"]
+    )
+    torch.testing.assert_close(load_file(probed.base / "output" / read["filename"])["latent_tensor"], expected)
+    probed.run(graph)
