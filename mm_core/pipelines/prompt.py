@@ -96,7 +96,7 @@ def identity_tokens(
         PromptError: as `mark_identity`; or a slot would be cut off, since the word stands too late in the prompt.
     """
     marked = mark_identity(prompt)
-    encoded = tokenizer(marked.text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(marked.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     index = max(i for i, (start, end) in enumerate(offsets) if start < marked.end and end > marked.start)
     ids = ids[:index] + [ids[index]] * num_slots + ids[index + 1 :]

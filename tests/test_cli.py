@@ -1,0 +1,82 @@
+"""`python -m mm_core generate`, run as a user runs it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pytest
+
+from mm_core.__main__ import main
+
+STEPS = ("--steps", "2", "--frames", "9", "--face-pack", "buffalo_sc")
+
+
+@pytest.fixture
+def arguments(photographs: Path, insightface_root: Path, tmp_path: Path) -> list[str]:
+    return [
+        "generate",
+        *("--reference", str(photographs / "person_b_2.jpg")),
+        *("--prompt", "A woman img smiles"),
+        *("--output", str(tmp_path / "clip.mp4")),
+        *("--insightface-root", str(insightface_root)),
+        *STEPS,
+    ]
+
+
+def test_photos_and_a_prompt_become_a_video(arguments: list[str], photographs: Path, repository: Path) -> None:
+    """Two photos of one person; the last line is the video's path, and the untrained weights are named."""
+    arguments.insert(3, str(photographs / "person_b_1.jpg"))
+    run = subprocess.run(
+        [sys.executable, "-m", "mm_core", *arguments], cwd=repository, capture_output=True, text=True, check=True
+    )
+    lines = run.stdout.splitlines()
+    assert "UNTRAINED" in lines[0]
+    assert "similarity to the other photos" in run.stdout
+    assert "2/2" in run.stderr
+    with av.open(lines[-1]) as video:
+        stream = video.streams.video[0]
+        assert (stream.width, stream.height, stream.average_rate) == (64, 64, 8)
+        assert sum(1 for _ in video.decode(stream)) == 9
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--frames", "48"], "The clip has 48 frames; this model makes 8 x N + 1 of them. Try 41 or 49."),
+        (["--width", "481"], "The width is 481 px; it must be a multiple of 16. Try 480."),
+        (["--prompt", "A lighthouse at night"], "The prompt names no person."),
+        (["--prompt", "stone " * 226 + "man img"], "ends at token"),
+        (["--can-scale", "nan"], "can_scale is nan; it must be a number from 0 to 3."),
+        (["--start", "0.9", "--end", "0.1"], "start (0.9) is after end (0.1)"),
+        (["--base", "nowhere"], "There is no base model nowhere"),
+        (["--base", "THUDM/CogVideoX-5b"], "Add --download"),
+        (["--adapter", "nothing.safetensors"], "There is no file nothing.safetensors."),
+        (["--reference", "nothing.jpg"], "nothing.jpg"),
+        (["--face", "7"], "face 7 does not exist"),
+        (["--face-pack", "nothing"], "face models are missing"),
+        (["--output", "clip.avi"], "must be one of mp4, webm, webp, gif"),
+        (["--output", "nowhere/clip.mp4"], "does not exist; make it first"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(
+    arguments: list[str],
+    extra: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Told before any model loads: there is no model to load, loading would fail the test."""
+    monkeypatch.setattr("mm_core.pipelines.tiny.build_base", lambda dtype: pytest.fail("the base model was loaded"))
+    monkeypatch.setattr("mm_core.__main__.DOWNLOADS", tmp_path / "nothing")
+    monkeypatch.setattr(
+        "mm_core.pipelines.tiny.build_id_encoder", lambda dtype: pytest.fail("the ID encoder was loaded")
+    )
+    assert main([*arguments, *extra]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert "Traceback" not in error
