@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,13 +75,12 @@ def save_adapter(adapter: MagicMirrorAdapter, path: Path, *, base_model: str, tr
     header = AdapterHeader(base_model=base_model, config=adapter.config, trained=trained)
     tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in adapter.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    os.close(handle)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         save_file(tensors, temporary, metadata=header.to_metadata())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

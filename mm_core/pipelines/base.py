@@ -26,7 +26,6 @@ from ..errors import CheckpointError
 from . import tiny
 from .presets import PRESETS, T5_XXL, ClipLimits, Preset
 
-
 # diffusers 0.42 renamed the argument, and drops the old name in 1.0.
 _DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 

@@ -360,7 +360,7 @@ def test_previews(mirror: MagicMirror) -> None:
 class TestDecodeOutOfMemory:
     """A VAE that runs out of memory at the first attempts."""
 
-    LATENTS = noise(1, 4, 3, 16, 24)
+    LATENTS = noise(1, 4, 3, 10, 12)
 
     @pytest.fixture
     def fail(self, mirror: MagicMirror, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
@@ -386,12 +386,12 @@ class TestDecodeOutOfMemory:
         whole = mirror.decode(self.LATENTS).frames
         fail(failures)
         tiled = mirror.decode(self.LATENTS).frames
-        assert tiled.shape == whole.shape == (9, 128, 192, 3)
+        assert tiled.shape == whole.shape == (9, 80, 96, 3)
         assert not torch.equal(tiled, whole)
         assert (tiled - whole).abs().mean() < 0.3 * (whole - whole.mean()).abs().mean()
         assert torch.equal(mirror.decode(self.LATENTS).frames, whole)
 
-    @pytest.mark.parametrize("training_size", [(480, 720), (300, 300), (96, 160)])
+    @pytest.mark.parametrize("training_size", [(480, 720), (300, 300)])
     @pytest.mark.parametrize("failures", [1, 2, 3])
     def test_tiles_fit_together(
         self,
@@ -405,7 +405,7 @@ class TestDecodeOutOfMemory:
         sizes = dict(sample_height=training_size[0], sample_width=training_size[1])
         monkeypatch.setattr(mirror.pipeline.vae, "_internal_dict", FrozenDict(mirror.pipeline.vae.config | sizes))
         fail(failures)
-        assert mirror.decode(noise(1, 4, 1, 40, 56)).frames.shape == (1, 320, 448, 3)
+        assert mirror.decode(noise(1, 4, 1, 18, 50)).frames.shape == (1, 144, 400, 3)
 
     def test_gives_the_latents_back(self, mirror: MagicMirror, fail: Callable[[int], None]) -> None:
         """When nothing fits, the error holds the sampled clip, and the VAE is as it was."""
