@@ -69,6 +69,7 @@ def attach(transformer: CogVideoXTransformer3DModel, adapter: MagicMirrorAdapter
     for layer, block in enumerate(transformer.transformer_blocks):
         adapter_block = adapter.blocks[str(layer)] if layer in adapter.config.adapted_layers else None
         block.forward = functools.partial(_forward, block, adapter_block, layer)
+        block.carries_identity = adapter_block is not None  # hooks may hide our forward, not this
 
 
 def detach(transformer: CogVideoXTransformer3DModel) -> None:
@@ -77,22 +78,16 @@ def detach(transformer: CogVideoXTransformer3DModel) -> None:
     Raises:
         ValueError: hooks of offloading or caching wrap the blocks; switch them off first.
     """
-    for block in transformer.transformer_blocks:
-        forward = vars(block).get("forward")
-        if isinstance(forward, functools.partial) and forward.func is _forward:
-            del block.forward
-        elif is_attached(block):
-            raise ValueError("Hooks wrap the adapted blocks: switch offloading and caching off before detaching.")
+    blocks = [block for block in transformer.transformer_blocks if is_attached(block)]
+    if any(getattr(block.forward, "func", None) is not _forward for block in blocks):
+        raise ValueError("Hooks wrap the adapted blocks: switch offloading and caching off before detaching.")
+    for block in blocks:
+        del block.forward, block.carries_identity
 
 
 def is_attached(block: CogVideoXBlock) -> bool:
     """Whether our forward runs in this block, however many hooks wrap it."""
-    forward = vars(block).get("forward")
-    while forward is not None:
-        if isinstance(forward, functools.partial) and forward.func is _forward:
-            return True
-        forward = getattr(forward, "__wrapped__", None)
-    return False
+    return hasattr(block, "carries_identity")
 
 
 def check_fits(transformer: CogVideoXTransformer3DModel, adapter: MagicMirrorAdapter) -> None:
