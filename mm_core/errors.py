@@ -1,5 +1,10 @@
 """What can go wrong by the user's hand. Every message names the value, the limit and the remedy."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MagicMirrorError(Exception):
     """Base of all errors that a user can mend; anything else that escapes is a bug."""
@@ -31,3 +36,14 @@ class DecodeError(MagicMirrorError):
     def __init__(self, message: str, latents: object) -> None:
         super().__init__(message)
         self.latents = latents
+
+
+@contextmanager
+def downloading(what: str) -> Iterator[None]:
+    """Around a download: whatever stops it becomes a MagicMirrorError that says what was being fetched."""
+    try:
+        yield
+    except Exception as error:  # the clients' errors share no base class
+        raise MagicMirrorError(
+            f"Downloading {what} failed: {error}. Check the connection and try again, or put the files there by hand."
+        ) from error

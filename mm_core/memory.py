@@ -69,6 +69,12 @@ def size_in_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in [*module.parameters(), *module.buffers()])
 
 
+def needed_bytes(policy: str, pipe: CogVideoXPipeline) -> int:
+    """Free device memory that a run wants, beside the weights that rest there under the policy."""
+    largest = max(size_in_bytes(part) for part in (pipe.text_encoder, pipe.transformer, pipe.vae))
+    return _ACTIVATION_BYTES + (largest if policy == "model" else 0)
+
+
 def apply_policy(
     policy: str, pipe: CogVideoXPipeline, adapter: MagicMirrorAdapter | None, device: torch.device
 ) -> None:

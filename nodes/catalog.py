@@ -21,8 +21,6 @@ HUB = tuple(preset.repo for preset in PRESETS.values())
 FACE_PACKS = ("buffalo_l", "antelopev2", "buffalo_sc")
 
 _HUB_ADDRESS = "https://huggingface.co"
-_ID_ENCODER_REPO = "TencentARC/PhotoMaker-V2"
-_ID_ENCODER_STEM = "photomaker-v2"
 _KINDS = {
     "base_model": "diffusion_models",
     "adapter": runtime.ADAPTERS,
@@ -68,6 +66,13 @@ def face_root(pack: str) -> Path:
     """The insightface folder that holds a pack; the usual one if none does."""
     roots = runtime.model_folders(runtime.FACE_MODELS)
     return next((root for root in roots if (root / "models" / pack).is_dir()), roots[0])
+
+
+def fetch_face_pack(pack: str) -> None:
+    """Download a face pack if it is missing; only when the user allowed it."""
+    with runtime.packages():
+        from ..mm_core.faces.analysis import download_pack
+    download_pack(face_root(pack), pack)
 
 
 def open_base(name: str, *, text_encoder: str, vae: str, allow_download: bool) -> BaseModel:
@@ -127,21 +132,21 @@ def find_id_encoder(choice: str, base_model: str, adapter: str, allow_download: 
     Raises:
         CheckpointError: it is missing, and a download is not allowed.
     """
-    file = f"{_ID_ENCODER_STEM}.bin"
     if choice == AUTO and (base_model == TINY or adapter == NONE):
         return None
-    found = [name for name in id_encoders()[1:] if choice in (name, AUTO) and Path(name).stem == _ID_ENCODER_STEM]
-    if found or choice not in (AUTO, file):
+    with runtime.packages():
+        from ..mm_core.checkpoints.photomaker import FILE_NAME, REPO, download_id_encoder
+    stem = Path(FILE_NAME).stem
+    found = [name for name in id_encoders()[1:] if choice in (name, AUTO) and Path(name).stem == stem]
+    if found or choice not in (AUTO, FILE_NAME):
         return runtime.model_file("photomaker", found[0] if found else choice)
     folder = runtime.model_folders("photomaker")[0]
     if not allow_download:
         raise CheckpointError(
-            f"The ID encoder is missing. Put {file} (1.8 GB) into {folder}, from "
-            f"{_HUB_ADDRESS}/{_ID_ENCODER_REPO}/resolve/main/{file}, or {_CONSENT}."
+            f"The ID encoder is missing. Put {FILE_NAME} (1.8 GB) into {folder}, from "
+            f"{_HUB_ADDRESS}/{REPO}/resolve/main/{FILE_NAME}, or {_CONSENT}."
         )
-    with runtime.packages():
-        from huggingface_hub import hf_hub_download
-    return Path(hf_hub_download(_ID_ENCODER_REPO, file, local_dir=folder))
+    return download_id_encoder(folder)
 
 
 def files_behind(choices: Mapping[str, object]) -> list[Path]:

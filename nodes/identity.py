@@ -87,9 +87,7 @@ class MagicMirrorExtractFaceEmbedding(io.ComfyNode):
         analyzer = FaceAnalyzer(catalog.face_root(model.face_pack), model.face_pack, _face_device())
         photos = list(photos_from_images([image, image_2, image_3, image_4]))
         try:
-            references = analyse_references(
-                analyzer, photos, which=face_index if face == BY_INDEX else face, crop=crop
-            )
+            references = analyse_references(analyzer, photos, which=face_index if face == BY_INDEX else face, crop=crop)
         except NoFaceError as error:
             if on_no_face == ERROR:
                 raise

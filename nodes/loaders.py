@@ -67,6 +67,8 @@ class MagicMirrorLoader(io.ComfyNode):
         vae: str = catalog.NONE,
     ) -> io.NodeOutput:
         adapter_file = catalog.find_adapter(adapter, base_model)
+        if allow_download:
+            catalog.fetch_face_pack(face_pack)
         base = catalog.open_base(base_model, text_encoder=text_encoder, vae=vae, allow_download=allow_download)
         encoder_file = catalog.find_id_encoder(id_encoder, base_model, adapter, allow_download)
         with runtime.packages():
@@ -80,11 +82,10 @@ class MagicMirrorLoader(io.ComfyNode):
             precision=precision,
             offload=offload,
             device=runtime.device(),
+            make_room=runtime.make_room,
         )
         _open[key] = mirror
-        return io.NodeOutput(
-            Model(mirror=mirror, face_pack=face_pack), mirror.status, ui=runtime.show(mirror.status)
-        )
+        return io.NodeOutput(Model(mirror=mirror, face_pack=face_pack), mirror.status, ui=runtime.show(mirror.status))
 
 
 def _model_inputs() -> list[io.Input]:
@@ -137,8 +138,9 @@ def _memory_inputs() -> list[io.Input]:
         io.Boolean.Input(
             "allow_download",
             default=False,
-            tooltip="Fetch a published base model (about 20 GB) and the ID encoder (1.8 GB) from huggingface.co when "
-            "they are missing. A download that was cut off goes on where it stopped.",
+            tooltip="Fetch a published base model (about 20 GB) and the ID encoder (1.8 GB) from huggingface.co, and "
+            "the face pack (at most 0.4 GB) from github.com, when they are missing. A download that was cut off "
+            "goes on where it stopped.",
         ),
     ]
 

@@ -92,8 +92,13 @@ def device() -> torch.device:
     return comfy.model_management.get_torch_device()
 
 
-def make_room(mirror: MagicMirror) -> None:
-    """Before a model samples: let other models leave the device, ComfyUI's own and the one of this pack used before.
+def make_room(size: int) -> None:
+    """Let as many of ComfyUI's own models leave the device as it takes to have `size` bytes free."""
+    comfy.model_management.free_memory(size, device())
+
+
+def retire_others(mirror: MagicMirror) -> None:
+    """Before a model samples, drop the weights of the one of this pack that was used before.
 
     ComfyUI may keep the outputs of earlier workflows, so a replaced model is not gone just because nothing uses it.
     """
@@ -105,8 +110,6 @@ def make_room(mirror: MagicMirror) -> None:
         del previous
         release_memory()
     _last_used = weakref.ref(mirror)
-    where = device()
-    comfy.model_management.free_memory(comfy.model_management.get_total_memory(where), where)
 
 
 def release_memory() -> None:

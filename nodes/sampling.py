@@ -29,9 +29,7 @@ MAX_SEED = 2**64 - 1
 _DEFAULT = PRESETS["CogVideoX-5b"]
 _DEFAULT_LIMITS = ClipLimits.from_config(_DEFAULT.transformer, _DEFAULT.vae)
 # What every base model demands; each one's own limits are checked when it is known.
-_COMMON_LIMITS = dataclasses.replace(
-    _DEFAULT_LIMITS, max_frames=MAX_FRAMES, max_height=MAX_SIDE, max_width=MAX_SIDE
-)
+_COMMON_LIMITS = dataclasses.replace(_DEFAULT_LIMITS, max_frames=MAX_FRAMES, max_height=MAX_SIDE, max_width=MAX_SIDE)
 
 
 class MagicMirrorCogVideoXSampler(io.ComfyNode):
@@ -97,7 +95,7 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
         mirror, settings = model.mirror, model.settings or AdapterSettings()
         mirror.check(clip, model.identity, settings)
         status = runtime.show(mirror.status, warn=_untrained(mirror))
-        runtime.make_room(mirror)
+        runtime.retire_others(mirror)
         try:
             result = mirror.generate(clip, model.identity, settings, runtime.step_callback(steps))
         except DecodeError as error:

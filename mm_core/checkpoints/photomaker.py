@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, downloading
 from ..models.id_encoder import PHOTOMAKER_V2, IDEncoder, IDEncoderConfig
 from .adapter_file import check_tensors
 
@@ -31,7 +31,8 @@ def download_id_encoder(folder: Path) -> Path:
     """Fetch the published file into `folder`, resuming a download that was cut off; only when the user asked for it."""
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(REPO, FILE_NAME, local_dir=folder))
+    with downloading(f"{FILE_NAME} of {REPO} into {folder}"):
+        return Path(hf_hub_download(REPO, FILE_NAME, local_dir=folder))
 
 
 def load_id_encoder(

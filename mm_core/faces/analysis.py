@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import CheckpointError, FaceChoiceError, MagicMirrorError, NoFaceError, SettingError
+from ..errors import CheckpointError, FaceChoiceError, MagicMirrorError, NoFaceError, SettingError, downloading
 
 MODULES = ("detection", "recognition", "landmark_3d_68")
 # One fixed size. insightface 2.1 by default merges detections at 128 and 640 px, and where the coarse one scores higher
@@ -141,9 +141,9 @@ def download_pack(root: Path, pack: str) -> None:
     from insightface.utils.storage import download
 
     models.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=models) as temporary:  # half a pack must not look like a pack
-        folder = Path(download("models", pack, root=temporary))
-        folder.rename(models / pack)
+    # In a folder of its own first: half a pack must not look like a pack.
+    with downloading(f"{pack} into {models}"), tempfile.TemporaryDirectory(dir=models) as temporary:
+        Path(download("models", pack, root=temporary)).rename(models / pack)
 
 
 def _pack_folder(root: Path, pack: str) -> Path:

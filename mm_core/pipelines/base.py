@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from ..checkpoints.adapter_file import check_tensors
-from ..errors import CheckpointError
+from ..errors import CheckpointError, downloading
 from . import tiny
 from .presets import PRESETS, T5_XXL, ClipLimits, Preset
 
@@ -196,7 +196,8 @@ def download_folder(repo: str, folder: Path) -> Path:
     from huggingface_hub import snapshot_download
 
     parts = ["model_index.json", "LICENSE*", "scheduler/*", "text_encoder/*", "tokenizer/*", "transformer/*", "vae/*"]
-    snapshot_download(repo, local_dir=folder, allow_patterns=parts)
+    with downloading(f"{repo} into {folder}"):
+        snapshot_download(repo, local_dir=folder, allow_patterns=parts)
     return folder
 
 

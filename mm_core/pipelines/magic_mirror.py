@@ -22,7 +22,17 @@ from ..checkpoints.adapter_file import AdapterHeader, load_adapter, read_header
 from ..checkpoints.photomaker import FILE_NAME, REPO, load_id_encoder
 from ..errors import CheckpointError, SettingError
 from ..faces.references import Reference
-from ..memory import apply_policy, choose_policy, compute_dtype, default_device, on_device, sampling_parts, store_in_fp8
+from ..memory import (
+    apply_policy,
+    choose_policy,
+    compute_dtype,
+    default_device,
+    needed_bytes,
+    on_device,
+    sampling_parts,
+    size_in_bytes,
+    store_in_fp8,
+)
 from ..models.adapter import MagicMirrorAdapter
 from ..models.config import BASE_FIELDS, base_sizes
 from ..models.diffusers_block import STATE, attach
@@ -95,6 +105,8 @@ class MagicMirror:
         precision: auto, bf16, fp16, fp32, or fp8 (storage of the transformer).
         offload: auto, none, model, group, sequential.
         device: where to compute; the accelerator by default.
+        make_room: called with a number of bytes before they are needed on the device; a host such as ComfyUI then lets
+            other models go.
 
     Raises:
         CheckpointError: the adapter file is damaged or was made for a base of other sizes. Weights are not read yet.
@@ -109,11 +121,12 @@ class MagicMirror:
         precision: str = "auto",
         offload: str = "auto",
         device: torch.device | None = None,
+        make_room: Callable[[int], None] = lambda size: None,
     ) -> None:
         self.base = base
         self.device = device or default_device()
         self.dtype = compute_dtype(precision, self.device)
-        self._precision, self._offload = precision, offload
+        self._precision, self._offload, self._make_room = precision, offload, make_room
         self._adapter_path, self._id_encoder_path = adapter, id_encoder
         self.header = self._read_header()
 
@@ -158,7 +171,9 @@ class MagicMirror:
         self.latent_rgb = fit_latent_rgb(pipe.vae)
         if self._precision == "fp8":
             store_in_fp8(pipe, self.dtype)
-        apply_policy(choose_policy(self._offload, pipe, self.device), pipe, self.adapter, self.device)
+        self._make_room(sum(size_in_bytes(part) for part in (pipe.text_encoder, pipe.transformer, pipe.vae)))
+        self._policy = choose_policy(self._offload, pipe, self.device)
+        apply_policy(self._policy, pipe, self.adapter, self.device)
         return pipe
 
     @cached_property
@@ -224,6 +239,7 @@ class MagicMirror:
         settings = settings or AdapterSettings()
         tokens = self.check(clip, identity, settings)
         pipe = self.pipeline
+        self._make_room(needed_bytes(self._policy, pipe))
         pipe.scheduler, last = _watched_scheduler(SCHEDULERS[clip.scheduler], pipe.scheduler.config)
         with_identity = identity is not None and not settings.off
         try:

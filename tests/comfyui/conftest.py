@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,17 @@ def make_graph(portrait: Callable[[str], Path]) -> Callable[..., Graph]:
     return make
 
 
+@pytest.fixture(scope="module", params=["server", "old_server"])
+def any_server(request: pytest.FixtureRequest) -> ComfyServer:
+    """Both supported ends of ComfyUI."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def any_graph(any_server: ComfyServer, make_graph: Callable[..., Graph]) -> Graph:
+    return make_graph(any_server)
+
+
 @pytest.fixture
 def graph(server: ComfyServer, make_graph: Callable[..., Graph]) -> Graph:
     return make_graph(server)
@@ -115,3 +127,15 @@ def saved() -> Callable[[dict[str, Any], Graph], dict[str, str]]:
 @pytest.fixture(scope="session")
 def decode() -> Callable[[bytes], np.ndarray]:
     return read_frames
+
+
+@pytest.fixture(scope="session")
+def queue() -> Callable[..., str]:
+    """Post a workflow with what the page sends beside it; the prompt id."""
+
+    def post(server: ComfyClient, graph: Graph, **beside: Any) -> str:
+        body = json.dumps({"prompt": graph} | beside).encode()
+        with urllib.request.urlopen(urllib.request.Request(server.address + "/prompt", data=body)) as answer:
+            return json.load(answer)["prompt_id"]
+
+    return post

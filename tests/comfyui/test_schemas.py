@@ -47,12 +47,6 @@ COMBOS = {
 }
 
 
-@pytest.fixture(scope="module", params=["server", "old_server"])
-def any_server(request: pytest.FixtureRequest) -> ComfyServer:
-    """Both supported ends of ComfyUI."""
-    return request.getfixturevalue(request.param)
-
-
 def test_no_other_nodes(any_server: ComfyServer) -> None:
     assert {name for name in any_server.object_info() if name.startswith("MagicMirror")} == NODES.keys()
 
