@@ -42,7 +42,13 @@ CALMER = {
 """Factors on SPREAD for sliders that turn a face into a caricature, or into a scowl."""
 
 ONE_SIDED = 0.4  # factor for sliders with one end only: head shapes, ear shapes
-LEFT_OUT = ("neck/neck-double", "mouth/mouth-trans-in", "head/head-trans", "neck/neck-trans", "neck/measure-neck-height")
+LEFT_OUT = (
+    "neck/neck-double",
+    "mouth/mouth-trans-in",
+    "head/head-trans",
+    "neck/neck-trans",
+    "neck/measure-neck-height",
+)
 ASYMMETRY_RATE, ASYMMETRY = 0.25, 0.15
 SIDE_DIFFERENCE = 0.05
 OPPOSITES = (
