@@ -10,7 +10,7 @@ def _both(**units: float) -> dict[str, float]:
     return {f"{name}{side}": strength for name, strength in units.items() for side in ("Left", "Right")}
 
 
-REST = _both(mouthSmile=0.1, browDown=-0.12) | {"browInnerUp": 0.06}
+REST = _both(mouthSmile=0.18, browDown=-0.15, eyeWide=0.22) | {"browInnerUp": 0.08}
 """Added to every expression: without it the head at rest looks stern."""
 
 EXPRESSIONS: dict[str, dict[str, float]] = {

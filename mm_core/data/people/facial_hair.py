@@ -13,8 +13,8 @@ from .traits import PersonTraits
 
 BROW_STROKES = 300
 BROW_SCALE = 2
-STUBBLE_OPACITY, BEARD_OPACITY = 0.42, 0.85
-BEARD_HEIGHTS = (0.02, 0.06)  # decimetres
+OPACITY = {"stubble": 0.42, "goatee": 0.8, "moustache": 0.85, "beard": 0.95}
+BEARD_HEIGHTS = (0.015, 0.05)  # decimetres
 _BEARD_ANGLES = (0, 0.25, 0.45, 0.7, 1.0, 1.3)
 _BEARD_TOPS = (6.55, 6.62, 6.7, 6.78, 6.9, 7.12)
 LIPS_Y, LIPS_HALF_WIDTH, LIPS_HALF_HEIGHT = 6.62, 0.22, 0.065
@@ -41,8 +41,8 @@ def paint_brows(skin: np.ndarray, hair_colour: np.ndarray, traits: PersonTraits)
     man = traits.sex == "man"
     shape = BrowShape(
         density=generator.uniform(0.55, 1.2) * (1.1 if man else 0.95),
-        thickness=generator.uniform(0.04, 0.085) * (1.15 if man else 0.85),
-        y=7.49 + generator.uniform(-0.025, 0.05),
+        thickness=generator.uniform(0.035, 0.068) * (1.15 if man else 0.85),
+        y=7.5 + generator.uniform(-0.02, 0.05),
         inner=generator.uniform(0.11, 0.18),
         outer=generator.uniform(0.5, 0.6),
         arch=generator.uniform(0.01, 0.07),
@@ -55,7 +55,7 @@ def paint_brows(skin: np.ndarray, hair_colour: np.ndarray, traits: PersonTraits)
         for start, end, opacity in zip(*_brow_strokes(shape, generator, side)):
             cv2.line(strokes, start.tolist(), end.tolist(), opacity, 1, cv2.LINE_AA, canvas.FRACTION_BITS)
     strokes = cv2.resize(strokes, (canvas.COLUMNS, canvas.ROWS), interpolation=cv2.INTER_AREA)
-    opacity = np.clip(strokes * 1.1 + 0.4 * cv2.GaussianBlur(strokes, (0, 0), 2.0), 0, 0.92)
+    opacity = np.clip(strokes * 0.95 + 0.4 * cv2.GaussianBlur(strokes, (0, 0), 2.0), 0, 0.85)
     return canvas.over(skin, colour, opacity)
 
 
@@ -87,8 +87,8 @@ def paint_beard(skin: np.ndarray, hair_colour: np.ndarray, traits: PersonTraits)
     region *= 1 - np.exp(-0.5 * lips**6)
     grain = cv2.GaussianBlur(generator.random(region.shape, np.float32), (0, 0), 0.7)
     grain = np.clip((grain - 0.5) * 2 + 0.5, 0, 1)
-    full = traits.beard != "stubble"
-    opacity = region * (BEARD_OPACITY + 0.15 * grain if full else STUBBLE_OPACITY * (0.5 + grain))
+    full = traits.beard == "beard"
+    opacity = region * OPACITY[traits.beard] * (0.7 + 0.6 * grain)
     opacity *= generator.uniform(0.8, 1)
     skin = canvas.over(skin, hair_colour * 0.75, np.clip(opacity, 0, 1))
     height = region * generator.uniform(*BEARD_HEIGHTS) * (0.5 + 0.5 * grain) * (region > 0.3)
@@ -101,7 +101,7 @@ def _beard_region(beard: str) -> np.ndarray:
     jaw = np.interp(angle, (0, 0.5, 0.9, 1.3), (CHIN_BOTTOM, CHIN_BOTTOM + 0.03, 6.3, 6.6))
     cheeks = np.interp(angle, _BEARD_ANGLES, _BEARD_TOPS)
     full = np.clip((cheeks - y) / 0.05, 0, 1) * np.clip((y - jaw) / 0.05, 0, 1) * (angle < 1.35)
-    moustache = np.exp(-0.5 * ((y - (6.8 - 0.1 * np.clip(angle / 0.35, 0, 1))) / 0.05) ** 4) * (angle < 0.36)
+    moustache = np.exp(-0.5 * ((y - (6.79 - 0.09 * np.clip(angle / 0.33, 0, 1))) / 0.042) ** 4) * (angle < 0.33)
     chin = np.exp(-0.5 * np.hypot(canvas.X / 0.23, (y - 6.37) / 0.2) ** 6) * (y > CHIN_BOTTOM)
     sides = (np.abs(angle - 0.3) < 0.05) & (y < 6.8) & (y > 6.4)
     return {

@@ -28,7 +28,8 @@ class Material(IntEnum):
     TONGUE = 3
     LASHES = 4
     HAIR = 5
-    """Not in the file: layers of hair are added for each person."""
+    GLASSES = 6
+    """These two are not in the file: they are made for each person."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +42,7 @@ class HeadGeometry:
     triangles: (T, 3) int32 of drawn vertices, counter-clockwise from outside.
     materials: (T,) int8, a Material each.
     rest: (P, 3) float32, drawn positions at rest: the coordinates that everything painted refers to.
-    vertex_materials: (P,) int8.
+    vertex_materials: (P,) int8; the first V are those of the control mesh.
     lips, eyelids, mouth_inside, ears: (P,) float32, 0..1.
     openness: (P,) float32, 0..1, how much of the sky a vertex sees at rest (ambient occlusion).
     """

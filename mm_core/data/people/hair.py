@@ -9,13 +9,12 @@ import cv2
 import numpy as np
 
 from . import canvas
-from .geometry import load_head, triangulated
-from .geometry import Material
+from .geometry import Material, load_head, triangulated
 from .streams import stream
 from .traits import PersonTraits
 
 HAIR_COLOURS = {
-    "black": (0.075, 0.065, 0.06),
+    "black": (0.095, 0.085, 0.08),
     "dark brown": (0.16, 0.11, 0.085),
     "brown": (0.26, 0.175, 0.12),
     "light brown": (0.40, 0.285, 0.185),
@@ -120,18 +119,22 @@ def _curtain(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A sheet round the sides and the back of the head that follows the head down to its widest, then hangs."""
     end = generator.uniform(*CURTAIN_ENDS[traits.hair])
-    front = generator.uniform(0.8, 1.05)  # radians from the nose that the face is left open
+    front = generator.uniform(0.66, 1.0)  # radians from the nose that the face is left open
     flare = generator.uniform(-0.12, 0.18)
     volume = VOLUMES[traits.hair] * generator.uniform(0.65, 0.95)
     waves, phase = generator.uniform(0, 0.035), generator.uniform(0, 2 * math.pi)
     down = np.linspace(0, 1, CURTAIN_ROWS)
     height = CURTAIN_TOP + (end - CURTAIN_TOP) * down
-    open_angle = front + np.interp(height, (5.2, 6.4, 7.2, 7.8, 8.1), (-0.06, 0.06, 0.12, -0.15, -0.4))
+    open_angle = front + np.interp(height, (5.2, 6.4, 7.2, 7.8, 8.1), (-0.04, 0.03, 0.06, -0.05, -0.1))
     across = np.linspace(0, 1, CURTAIN_COLUMNS)
     angle = open_angle[:, None] + across * (2 * math.pi - 2 * open_angle[:, None])  # (rows, columns)
-    radius = np.maximum.accumulate(_head_radius(rest, angle, height) + volume * np.interp(height, (7.2, 8.0), (1, 0.75))[:, None], axis=0)
+    above = volume * np.interp(height, (7.3, 8.05), (1, 0.15))[:, None]
+    radius = np.maximum.accumulate(_head_radius(rest, angle, height) + above, axis=0)
+    # Hair in front lies closer, or it would stand off the cheeks and show the ears behind it.
+    radius = radius * (1 - 0.1 * np.exp(-((across * (1 - across) / 0.08) ** 2)))
     hang = np.clip((7.0 - height) / 1.2, 0, 1.4)[:, None]
-    radius = radius * (1 + flare * hang**1.5 * np.abs(np.cos(angle / 2))) + waves * np.sin(14 * down[:, None] + phase + 3 * angle)
+    radius = radius * (1 + flare * hang**1.5 * np.abs(np.cos(angle / 2)))
+    radius = radius + waves * np.sin(14 * down[:, None] + phase + 3 * angle)
     # Locks are of different lengths.
     lengths = 0.1 * np.interp(across, np.linspace(0, 1, 19), generator.standard_normal(19)) * down[:, None] ** 3
     positions = np.stack(

@@ -10,6 +10,7 @@ import numpy as np
 from . import canvas
 from .facial_hair import paint_beard, paint_brows
 from .geometry import UNIT, HeadGeometry, Material, load_head
+from .glasses import Attachment, joined, make_glasses
 from .hair import LAYERS, VOLUMES, HeadHair, grow_hair
 from .raster import Cutout, vertex_normals
 from .shape import shaped_control
@@ -19,16 +20,18 @@ from .traits import PersonTraits, sample_traits
 BEARD_LAYERS = (0.01, 0.025, 0.045)
 DROOP = {"medium": 0.35, "long": 0.35}
 """How much the hair above the scalp leans down, of its height."""
+FLAT_BEARDS = ("none", "stubble", "goatee", "moustache")
 EARLESS, MOUTHLESS = 0.3, 0.5
+EMPTY = (np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int32))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mesh:
-    """What is drawn: the head, copies of parts of it for layers of hair, and hanging hair.
+    """What is drawn: the head, copies of parts of it for layers of hair, hanging hair, glasses.
 
-    source: (N,) int32, the head's vertex each vertex copies; for the hanging hair that follows, none.
+    source: (N,) int32, the head's vertex each vertex copies; what is attached copies none.
     layers: (N,) float32 decimetres above the head, 0 for the head itself.
-    curtain: (C, 3) float32 positions of the hanging hair; its vertices come after the N.
+    attached: (C, 3) float32 positions of hanging hair and glasses, fixed to the head; they come after the N.
     triangles: (T, 3) int32 into N + C vertices. materials: (T,) int8.
     rest: (N + C, 3) float32: where a vertex lies on the head at rest, for everything painted.
     cutout: the outline of the layers.
@@ -36,7 +39,7 @@ class Mesh:
 
     source: np.ndarray
     layers: np.ndarray
-    curtain: np.ndarray
+    attached: np.ndarray
     triangles: np.ndarray
     materials: np.ndarray
     rest: np.ndarray
@@ -45,12 +48,13 @@ class Mesh:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Person:
-    """control: (V, 3) float32 of the face without expression."""
+    """control: (V, 3) float32 of the face without expression. glasses_colour: (3,) sRGB, whether worn or not."""
 
     traits: PersonTraits
     control: np.ndarray
     complexion: Complexion
     hair: HeadHair
+    glasses_colour: np.ndarray
     mesh: Mesh
 
     @classmethod
@@ -59,7 +63,10 @@ class Person:
         head, traits = load_head(), sample_traits(seed)
         control = shaped_control(traits)
         complexion = paint_complexion(traits)
-        hair = grow_hair(traits, head.subdivided(control))
+        rest = head.subdivided(control)
+        hair = grow_hair(traits, rest)
+        glasses, glasses_colour = make_glasses(traits, rest)
+        attached = {Material.HAIR: hair.curtain, Material.GLASSES: glasses if traits.glasses else None}
         skin = paint_brows(complexion.skin, hair.colour, traits)
         skin = canvas.over(skin, hair.colour * 0.8, hair.cover)
         skin, beard = paint_beard(skin, hair.colour, traits)
@@ -69,7 +76,8 @@ class Person:
             control=control,
             complexion=complexion,
             hair=hair,
-            mesh=build_mesh(head, traits, hair, beard),
+            glasses_colour=glasses_colour,
+            mesh=build_mesh(head, traits, np.maximum(hair.height, beard), attached),
         )
 
     def head_positions(self, units: dict[str, float]) -> np.ndarray:
@@ -85,12 +93,16 @@ class Person:
         normals = vertex_normals(positions, skin_triangles)[self.mesh.source]
         normals[:, 1] -= DROOP.get(self.traits.hair, 0.0)
         points = positions[self.mesh.source] + normals * self.mesh.layers[:, None]
-        return np.concatenate([points, self.mesh.curtain])
+        return np.concatenate([points, self.mesh.attached])
 
 
-def build_mesh(head: HeadGeometry, traits: PersonTraits, hair: HeadHair, beard: np.ndarray) -> Mesh:
-    """The head's triangles, then one copy of the hairy ones for each layer, then the curtain."""
-    heights = np.maximum(hair.height, beard)
+def build_mesh(
+    head: HeadGeometry, traits: PersonTraits, heights: np.ndarray, attached: dict[Material, Attachment | None]
+) -> Mesh:
+    """The head's triangles, then one copy of the hairy ones for each layer, then what is attached.
+
+    heights: (ROWS, COLUMNS) float32, decimetres of hair and beard above the skin.
+    """
     column, row = canvas.column_of(head.rest[:, 0], head.rest[:, 2]), canvas.row_of(head.rest[:, 1])
     inside = (row >= 0) & (row < canvas.ROWS)
     nearby = cv2.dilate(heights, np.ones((7, 7), np.uint8))
@@ -104,25 +116,26 @@ def build_mesh(head: HeadGeometry, traits: PersonTraits, hair: HeadHair, beard: 
     source, layers = [np.arange(len(head.rest), dtype=np.int32)], [np.zeros(len(head.rest), np.float32)]
     offset = len(head.rest)
     skin = head.triangles[head.materials == Material.SKIN]
-    for layer in _layers(traits, heights, beard):
+    for layer in _layers(traits, heights):
         vertices, numbers = np.unique(skin[(tallest[skin] > layer).all(1)], return_inverse=True)
         triangles.append(numbers.reshape(-1, 3) + offset)
         materials.append(np.full(len(triangles[-1]), Material.HAIR, np.int8))
         source.append(vertices.astype(np.int32))
         layers.append(np.full(len(vertices), layer, np.float32))
         offset += len(vertices)
-    curtain, curtain_triangles = hair.curtain or (np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int32))
-    triangles.append(curtain_triangles + offset)
-    materials.append(np.full(len(curtain_triangles), Material.HAIR, np.int8))
+    worn = {material: part for material, part in attached.items() if part is not None}
+    extra, extra_triangles = joined(list(worn.values())) if worn else EMPTY
+    triangles.append(extra_triangles + offset)
+    materials += [np.full(len(part[1]), material, np.int8) for material, part in worn.items()]
 
     all_sources, all_layers = np.concatenate(source), np.concatenate(layers)
-    rest = np.concatenate([head.rest[all_sources], curtain])
-    thresholds = np.concatenate([all_layers, np.zeros(len(curtain), np.float32)])
+    rest = np.concatenate([head.rest[all_sources], extra])
+    thresholds = np.concatenate([all_layers, np.zeros(len(extra), np.float32)])
     coordinates = np.stack([canvas.column_of(rest[:, 0], rest[:, 2]), canvas.row_of(rest[:, 1])], 1)
     return Mesh(
         source=all_sources,
         layers=all_layers,
-        curtain=curtain,
+        attached=extra,
         triangles=np.ascontiguousarray(np.concatenate(triangles), np.int32),
         materials=np.concatenate(materials).astype(np.int8),
         rest=rest,
@@ -130,7 +143,7 @@ def build_mesh(head: HeadGeometry, traits: PersonTraits, hair: HeadHair, beard: 
     )
 
 
-def _layers(traits: PersonTraits, heights: np.ndarray, beard: np.ndarray) -> list[float]:
+def _layers(traits: PersonTraits, heights: np.ndarray) -> list[float]:
     """Decimetres above the scalp, and above the chin of the bearded."""
     layers = [part * float(heights.max()) for part in LAYERS] if VOLUMES[traits.hair] else []
-    return sorted(layers + (list(BEARD_LAYERS) if beard.any() else []))
+    return sorted(layers + (list(BEARD_LAYERS) if traits.beard not in FLAT_BEARDS else []))

@@ -70,20 +70,20 @@ def _at(path: Path, part: float) -> float:
 def _attributes(person: Person, centred: np.ndarray) -> np.ndarray:
     """(N + C, 15) float32, in the order that _fragments takes them apart."""
     head, mesh = load_head(), person.mesh
-    curtain = len(mesh.curtain)
+    attached = len(mesh.attached)
     tallest = max(float(mesh.layers.max()), 1e-3)
     of_head = np.stack([head.lips, head.mouth_inside, head.ears, head.eyelids, head.openness], axis=1)[mesh.source]
-    of_curtain = np.tile(np.float32([0, 0, 0, 0, 1]), (curtain, 1))
-    layer = np.concatenate([mesh.layers / tallest, np.ones(curtain, np.float32)])[:, None]
+    of_attached = np.tile(np.float32([0, 0, 0, 0, 1]), (attached, 1))
+    layer = np.concatenate([mesh.layers / tallest, np.ones(attached, np.float32)])[:, None]
     normals = vertex_normals(centred, mesh.triangles)
-    columns = [mesh.rest, centred, normals, np.concatenate([of_head, of_curtain]), layer]
+    columns = [mesh.rest, centred, normals, np.concatenate([of_head, of_attached]), layer]
     return np.concatenate(columns, axis=1).astype(np.float32)
 
 
 def _fragments(values: np.ndarray, material: np.ndarray, pixels: np.ndarray, size: int) -> Fragments:
     normal = values[:, 6:9] / (np.linalg.norm(values[:, 6:9], axis=1, keepdims=True) + 1e-6)
-    # Lashes and hanging hair are seen from both sides.
-    thin = (material == Material.LASHES) | (material == Material.HAIR)
+    # Lashes, hanging hair and tubes are seen from both sides.
+    thin = (material == Material.LASHES) | (material >= Material.HAIR)
     normal[thin & (normal[:, 2] < 0)] *= -1
     lips, mouth_inside, ears, eyelids, openness, layer = values[:, 9:15].T
     return Fragments(

@@ -19,7 +19,7 @@ NECKLINES = {"T-shirt": (5.7, 0.2), "turtleneck": (6.0, 0.12)}
 EYE_X, EYE_Y, EYE_RADIUS, EYE_FRONT = 0.308, 7.284, 0.142, 1.245
 EYE_WHITE, PUPIL = (0.80, 0.775, 0.755), (0.02, 0.018, 0.016)
 TEETH, TONGUE, GUMS = (0.86, 0.83, 0.77), (0.60, 0.30, 0.28), (0.42, 0.16, 0.15)
-KEY, AMBIENT, FILL = 1.5, 1.25, 0.55
+KEY, AMBIENT, FILL = 1.3, 1.15, 0.5
 WRAP = 0.2  # of skin: how far light reaches beyond the terminator
 SCATTER = (0.012, 0.006, 0.0035)  # red, green, blue: blur of light below skin, of the picture's width
 SHADOW_PIXELS, SHADOW_WIDTH, SHADOW_BIAS = 256, 4.2, 0.07  # decimetres
@@ -84,6 +84,7 @@ def albedo(fragments: Fragments, person: Person, clip: ClipDescription) -> np.nd
     colour[(material == Material.SKIN) & (fragments.rest[:, 1] < neckline)] = clip.clothes_colour
     eyes = material == Material.EYE
     colour[eyes] = _eyes(fragments.rest[eyes], person)
+    colour[material == Material.GLASSES] = person.glasses_colour
     colour[material == Material.TEETH] = TEETH
     colour[material == Material.TONGUE] = TONGUE
     colour[material == Material.LASHES] = np.minimum(person.hair.colour * 0.3, 0.14)
@@ -149,8 +150,8 @@ def shade(fragments: Fragments, colour: np.ndarray, lamp: Lamp, lit: np.ndarray,
     glint = np.clip(normal @ (half / np.linalg.norm(half)), 0, 1)
     skin_glint = gloss * (0.2 * glint**14 + 0.12 * glint**50) * (1 + 1.5 * fragments.lips)
     shine = np.select(
-        [skin, eye, hair, material == Material.TEETH],
-        [skin_glint, 1.2 * glint**180, 0.1 * glint**9 * fragments.layer, 0.25 * glint**50],
+        [skin, eye, hair, (material == Material.TEETH) | (material == Material.GLASSES)],
+        [skin_glint, 1.2 * glint**180, 0.07 * glint**9 * fragments.layer, 0.25 * glint**50],
         0.0,
     )
     rim = 0.05 * (1 - np.clip(normal[:, 2], 0, 1)) ** 3 * (skin | hair)

@@ -7,17 +7,17 @@ from functools import cache
 
 import numpy as np
 
-from .geometry import HeadGeometry, load_head
+from .geometry import UNIT, HeadGeometry, Material, load_head
 from .streams import stream
 from .traits import PersonTraits
 
 SPREAD = {
     "head": 0.26,
-    "nose": 0.42,
+    "nose": 0.35,
     "mouth": 0.32,
     "eyes": 0.34,
     "cheek": 0.4,
-    "chin": 0.38,
+    "chin": 0.34,
     "ears": 0.35,
     "forehead": 0.35,
     "eyebrows": 0.25,
@@ -29,9 +29,14 @@ CALMER = {
     "eyes/eye-trans": 0.5,
     "eyes/eye-push1": 0.4,
     "eyes/eye-push2": 0.4,
-    "eyes/eye-height2": 0.6,
-    "mouth/mouth-trans": 0.5,
+    "eyes/eye-height1": 0.6,
+    "eyes/eye-height2": 0.5,
+    "eyes/eye-height3": 0.6,
+    "nose/nose-curve": 0.6,
+    "nose/nose-hump": 0.7,
+    "nose/nose-septumangle": 0.6,
     "nose/nose-trans": 0.5,
+    "mouth/mouth-trans": 0.5,
     "head/head-age": 0.3,
     "head/head-angle": 0.4,
     "head/head-scale-depth": 0.6,
@@ -64,18 +69,36 @@ YOUNG_AGE, OLD_AGE = 25, 90  # years that the targets' "young" and "old" stand f
 OLDEST_SHAPE = 0.7
 WEIGHT_RANGE, MUSCLE_RANGE = (0.15, 0.8), (0.2, 0.8)
 EXTREME = 0.85  # sliders end here
+TEETH_NARROWED, TEETH_BACK, UPPER_TEETH_DOWN = 0.76, 0.07, 0.05  # a factor, decimetres, decimetres
+MOVED_BY_JAW = 0.05
 
 Slider = dict[str, dict[int, str]]
 """Side ("", "l-", "r-") -> sign of the slider -> target."""
 
 
 def shaped_control(traits: PersonTraits) -> np.ndarray:
-    """(V, 3) float32: the control mesh of a person's face at rest."""
+    """(V, 3) float32: the control mesh of a person's face at rest, its eyes where those of the head are."""
     head = load_head()
     control = head.control.copy()
     for name, weight in shape_weights(traits, head):
         control += np.float32(weight) * head.targets[name]
-    return control
+    # Sex, age and ancestry change the height of the whole body.
+    eyes = head.vertex_materials[: len(control)] == Material.EYE
+    return fit_teeth(control, head) + (head.control[eyes].mean(0) - control[eyes].mean(0))
+
+
+def fit_teeth(control: np.ndarray, head: HeadGeometry) -> np.ndarray:
+    """The control mesh with teeth and tongue drawn in: with another jaw they would come through lips and chin."""
+    materials = head.vertex_materials[: len(control)]
+    teeth, tongue = materials == Material.TEETH, materials == Material.TONGUE
+    lower = teeth & (np.linalg.norm(head.targets[UNIT + "jawOpen"], axis=1) > MOVED_BY_JAW)
+    upper = teeth & ~lower
+    fitted = control.copy()
+    fitted[teeth | tongue, 0] *= TEETH_NARROWED
+    fitted[teeth | tongue, 2] -= TEETH_BACK
+    # The source's upper teeth hide behind the lip of a smile.
+    fitted[upper, 1] -= UPPER_TEETH_DOWN
+    return fitted
 
 
 def shape_weights(traits: PersonTraits, head: HeadGeometry) -> Iterator[tuple[str, float]]:

@@ -145,7 +145,7 @@ def _spots(skin: np.ndarray, generator: np.random.Generator, darkness: float) ->
         place = (np.clip(generator.standard_normal() * 0.33, -0.9, 0.9), 6.98 + generator.standard_normal() * 0.18)
         _dot(freckles, place, generator.uniform(0.004, 0.011), generator.uniform(0.15, 0.5))
     moles = canvas.blank()
-    for _ in range(int(generator.poisson(1.6))):
+    for _ in range(int(generator.poisson(1.0))):
         place = (generator.uniform(-0.6, 0.6), generator.uniform(6.4, 7.95))
         _dot(moles, place, generator.uniform(0.01, 0.02), generator.uniform(0.4, 0.9))
     skin = skin * (1 - freckles[..., None] * np.float32([0.3, 0.45, 0.5]))
