@@ -136,7 +136,7 @@ def shade(fragments: Fragments, colour: np.ndarray, lamp: Lamp, lit: np.ndarray,
     material, normal = fragments.material, fragments.normal
     skin, hair, eye = (material == kind for kind in (Material.SKIN, Material.HAIR, Material.EYE))
     mouth = (material == Material.TEETH) | (material == Material.TONGUE)
-    wrap = WRAP * skin
+    wrap = np.float32(WRAP) * skin
     facing = np.clip((normal @ lamp.direction + wrap) / (1 + wrap), 0, None)
     openness = np.where(hair | eye, np.maximum(fragments.openness, 0.75), fragments.openness)
     openness = np.where(mouth, 0.55, np.maximum(openness, 0.5 * (fragments.mouth_inside > 0.5)))
