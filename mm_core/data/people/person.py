@@ -111,8 +111,7 @@ def build_mesh(
     tallest[inside] = nearby[place]
     tallest[(head.ears > EARLESS) | (head.mouth_inside > MOUTHLESS)] = 0
 
-    bare = head.materials != Material.LASHES if traits.sex == "man" else np.ones(len(head.materials), bool)
-    triangles, materials = [head.triangles[bare]], [head.materials[bare]]
+    triangles, materials = [head.triangles], [head.materials]
     source, layers = [np.arange(len(head.rest), dtype=np.int32)], [np.zeros(len(head.rest), np.float32)]
     offset = len(head.rest)
     skin = head.triangles[head.materials == Material.SKIN]

@@ -19,6 +19,8 @@ NECKLINES = {"T-shirt": (5.7, 0.2), "turtleneck": (6.0, 0.12)}
 EYE_X, EYE_Y, EYE_RADIUS, EYE_FRONT = 0.308, 7.284, 0.142, 1.245
 EYE_WHITE, PUPIL = (0.80, 0.775, 0.755), (0.02, 0.018, 0.016)
 TEETH, TONGUE, GUMS = (0.86, 0.83, 0.77), (0.60, 0.30, 0.28), (0.42, 0.16, 0.15)
+TEETH_DARK_TO_WHITE = (1.15, 1.42)  # z on the head at rest
+LASHES_OF_WOMEN, LASHES_OF_MEN = 0.95, 0.5  # how much of the skin behind they hide
 KEY, AMBIENT, FILL = 1.3, 1.15, 0.5
 WRAP = 0.2  # of skin: how far light reaches beyond the terminator
 SCATTER = (0.012, 0.006, 0.0035)  # red, green, blue: blur of light below skin, of the picture's width
@@ -85,9 +87,11 @@ def albedo(fragments: Fragments, person: Person, clip: ClipDescription) -> np.nd
     eyes = material == Material.EYE
     colour[eyes] = _eyes(fragments.rest[eyes], person)
     colour[material == Material.GLASSES] = person.glasses_colour
-    colour[material == Material.TEETH] = TEETH
+    teeth, lashes = material == Material.TEETH, material == Material.LASHES
+    colour[teeth] = _teeth(fragments.rest[teeth])
     colour[material == Material.TONGUE] = TONGUE
-    colour[material == Material.LASHES] = np.minimum(person.hair.colour * 0.3, 0.14)
+    thickness = LASHES_OF_WOMEN if person.traits.sex == "woman" else LASHES_OF_MEN
+    colour[lashes] = (1 - thickness) * complexion.base + thickness * np.minimum(person.hair.colour * 0.3, 0.14)
     return np.clip(colour, 0, 1)
 
 
@@ -113,6 +117,12 @@ def _skin(fragments: Fragments, person: Person, painted: np.ndarray) -> np.ndarr
     colour = colour + 0.85 * fragments.lips[:, None] * (complexion.lips * detail - colour)
     gums = np.clip(fragments.mouth_inside * 2 - 1, 0, 1)[:, None] * 0.8
     return (colour + gums * (np.array(GUMS) - colour)).astype(np.float32)
+
+
+def _teeth(rest: np.ndarray) -> np.ndarray:
+    """(N, 3): white in front, dark at the back, which the lips shade."""
+    in_front = canvas.smoothstep(rest[:, 2], *TEETH_DARK_TO_WHITE)[:, None]
+    return np.array(GUMS) + in_front * (np.array(TEETH) - np.array(GUMS))
 
 
 def _eyes(rest: np.ndarray, person: Person) -> np.ndarray:

@@ -28,6 +28,7 @@ from .traits import HELD_OUT
 SETTINGS_FILE = "settings.json"
 PEOPLE_PER_SHARD = 16
 FORMAT = 1
+PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +92,13 @@ def render_dataset(
 ) -> None:
     """Write all shards that are missing; what is written does not depend on the number of processes.
 
+    One run at a time in a folder.
     on_shard(people, new): called for each finished shard, first for those that were there (new = 0).
     """
     folder.mkdir(parents=True, exist_ok=True)
     _check_settings(folder, settings)
+    for left_by_a_killed_run in folder.glob(f".*{PARTIAL}"):
+        left_by_a_killed_run.unlink()
     tasks = shard_tasks(folder, settings)
     missing = [task for task in tasks if not task.path.is_file()]
     report = on_shard or (lambda people, new: None)
@@ -136,7 +140,7 @@ def write_shard(task: ShardTask) -> int:
 
 def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
     """Write under a temporary name, then rename: the file is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with partial.open("wb") as file:
             write(file)

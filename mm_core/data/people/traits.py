@@ -24,7 +24,7 @@ BEARDS = {"none": 0.5, "stubble": 0.16, "beard": 0.18, "goatee": 0.08, "moustach
 EYE_COLOURS = {"brown": 0.35, "hazel": 0.15, "green": 0.15, "blue": 0.25, "grey": 0.1}
 DARK_EYE_COLOURS = {"dark brown": 0.6, "brown": 0.4}
 GLASSES_RATE = 0.14
-FRINGE_RATE = 0.3
+FRINGE_RATE = {"man": 0.1, "woman": 0.35}
 MEN_RATE = 0.5
 CONCENTRATION_OF_ANCESTRY = 0.4  # of a symmetric Dirichlet: below 1, mostly one of the three
 SKIN_OF_ANCESTRY = (0.12, 0.28, 0.8)
@@ -69,6 +69,7 @@ def sample_traits(seed: int) -> PersonTraits:
     """The person of a seed (0 or larger)."""
     generator = stream("traits", seed)
     man = bool(generator.random() < MEN_RATE)
+    sex = "man" if man else "woman"
     age = int(np.clip(20 + generator.gamma(2.0, 11.0), YOUNGEST, OLDEST))
     ancestry = generator.dirichlet([CONCENTRATION_OF_ANCESTRY] * 3)
     skin = float(np.clip(ancestry @ SKIN_OF_ANCESTRY + 0.09 * generator.standard_normal(), 0, 1))
@@ -79,13 +80,13 @@ def sample_traits(seed: int) -> PersonTraits:
         colour = pick(generator, GREY_HAIR_COLOURS)
     return PersonTraits(
         seed=seed,
-        sex="man" if man else "woman",
+        sex=sex,
         age=age,
         ancestry=tuple(float(share) for share in ancestry),
         skin=skin,
         hair=hair,
         hair_colour=colour,
-        fringe=bool(generator.random() < FRINGE_RATE) and hair in ("short", "medium", "long"),
+        fringe=bool(generator.random() < FRINGE_RATE[sex]) and hair in ("short", "medium", "long"),
         beard=pick(generator, BEARDS) if man else "none",
         eyes=pick(generator, EYE_COLOURS if european else DARK_EYE_COLOURS),
         glasses=bool(generator.random() < GLASSES_RATE),
