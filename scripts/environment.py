@@ -34,7 +34,10 @@ OLDEST_PYTHON = (3, 11)
 PARTIAL = ".partial-"
 DAY = 24 * 3600
 
-TEST_REQUIREMENTS = ("pytest", "ruff", "playwright", "websocket-client", "scikit-image", "torchvision", "torchaudio")
+TEST_REQUIREMENTS = (
+    *("pytest", "ruff", "playwright", "websocket-client", "scikit-image", "torchvision", "torchaudio"),
+    *("numba", "scipy"),  # rendered people
+)
 # Kept out of ComfyUI's own list: hundreds of megabytes of example workflows and help texts it starts without.
 NOT_NEEDED_BY_COMFYUI = ("comfyui-workflow-templates", "comfyui-embedded-docs")
 # onnxruntime-gpu and onnxruntime install the same files, and insightface brings the second: the tests run on the CPU.

@@ -19,6 +19,10 @@ def main(argv: list[str] | None = None) -> int:
     except MagicMirrorError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        needed = "python -m pip install numba scipy opencv-python"
+        print(f"error: {error}. Rendering people needs: {needed}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("cancelled; the same command continues", file=sys.stderr)
         return 130

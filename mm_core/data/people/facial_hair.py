@@ -13,7 +13,7 @@ from .traits import PersonTraits
 
 BROW_STROKES = 300
 BROW_SCALE = 2
-OPACITY = {"stubble": 0.42, "goatee": 0.8, "moustache": 0.85, "beard": 0.95}
+OPACITY = {"stubble": 0.42, "goatee": 0.8, "moustache": 0.85, "beard": 0.9}
 BEARD_HEIGHTS = (0.015, 0.05)  # decimetres
 _BEARD_ANGLES = (0, 0.25, 0.45, 0.7, 1.0, 1.3)
 _BEARD_TOPS = (6.55, 6.62, 6.7, 6.78, 6.9, 7.12)
@@ -90,7 +90,7 @@ def paint_beard(skin: np.ndarray, hair_colour: np.ndarray, traits: PersonTraits)
     full = traits.beard == "beard"
     opacity = region * OPACITY[traits.beard] * (0.7 + 0.6 * grain)
     opacity *= generator.uniform(0.8, 1)
-    skin = canvas.over(skin, hair_colour * 0.75, np.clip(opacity, 0, 1))
+    skin = canvas.over(skin, hair_colour * 0.9, np.clip(opacity, 0, 1))
     height = region * generator.uniform(*BEARD_HEIGHTS) * (0.5 + 0.5 * grain) * (region > 0.3)
     return skin, height.astype(np.float32) if full else canvas.blank()
 

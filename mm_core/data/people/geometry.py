@@ -19,6 +19,10 @@ UNIT = "unit/"
 """Prefix of the targets that are expressions (ARKit's names); "Left" in them is the person's left."""
 
 
+EYE_X, EYE_Y, EYE_RADIUS = 0.308, 7.284, 0.142
+"""Middle, left and right, and radius of the eyeballs at rest; every person's eyes are brought to this height."""
+
+
 class Material(IntEnum):
     """What a triangle of the head is made of."""
 

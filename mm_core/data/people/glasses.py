@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from .geometry import Material, load_head, triangulated
+from .geometry import EYE_X, EYE_Y, Material, load_head, triangulated
 from .streams import stream
 from .traits import PersonTraits
 
 FRAME_COLOURS = ((0.05, 0.05, 0.06), (0.05, 0.05, 0.06), (0.22, 0.12, 0.07), (0.45, 0.42, 0.4), (0.35, 0.08, 0.09))
-EYE_X, EYE_Y = 0.308, 7.284
+CURVE = 0.25  # how fast the rims recede to the sides, 1/decimetre
 RIM_POINTS, TUBE_SIDES = 28, 6
 EAR_X, EAR_Y, EAR_Z = 0.78, 7.34, 0.35
-IN_FRONT = 0.06  # decimetres between the brows and the rims
+IN_FRONT = 0.05  # decimetres between the rims and what they rest on
 
 Attachment = tuple[np.ndarray, np.ndarray]
 """(positions (N, 3) float32, triangles (M, 3) int32)."""
@@ -30,8 +30,9 @@ def make_glasses(traits: PersonTraits, rest: np.ndarray) -> tuple[Attachment, np
     thickness = generator.uniform(0.012, 0.024)
     head = load_head()
     skin = head.vertex_materials == Material.SKIN
-    brows = skin & (np.abs(rest[:, 0]) < 0.4) & (np.abs(rest[:, 1] - EYE_Y) < height)
-    front = float(np.quantile(rest[brows & (np.abs(rest[:, 0]) > 0.15), 2], 0.9)) + IN_FRONT
+    around_eyes = skin & (np.abs(rest[:, 1] - EYE_Y) < height) & (np.abs(rest[:, 0]) > EYE_X - width - 0.02)
+    around_eyes &= np.abs(rest[:, 0]) < EYE_X + width
+    front = float((rest[around_eyes, 2] + CURVE * rest[around_eyes, 0] ** 2).max()) + IN_FRONT
     temples = skin & (np.abs(rest[:, 1] - EAR_Y) < 0.1) & (np.abs(rest[:, 2] - 0.8) < 0.15)
     half_head = float(np.abs(rest[temples, 0]).max()) + 0.02
     angle = np.linspace(0, 2 * np.pi, RIM_POINTS, endpoint=False)
@@ -41,9 +42,9 @@ def make_glasses(traits: PersonTraits, rest: np.ndarray) -> tuple[Attachment, np
     for side in (-1, 1):
         x = side * (EYE_X + 0.01) + across
         # Rims follow the curve of the face.
-        rim = np.stack([x, EYE_Y - 0.03 + down, front - 0.25 * np.abs(x) ** 2], axis=1)
+        rim = np.stack([x, EYE_Y - 0.03 + down, front - CURVE * x**2], axis=1)
         outer = side * (EYE_X + 0.01 + width)
-        hinge = [outer, EYE_Y + 0.04, front - 0.25 * outer**2]
+        hinge = [outer, EYE_Y + 0.04, front - CURVE * outer**2]
         temple = [hinge, [side * half_head, EYE_Y + 0.05, 0.9], [side * max(half_head, EAR_X), EAR_Y, EAR_Z]]
         tubes += [tube(rim, thickness, closed=True), tube(np.array(temple), thickness, closed=False)]
     inner = EYE_X + 0.01 - width

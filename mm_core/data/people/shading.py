@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from . import canvas
-from .geometry import Material
+from .geometry import EYE_RADIUS, EYE_X, EYE_Y, Material
 from .person import Person
 from .raster import Cutout, rasterize
 from .scene import ClipDescription
@@ -16,7 +16,7 @@ from .scene import ClipDescription
 GAMMA = 2.2
 NECKLINES = {"T-shirt": (5.7, 0.2), "turtleneck": (6.0, 0.12)}
 """Height in the middle and its rise to the sides, decimetres on the body at rest."""
-EYE_X, EYE_Y, EYE_RADIUS, EYE_FRONT = 0.308, 7.284, 0.142, 1.245
+EYE_FRONT = 1.245  # z on the head at rest: what is behind it is white
 EYE_WHITE, PUPIL = (0.80, 0.775, 0.755), (0.02, 0.018, 0.016)
 TEETH, TONGUE, GUMS = (0.86, 0.83, 0.77), (0.60, 0.30, 0.28), (0.42, 0.16, 0.15)
 TEETH_DARK_TO_WHITE = (1.15, 1.42)  # z on the head at rest
@@ -80,7 +80,7 @@ def albedo(fragments: Fragments, person: Person, clip: ClipDescription) -> np.nd
     colour = _skin(fragments, person, _sample(complexion.skin, column, row))
     strands = _sample(person.hair.map, column, row)
     hair = material == Material.HAIR
-    colour[hair] = strands[hair] * (0.55 + 0.45 * fragments.layer[hair])[:, None]
+    colour[hair] = strands[hair] * (0.66 + 0.34 * fragments.layer[hair])[:, None]
     height, rise = NECKLINES[clip.garment]
     neckline = height + rise * np.minimum(1, (fragments.rest[:, 0] / 0.9) ** 2)
     colour[(material == Material.SKIN) & (fragments.rest[:, 1] < neckline)] = clip.clothes_colour

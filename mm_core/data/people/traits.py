@@ -12,7 +12,7 @@ HELD_OUT = 1_000_000
 """Seeds from here on are people for evaluation; training data never holds one."""
 
 YOUNGEST, OLDEST = 20, 78
-MIDDLE_AGED_FROM, OLD_FROM = 42, 60
+MIDDLE_AGED_FROM, OLD_FROM = 38, 60
 GREY_FROM = 45
 
 HAIR_OF_MEN = {"short": 0.38, "cropped": 0.2, "medium": 0.12, "curly": 0.15, "long": 0.05, "bald": 0.1}
