@@ -86,7 +86,6 @@ def build(source: Path) -> dict[str, np.ndarray]:
         name: np.where(skin, sample_mask(source / "mpfb2" / "textures" / f"mpfb_{file}.jpg", texture), 0)
         for name, file in (
             ("lips", "lips"),
-            ("eyelids", "eyelids"),
             ("mouth_inside", "inside-mouth"),
             ("ears", "ears"),
         )

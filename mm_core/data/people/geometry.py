@@ -47,7 +47,7 @@ class HeadGeometry:
     materials: (T,) int8, a Material each.
     rest: (P, 3) float32, drawn positions at rest: the coordinates that everything painted refers to.
     vertex_materials: (P,) int8; the first V are those of the control mesh.
-    lips, eyelids, mouth_inside, ears: (P,) float32, 0..1.
+    lips, mouth_inside, ears: (P,) float32, 0..1.
     openness: (P,) float32, 0..1, how much of the sky a vertex sees at rest (ambient occlusion).
     """
 
@@ -59,7 +59,6 @@ class HeadGeometry:
     rest: np.ndarray
     vertex_materials: np.ndarray
     lips: np.ndarray
-    eyelids: np.ndarray
     mouth_inside: np.ndarray
     ears: np.ndarray
     openness: np.ndarray
@@ -83,7 +82,7 @@ def load_head() -> HeadGeometry:
     quads, quad_materials = data["quads"].astype(np.int32), data["quad_materials"]
     vertex_materials = np.zeros(subdivision.shape[0], np.int8)
     vertex_materials[quads] = quad_materials[:, None]
-    masks = {name: data[name].astype(np.float32) for name in ("lips", "eyelids", "mouth_inside", "ears", "openness")}
+    masks = {name: data[name].astype(np.float32) for name in ("lips", "mouth_inside", "ears", "openness")}
     return HeadGeometry(
         control=control,
         targets=dict(zip(names, data["targets"].astype(np.float32))),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -70,11 +70,10 @@ class Person:
         skin = paint_brows(complexion.skin, hair.colour, traits)
         skin = canvas.over(skin, hair.colour * 0.8, hair.cover)
         skin, beard = paint_beard(skin, hair.colour, traits)
-        np.copyto(complexion.skin, skin)
         return cls(
             traits=traits,
             control=control,
-            complexion=complexion,
+            complexion=replace(complexion, skin=skin),
             hair=hair,
             glasses_colour=glasses_colour,
             mesh=build_mesh(head, traits, np.maximum(hair.height, beard), attached),

@@ -13,7 +13,7 @@ NECK_BELOW_EYES, NECK_BEHIND_EYES = 1.1, 1.05  # decimetres: what the head turns
 NECK_FROM, NECK_TO = -0.55, 0.25  # about that point the neck's skin passes from the body's to the head's motion
 VIEW_WIDTH = 2.95  # decimetres across the picture at zoom 1
 FOLLOW = 0.55  # how far the camera follows the eyes
-EYES_ABOVE_MIDDLE = -0.08  # decimetres: where the eyes are in the picture
+CAMERA_RAISED = 0.08  # decimetres: room for the hair
 PERSPECTIVE = 0.06  # a decimetre nearer is that much larger
 EYES_HOLD = 0.3  # of the head's turn that the eyes undo, looking at the camera
 
@@ -61,7 +61,7 @@ def view(points: np.ndarray, eyes: np.ndarray, pose: Pose, zoom: float, size: in
     pivot = np.array([0, eyes[1] - NECK_BELOW_EYES, eyes[2] - NECK_BEHIND_EYES], np.float32)
     matrix = rotation(pose)
     middle = (matrix @ (eyes - pivot) * FOLLOW + pivot).astype(np.float32)
-    middle[1] -= EYES_ABOVE_MIDDLE
+    middle[1] += CAMERA_RAISED
     centred, screen = np.empty_like(points), np.empty_like(points)
     _view(points, matrix, pivot, middle, np.float32(size / VIEW_WIDTH * zoom), np.float32(size / 2), centred, screen)
     return View(centred=centred, screen=screen)

@@ -68,12 +68,12 @@ def _at(path: Path, part: float) -> float:
 
 
 def _attributes(person: Person, centred: np.ndarray) -> np.ndarray:
-    """(N + C, 15) float32, in the order that _fragments takes them apart."""
+    """(N + C, 14) float32, in the order that _fragments takes them apart."""
     head, mesh = load_head(), person.mesh
     attached = len(mesh.attached)
     tallest = max(float(mesh.layers.max()), 1e-3)
-    of_head = np.stack([head.lips, head.mouth_inside, head.ears, head.eyelids, head.openness], axis=1)[mesh.source]
-    of_attached = np.tile(np.float32([0, 0, 0, 0, 1]), (attached, 1))
+    of_head = np.stack([head.lips, head.mouth_inside, head.ears, head.openness], axis=1)[mesh.source]
+    of_attached = np.tile(np.float32([0, 0, 0, 1]), (attached, 1))
     layer = np.concatenate([mesh.layers / tallest, np.ones(attached, np.float32)])[:, None]
     normals = vertex_normals(centred, mesh.triangles)
     columns = [mesh.rest, centred, normals, np.concatenate([of_head, of_attached]), layer]
@@ -85,7 +85,7 @@ def _fragments(values: np.ndarray, material: np.ndarray, pixels: np.ndarray, siz
     # Lashes, hanging hair and tubes are seen from both sides.
     thin = (material == Material.LASHES) | (material >= Material.HAIR)
     normal[thin & (normal[:, 2] < 0)] *= -1
-    lips, mouth_inside, ears, eyelids, openness, layer = values[:, 9:15].T
+    lips, mouth_inside, ears, openness, layer = values[:, 9:14].T
     return Fragments(
         size=size,
         pixels=pixels,
@@ -96,7 +96,6 @@ def _fragments(values: np.ndarray, material: np.ndarray, pixels: np.ndarray, siz
         lips=lips,
         mouth_inside=mouth_inside,
         ears=ears,
-        eyelids=eyelids,
         openness=openness,
         layer=layer,
     )

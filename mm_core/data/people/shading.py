@@ -34,7 +34,7 @@ class Fragments:
 
     pixels: (N,) int, flat indices in a (size, size) picture. material: (N,) int8.
     rest: (N, 3), the place on the head at rest. position, normal: (N, 3) in the view.
-    lips, mouth_inside, ears, eyelids, openness: (N,) 0..1. layer: (N,) 0..1, height in the hair.
+    lips, mouth_inside, ears, openness: (N,) 0..1. layer: (N,) 0..1, height in the hair.
     """
 
     size: int
@@ -46,7 +46,6 @@ class Fragments:
     lips: np.ndarray
     mouth_inside: np.ndarray
     ears: np.ndarray
-    eyelids: np.ndarray
     openness: np.ndarray
     layer: np.ndarray
 

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,14 @@ def render_dataset(
             report(write_shard(task), 1)
         return
     # Spawned, not forked: OpenCV's and numba's threads do not survive a fork.
-    with multiprocessing.get_context("spawn").Pool(min(processes, len(missing)), _start_worker) as pool:
-        for people in pool.imap_unordered(write_shard, missing):
-            report(people, 1)
+    pool = ProcessPoolExecutor(
+        min(processes, len(missing)), mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+    )
+    try:
+        for done in as_completed([pool.submit(write_shard, task) for task in missing]):
+            report(done.result(), 1)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def shard_tasks(folder: Path, settings: RenderSettings) -> list[ShardTask]:
