@@ -21,7 +21,7 @@ HAIR_COLOURS = {
     "blond": (0.68, 0.54, 0.35),
     "red": (0.45, 0.20, 0.10),
     "grey": (0.52, 0.51, 0.50),
-    "white": (0.80, 0.79, 0.77),
+    "white": (0.70, 0.69, 0.67),
 }
 VOLUMES = {"short": 0.17, "cropped": 0.045, "medium": 0.18, "long": 0.15, "curly": 0.42, "bald": 0.0}
 """Decimetres above the scalp at the top of the head."""
