@@ -203,9 +203,7 @@ def catmull_clark(quads: np.ndarray, vertices: int) -> tuple[sparse.csr_matrix, 
     matrix.eliminate_zeros()
     matrix.sort_indices()
     edge_vertex, face_vertex = vertices + edge_of_side, vertices + len(edges) + np.arange(faces)
-    corners = [
-        np.stack([quads[:, k], edge_vertex[:, k], face_vertex, edge_vertex[:, k - 1]], axis=1) for k in range(4)
-    ]
+    corners = [np.stack([quads[:, k], edge_vertex[:, k], face_vertex, edge_vertex[:, k - 1]], axis=1) for k in range(4)]
     return matrix, np.stack(corners, axis=1).reshape(-1, 4)
 
 

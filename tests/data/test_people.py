@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def still(seed: int, **changes: object) -> ClipDescription:
     return dataclasses.replace(sample_clip(seed, 0), **neutral | changes)
 
 
-def clips_where(condition: object, count: int) -> Iterator[ClipDescription]:
+def clips_where(condition: Callable[[ClipDescription], bool], count: int) -> Iterator[ClipDescription]:
     """The first sampled clips that fulfil a condition, each of another person."""
     clips = (sample_clip(seed, 0) for seed in itertools.count())
     return itertools.islice((clip for clip in clips if condition(clip)), count)
@@ -197,9 +197,7 @@ def test_captions_name_what_is_there() -> None:
         assert bool(nod(clip)) == any(words_of_nod in words for words_of_nod in nods)
         first, last = clip.expressions
         assert ("frown" in words) == ("frown" in (first, last))
-        assert any(word in words for word in ("closes the eyes", "shuts the eyes")) == (
-            last == "closed eyes" != first
-        )
+        assert any(word in words for word in ("closes the eyes", "shuts the eyes")) == (last == "closed eyes" != first)
     assert len({caption(sample_clip(seed, 0)) for seed in range(300)}) > 290
 
 

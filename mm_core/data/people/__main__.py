@@ -67,7 +67,7 @@ def sheet(args: argparse.Namespace) -> None:
 
 
 def _people(text: str) -> range:
-    """"0:3000" -> range(0, 3000)."""
+    """Seeds from first:stop, such as 0:3000."""
     try:
         first, stop = (int(part) for part in text.split(":"))
     except ValueError:

@@ -75,17 +75,17 @@ def caption(clip: ClipDescription) -> str:
 
 
 def turn(clip: ClipDescription) -> str:
-    """"left", "right" or "": where the face moves, in the picture."""
+    """Where the face moves in the picture: "left", "right" or "" for nowhere."""
     return _direction(clip.yaw, TURNED, "right", "left")
 
 
 def nod(clip: ClipDescription) -> str:
-    """"up", "down" or ""."""
+    """Where the face moves: "up", "down" or "" for nowhere."""
     return _direction(clip.pitch, NODDED, "up", "down")
 
 
 def tilt(clip: ClipDescription) -> str:
-    """"left", "right" or "": the side the top of the head moves to, in the picture."""
+    """Where the top of the head moves in the picture: "left", "right" or "" for nowhere."""
     return _direction(clip.roll, TILTED, "right", "left")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .geometry import EYE_X, EYE_Y, Material, load_head, triangulated
+from .attachment import Attachment, joined, sheet
+from .geometry import EYE_X, EYE_Y, Material, load_head
 from .streams import stream
 from .traits import PersonTraits
 
@@ -13,9 +14,6 @@ CURVE = 0.25  # how fast the rims recede to the sides, 1/decimetre
 RIM_POINTS, TUBE_SIDES = 28, 6
 EAR_X, EAR_Y, EAR_Z = 0.78, 7.34, 0.35
 IN_FRONT = 0.05  # decimetres between the rims and what they rest on
-
-Attachment = tuple[np.ndarray, np.ndarray]
-"""(positions (N, 3) float32, triangles (M, 3) int32)."""
 
 
 def make_glasses(traits: PersonTraits, rest: np.ndarray) -> tuple[Attachment, np.ndarray]:
@@ -65,16 +63,4 @@ def tube(path: np.ndarray, radius: float, closed: bool) -> Attachment:
     upward = np.cross(sideways, ahead)
     turn = np.linspace(0, 2 * np.pi, TUBE_SIDES, endpoint=False)[None, :, None]
     positions = path[:, None] + radius * (np.cos(turn) * sideways[:, None] + np.sin(turn) * upward[:, None])
-    count = len(path)
-    index = np.arange(count * TUBE_SIDES).reshape(count, TUBE_SIDES)
-    rows = np.arange(count if closed else count - 1)
-    here, after = index[rows], index[(rows + 1) % count]
-    quads = np.stack([here, np.roll(here, -1, 1), np.roll(after, -1, 1), after], axis=-1).reshape(-1, 4)
-    return positions.reshape(-1, 3).astype(np.float32), triangulated(quads)
-
-
-def joined(parts: list[Attachment]) -> Attachment:
-    """Several meshes as one."""
-    offsets = np.cumsum([0, *(len(positions) for positions, _ in parts[:-1])])
-    triangles = [triangles + offset for (_, triangles), offset in zip(parts, offsets)]
-    return np.concatenate([positions for positions, _ in parts]), np.concatenate(triangles).astype(np.int32)
+    return sheet(positions, tube=True, ring=closed)

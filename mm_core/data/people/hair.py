@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
 from . import canvas
-from .geometry import Material, load_head, triangulated
+from .curtain import Attachment, hang_curtain
 from .streams import stream
 from .traits import PersonTraits
 
@@ -27,14 +26,13 @@ VOLUMES = {"short": 0.17, "cropped": 0.045, "medium": 0.18, "long": 0.15, "curly
 """Decimetres above the scalp at the top of the head."""
 LAYERS = (0.04, 0.14, 0.28, 0.44, 0.6, 0.76, 0.9)
 """Of the greatest height."""
-CURTAIN_ENDS = {"medium": (6.15, 6.6), "long": (5.2, 5.75)}
-"""Heights, decimetres, that the hanging hair ends at."""
+HANGING = {"medium": (6.15, 6.6), "long": (5.2, 5.75)}
+"""Styles whose hair hangs, and the range of heights, decimetres, that it ends at."""
 
 _HAIRLINE_ANGLES = (0, 0.35, 0.6, 0.85, 1.1, 1.3, 1.5, 1.9, 2.4, 3.2)
 _SIDEBURN_Y = 7.05
 FOREHEAD_Y, FOREHEAD_SPREAD = 7.98, 0.08
 FRINGE_Y = 7.66
-CURTAIN_COLUMNS, CURTAIN_ROWS, CURTAIN_TOP = 72, 28, 8.05
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,14 +41,14 @@ class HeadHair:
 
     height: (ROWS, COLUMNS) float32, decimetres above the scalp, 0 where there is none.
     cover: (ROWS, COLUMNS) float32, 0..1, how much of the scalp's colour the roots hide.
-    curtain: the hanging hair's (positions (N, 3), triangles (M, 3)), or None.
+    curtain: the hanging hair, or None.
     """
 
     colour: np.ndarray
     map: np.ndarray
     height: np.ndarray
     cover: np.ndarray
-    curtain: tuple[np.ndarray, np.ndarray] | None
+    curtain: Attachment | None
 
 
 def grow_hair(traits: PersonTraits, rest: np.ndarray) -> HeadHair:
@@ -65,7 +63,9 @@ def grow_hair(traits: PersonTraits, rest: np.ndarray) -> HeadHair:
         cover = canvas.smoothstep(edge, -0.02, 0.08) * 0.92
         height = _height(generator, traits, edge, strands)
     shade = 0.72 + 0.56 * strands
-    curtain = _curtain(generator, traits, rest) if traits.hair in CURTAIN_ENDS else None
+    curtain = None
+    if traits.hair in HANGING:
+        curtain = hang_curtain(generator, rest, HANGING[traits.hair], VOLUMES[traits.hair])
     return HeadHair(
         colour=colour,
         map=np.clip(shade[..., None] * colour, 0, 1).astype(np.float32),
@@ -112,56 +112,3 @@ def _height(generator: np.random.Generator, traits: PersonTraits, edge: np.ndarr
     rise = np.clip(edge / 0.22, 0.2, 1) if not traits.fringe else np.clip(edge / 0.1, 0.3, 1)
     relief = 0.62 + 0.2 * strands + 0.18 * lumps if traits.hair != "curly" else 0.45 + 0.3 * strands + 0.25 * lumps
     return np.where(edge > 0, volume * by_height * rise * relief, 0)
-
-
-def _curtain(
-    generator: np.random.Generator, traits: PersonTraits, rest: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """A sheet round the sides and the back of the head that follows the head down to its widest, then hangs."""
-    end = generator.uniform(*CURTAIN_ENDS[traits.hair])
-    front = generator.uniform(0.66, 1.0)  # radians from the nose that the face is left open
-    flare = generator.uniform(-0.12, 0.18)
-    volume = VOLUMES[traits.hair] * generator.uniform(0.65, 0.95)
-    waves, phase = generator.uniform(0, 0.035), generator.uniform(0, 2 * math.pi)
-    down = np.linspace(0, 1, CURTAIN_ROWS)
-    height = CURTAIN_TOP + (end - CURTAIN_TOP) * down
-    open_angle = front + np.interp(height, (5.2, 6.4, 7.2, 7.8, 8.1), (-0.04, 0.03, 0.06, -0.05, -0.1))
-    across = np.linspace(0, 1, CURTAIN_COLUMNS)
-    angle = open_angle[:, None] + across * (2 * math.pi - 2 * open_angle[:, None])  # (rows, columns)
-    above = volume * np.interp(height, (7.3, 8.05), (1, 0.15))[:, None]
-    radius = np.maximum.accumulate(_head_radius(rest, angle, height) + above, axis=0)
-    # Hair in front lies closer, or it would stand off the cheeks and show the ears behind it.
-    radius = radius * (1 - 0.1 * np.exp(-((across * (1 - across) / 0.08) ** 2)))
-    hang = np.clip((7.0 - height) / 1.2, 0, 1.4)[:, None]
-    radius = radius * (1 + flare * hang**1.5 * np.abs(np.cos(angle / 2)))
-    radius = radius + waves * np.sin(14 * down[:, None] + phase + 3 * angle)
-    # Locks are of different lengths.
-    lengths = 0.1 * np.interp(across, np.linspace(0, 1, 19), generator.standard_normal(19)) * down[:, None] ** 3
-    positions = np.stack(
-        [
-            radius * np.sin(angle),
-            np.broadcast_to(height[:, None], angle.shape) + lengths,
-            canvas.AXIS_Z + radius * np.cos(angle),
-        ],
-        axis=-1,
-    )
-    index = np.arange(CURTAIN_ROWS * CURTAIN_COLUMNS).reshape(CURTAIN_ROWS, CURTAIN_COLUMNS)
-    quads = np.stack([index[:-1, :-1], index[1:, :-1], index[1:, 1:], index[:-1, 1:]], axis=-1).reshape(-1, 4)
-    return positions.reshape(-1, 3).astype(np.float32), triangulated(quads)
-
-
-def _head_radius(rest: np.ndarray, angle: np.ndarray, height: np.ndarray) -> np.ndarray:
-    """(rows, columns): the head's distance from the canvas' axis, ears included, at angles and heights."""
-    head = load_head()
-    skull = rest[(head.vertex_materials == Material.SKIN) & (rest[:, 1] > 6.9)]
-    distance = np.hypot(skull[:, 0], skull[:, 2] - canvas.AXIS_Z)
-    around, up = np.arctan2(np.abs(skull[:, 0]), skull[:, 2] - canvas.AXIS_Z), skull[:, 1]
-    angle_bins, height_bins = np.linspace(0, math.pi, 25), np.linspace(6.9, 8.6, 18)
-    table = np.zeros((len(height_bins), len(angle_bins)), np.float32)
-    rows = np.clip(np.round((up - 6.9) / 0.1).astype(int), 0, len(height_bins) - 1)
-    columns = np.clip(np.round(around / (math.pi / 24)).astype(int), 0, len(angle_bins) - 1)
-    np.maximum.at(table, (rows, columns), distance.astype(np.float32))
-    table = cv2.GaussianBlur(cv2.dilate(table, np.ones((3, 3), np.uint8)), (0, 0), 1.0)
-    folded = np.where(angle > math.pi, 2 * math.pi - angle, angle) / (math.pi / 24)
-    rows_wanted = np.broadcast_to(np.clip((height[:, None] - 6.9) / 0.1, 0, 17), angle.shape)
-    return cv2.remap(table, folded.astype(np.float32), rows_wanted.astype(np.float32), cv2.INTER_LINEAR)

@@ -8,9 +8,10 @@ import cv2
 import numpy as np
 
 from . import canvas
+from .attachment import Attachment, joined
 from .facial_hair import paint_beard, paint_brows
 from .geometry import UNIT, HeadGeometry, Material, load_head
-from .glasses import Attachment, joined, make_glasses
+from .glasses import make_glasses
 from .hair import LAYERS, VOLUMES, HeadHair, grow_hair
 from .raster import Cutout, vertex_normals
 from .shape import shaped_control
@@ -22,7 +23,6 @@ DROOP = {"medium": 0.35, "long": 0.35}
 """How much the hair above the scalp leans down, of its height."""
 FLAT_BEARDS = ("none", "stubble", "goatee", "moustache")
 EARLESS, MOUTHLESS = 0.3, 0.5
-EMPTY = (np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int32))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -122,7 +122,7 @@ def build_mesh(
         layers.append(np.full(len(vertices), layer, np.float32))
         offset += len(vertices)
     worn = {material: part for material, part in attached.items() if part is not None}
-    extra, extra_triangles = joined(list(worn.values())) if worn else EMPTY
+    extra, extra_triangles = joined(list(worn.values()))
     triangles.append(extra_triangles + offset)
     materials += [np.full(len(part[1]), material, np.int8) for material, part in worn.items()]
 

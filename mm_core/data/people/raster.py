@@ -56,9 +56,7 @@ def rasterize(points: np.ndarray, triangles: np.ndarray, width: int, height: int
     triangle = np.full((height, width), NOTHING, np.int32)
     barycentric = np.zeros((height, width, 2), np.float32)
     depth = np.full((height, width), FAR, np.float32)
-    _rasterize(
-        points, triangles, cutout.coordinates, cutout.heights, cutout.thresholds, triangle, barycentric, depth
-    )
+    _rasterize(points, triangles, cutout.coordinates, cutout.heights, cutout.thresholds, triangle, barycentric, depth)
     return Coverage(triangle, barycentric, depth)
 
 

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ...errors import SettingError
+from ...errors import MagicMirrorError, SettingError
 from .captions import caption
 from .person import Person
 from .render import render_clip
@@ -115,6 +116,11 @@ def render_dataset(
     try:
         for done in as_completed([pool.submit(write_shard, task) for task in missing]):
             report(done.result(), 1)
+    except BrokenProcessPool as error:
+        raise MagicMirrorError(
+            f"a worker process was killed, perhaps for lack of memory; run the same again with fewer than {processes} "
+            "processes, it continues"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -124,9 +130,7 @@ def shard_tasks(folder: Path, settings: RenderSettings) -> list[ShardTask]:
     second = (settings.first // PEOPLE_PER_SHARD + 1) * PEOPLE_PER_SHARD
     starts = [settings.first, *range(second, settings.stop, PEOPLE_PER_SHARD)]
     stops = [*starts[1:], settings.stop]
-    return [
-        ShardTask(folder=folder, first=first, stop=stop, settings=settings) for first, stop in zip(starts, stops)
-    ]
+    return [ShardTask(folder=folder, first=first, stop=stop, settings=settings) for first, stop in zip(starts, stops)]
 
 
 def write_shard(task: ShardTask) -> int:

@@ -59,7 +59,7 @@ class PersonTraits:
 
     @property
     def age_word(self) -> str:
-        """"young", "middle-aged" or "old"."""
+        """One of "young", "middle-aged" and "old"."""
         if self.age < MIDDLE_AGED_FROM:
             return "young"
         return "middle-aged" if self.age < OLD_FROM else "old"
