@@ -40,8 +40,8 @@ def paint_brows(skin: np.ndarray, hair_colour: np.ndarray, traits: PersonTraits)
     generator = stream("brows", traits.seed)
     man = traits.sex == "man"
     shape = BrowShape(
-        density=generator.uniform(0.55, 1.2) * (1.1 if man else 0.95),
-        thickness=generator.uniform(0.035, 0.068) * (1.15 if man else 0.85),
+        density=generator.uniform(0.45, 1.25) * (1.1 if man else 0.95),
+        thickness=generator.uniform(0.03, 0.075) * (1.15 if man else 0.85),
         y=7.5 + generator.uniform(-0.02, 0.05),
         inner=generator.uniform(0.11, 0.18),
         outer=generator.uniform(0.5, 0.6),

@@ -13,11 +13,11 @@ from .traits import PersonTraits
 
 SPREAD = {
     "head": 0.22,
-    "nose": 0.33,
-    "mouth": 0.27,
-    "eyes": 0.32,
-    "cheek": 0.33,
-    "chin": 0.29,
+    "nose": 0.38,
+    "mouth": 0.3,
+    "eyes": 0.38,
+    "cheek": 0.35,
+    "chin": 0.32,
     "ears": 0.35,
     "forehead": 0.3,
     "eyebrows": 0.22,
@@ -68,7 +68,7 @@ MASCULINITY = {"man": (0.75, 1.0), "woman": (0.0, 0.18)}
 YOUNG_AGE, OLD_AGE = 25, 90  # years that the targets' "young" and "old" stand for
 OLDEST_SHAPE = 0.7
 WEIGHT_RANGE, MUSCLE_RANGE = (0.15, 0.8), (0.2, 0.8)
-EXTREME = 0.75  # sliders end here
+EXTREME = 0.8  # sliders end here
 TEETH_NARROWED, TEETH_BACK, UPPER_TEETH_DOWN = 0.76, 0.07, 0.05  # a factor, decimetres, decimetres
 MOVED_BY_JAW = 0.05
 
