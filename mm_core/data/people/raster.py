@@ -92,20 +92,23 @@ def _rasterize(points, triangles, coordinates, heights, thresholds, triangle, ba
         ax, ay = points[a, 0], points[a, 1]
         bx, by = points[b, 0], points[b, 1]
         cx, cy = points[c, 0], points[c, 1]
-        area = (bx - ax) * (cy - ay) - (cx - ax) * (by - ay)
-        if abs(area) < _SMALLEST_AREA:
-            continue
         left = max(0, math.ceil(min(ax, bx, cx) - 0.5))
         right = min(columns - 1, math.floor(max(ax, bx, cx) - 0.5))
         top = max(0, math.ceil(min(ay, by, cy) - 0.5))
         bottom = min(rows - 1, math.floor(max(ay, by, cy) - 0.5))
+        if right < left or bottom < top:
+            continue  # most triangles: they lie between the centres of pixels
+        area = (bx - ax) * (cy - ay) - (cx - ax) * (by - ay)
+        if abs(area) < _SMALLEST_AREA:
+            continue
+        inverse = 1 / area
         threshold = thresholds[a]
         for row in range(top, bottom + 1):
             y = row + 0.5
             for column in range(left, right + 1):
                 x = column + 0.5
-                second = ((x - ax) * (cy - ay) - (cx - ax) * (y - ay)) / area
-                third = ((bx - ax) * (y - ay) - (x - ax) * (by - ay)) / area
+                second = ((x - ax) * (cy - ay) - (cx - ax) * (y - ay)) * inverse
+                third = ((bx - ax) * (y - ay) - (x - ax) * (by - ay)) * inverse
                 if second < 0 or third < 0 or second + third > 1:
                     continue
                 first = 1 - second - third
