@@ -37,7 +37,7 @@ FACE_MODELS = "insightface"
 
 _PREVIEW_SIZE = 512
 
-_last_used: Callable[[], MagicMirror | None] = lambda: None  # noqa: E731
+_last_used: weakref.ref[MagicMirror] | None = None
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def retire_others(mirror: MagicMirror) -> None:
     ComfyUI may keep the outputs of earlier workflows, so a replaced model is not gone just because nothing uses it.
     """
     global _last_used
-    previous = _last_used()
+    previous = None if _last_used is None else _last_used()
     if previous is not None and previous is not mirror:
         for weights in ("pipeline", "adapter", "id_encoder"):
             vars(previous).pop(weights, None)  # cached properties: they load again when they are asked for

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from mm_core.faces.analysis import FaceAnalyzer
 from mm_core.faces.references import analyse_references, read_image
+from mm_core.pipelines import tiny
 from mm_core.pipelines.base import TinyBase
 from mm_core.pipelines.conditioning import AdapterSettings
 from mm_core.pipelines.magic_mirror import ClipSettings, MagicMirror
@@ -108,6 +109,18 @@ def test_the_same_as_the_core(
     expected = mirror.sample(clip, identity, settings) / mirror.pipeline.vae.config.scaling_factor
     assert found.shape == expected.shape == (1, 16, 5, 6, 10)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_diffusers_folder(server: ComfyServer, graph: Any, run: Run) -> None:
+    """The tiny model as a folder below models/CogVideo is offered, and makes the same clip."""
+    folder = server.base / "models" / "CogVideo" / "somebody" / "small"
+    tiny.build_base(torch.float32).save_pretrained(folder)
+    choices = server.object_info(LOADER)["input"]["required"]["base_model"][1]["options"]
+    assert "somebody/small" in choices
+    graph.bypass_apply()
+    built_in = run(server, graph.copy())
+    graph.inputs(LOADER).update(base_model="somebody/small", adapter="none")
+    assert np.array_equal(run(server, graph), built_in)
 
 
 def test_several_photos_are_one_person(server: ComfyServer, graph: Any, portrait: Callable[[str], Path]) -> None:
