@@ -111,7 +111,9 @@ def _base(args: argparse.Namespace) -> object:
         raise MagicMirrorError(
             f"There is no base model {args.base}: give tiny, a folder, a file, or one of {sorted(repos)}."
         )
-    return FolderBase(path)
+    base = FolderBase(path)
+    base.check_complete()
+    return base
 
 
 def _id_encoder(args: argparse.Namespace) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,10 +88,9 @@ def open_base(name: str, *, text_encoder: str, vae: str, allow_download: bool) -
         return TinyBase()
     folder = _published(name, allow_download) if name in HUB else _find_folder(name)
     if folder is not None:
-        missing = missing_files(folder)
-        if missing:
-            raise CheckpointError(f"{folder} is incomplete, it lacks {', '.join(missing)}. Download it again.")
-        return FolderBase(folder)
+        base = FolderBase(folder)
+        base.check_complete()
+        return base
     transformer = runtime.model_file("diffusion_models", name)
     for part, value in (("text_encoder", text_encoder), ("vae", vae)):
         if value == NONE:
@@ -164,29 +162,12 @@ def files_behind(choices: Mapping[str, object]) -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
-def missing_files(folder: Path) -> list[str]:
-    """What a diffusers folder of a text-to-video model lacks: names relative to it. Sharded weights count by shard."""
-    wanted = ["model_index.json", "scheduler/scheduler_config.json"]
-    for part, stem in (
-        ("transformer", "diffusion_pytorch_model"),
-        ("vae", "diffusion_pytorch_model"),
-        ("text_encoder", "model"),
-    ):
-        index = folder / part / f"{stem}.safetensors.index.json"
-        shards = [f"{stem}.safetensors"]
-        if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        wanted += [f"{part}/{file}" for file in ("config.json", *shards)]
-    missing = [file for file in wanted if not (folder / file).is_file()]
-    if not any((folder / "tokenizer" / file).is_file() for file in ("spiece.model", "tokenizer.json")):
-        missing.append("tokenizer/spiece.model")
-    return missing
-
-
 def _published(repo: str, allow_download: bool) -> Path:
     """The folder of a model of the hub, fetched where that is allowed."""
+    with runtime.packages():
+        from ..mm_core.pipelines.base import FolderBase, download_folder
     folder = _hub_folder(repo)
-    missing = missing_files(folder)
+    missing = FolderBase(folder).missing_files()
     if not missing:
         return folder
     if not allow_download:
@@ -195,8 +176,6 @@ def _published(repo: str, allow_download: bool) -> Path:
             f"{repo} is not on this machine: {state}. Download all of {_HUB_ADDRESS}/{repo} (about 20 GB) into that "
             f"folder, or {_CONSENT}; what is there already is kept."
         )
-    with runtime.packages():
-        from ..mm_core.pipelines.base import download_folder
     return download_folder(repo, folder)
 
 

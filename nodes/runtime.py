@@ -105,8 +105,7 @@ def retire_others(mirror: MagicMirror) -> None:
     global _last_used
     previous = None if _last_used is None else _last_used()
     if previous is not None and previous is not mirror:
-        for weights in ("pipeline", "adapter", "id_encoder"):
-            vars(previous).pop(weights, None)  # cached properties: they load again when they are asked for
+        previous.unload()
         del previous
         release_memory()
     _last_used = weakref.ref(mirror)

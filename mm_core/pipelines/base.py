@@ -114,6 +114,27 @@ class FolderBase:
             ) from error
         return _freeze(pipe)
 
+    def missing_files(self) -> list[str]:
+        """What the folder lacks, relative to it. Sharded weights count by shard."""
+        wanted = ["model_index.json", "scheduler/scheduler_config.json"]
+        stems = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+        for part, stem in stems.items():
+            index = self.folder / part / f"{stem}.safetensors.index.json"
+            shards = [f"{stem}.safetensors"]
+            if index.is_file():
+                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            wanted += [f"{part}/{file}" for file in ("config.json", *shards)]
+        missing = [file for file in wanted if not (self.folder / file).is_file()]
+        if not any((self.folder / "tokenizer" / file).is_file() for file in ("spiece.model", "tokenizer.json")):
+            missing.append("tokenizer/spiece.model")
+        return missing
+
+    def check_complete(self) -> None:
+        """Raise CheckpointError, naming what is missing, before half a model is loaded."""
+        missing = self.missing_files()
+        if missing:
+            raise CheckpointError(f"{self.folder} is incomplete, it lacks {', '.join(missing)}. Download it again.")
+
     def _config(self, part: str) -> dict[str, Any]:
         path = self.folder / part / "config.json"
         if not path.is_file():

@@ -184,6 +184,11 @@ class MagicMirror:
             return tiny.build_adapter(self.dtype)
         return load_adapter(self._adapter_path, dtype=self.dtype)[0]
 
+    def unload(self) -> None:
+        """Let go of all weights; they load again when they are asked for."""
+        for part in ("pipeline", "adapter", "id_encoder"):
+            vars(self).pop(part, None)  # cached properties
+
     def identity(self, references: list[Reference]) -> Identity:
         """Encode photos of one person; see `faces.references.analyse_references`."""
         return encode_identity(references, self.id_encoder, self.device)

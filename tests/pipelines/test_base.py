@@ -118,6 +118,16 @@ def test_a_folder_of_another_model_is_refused(folder: Path, change: dict[str, ob
         _ = FolderBase(folder).transformer_config
 
 
+def test_an_incomplete_folder_names_what_it_lacks(folder: Path) -> None:
+    FolderBase(folder).check_complete()
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"lacks vae/diffusion_pytorch_model\.safetensors, tokenizer/spiece\.model"
+    ):
+        FolderBase(folder).check_complete()
+
+
 def test_cut_off_weights_are_told(folder: Path) -> None:
     path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:100_000])
