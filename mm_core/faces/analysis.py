@@ -66,7 +66,7 @@ class FaceAnalyzer:
 
     def __init__(self, root: Path, pack: str = "buffalo_l", device: str = "auto") -> None:
         if device not in ("auto", "cpu"):
-            raise SettingError(f"face analysis device {device!r} is unknown: choose 'auto' or 'cpu'")
+            raise SettingError(f"The face analysis device {device!r} is unknown: choose 'auto' or 'cpu'")
         self._app = _load_pack(_pack_folder(Path(root), pack), device)
         on_cuda = "CUDAExecutionProvider" in self._app.models["recognition"].session.get_providers()
         self.device = "cuda" if on_cuda else "cpu"
@@ -152,7 +152,7 @@ def _pack_folder(root: Path, pack: str) -> Path:
         if any(candidate.glob("*.onnx")):
             return candidate
     raise CheckpointError(
-        f"the face models are missing: {folder} must hold the .onnx files of insightface's pack {pack!r} "
+        f"The face models are missing: {folder} must hold the .onnx files of insightface's pack {pack!r} "
         "(detection and recognition). Download it from github.com/deepinsight/insightface (its models are licensed "
         "for non-commercial research only) and unzip it there"
     )
@@ -165,7 +165,7 @@ def _load_pack(folder: Path, device: str) -> Any:
         from insightface.app import FaceAnalysis
     except (ImportError, AttributeError) as error:  # an uninstall can leave an empty onnxruntime behind
         raise MagicMirrorError(
-            f"face analysis needs insightface and onnxruntime ({error}). Install them into ComfyUI's Python: "
+            f"Face analysis needs insightface and onnxruntime ({error}). Install them into ComfyUI's Python: "
             "python -m pip install insightface onnxruntime (onnxruntime-gpu for CUDA)"
         ) from error
     # onnxruntime offers CUDA whenever it was built with it, and goes on with the CPU if it then cannot be started.
@@ -177,12 +177,12 @@ def _load_pack(folder: Path, device: str) -> Any:
             app.prepare(ctx_id=0, det_size=DETECTION_SIZE)
     except Exception as error:  # onnxruntime's errors share no base class, a pack without detector fails an assert
         raise CheckpointError(
-            f"the face models in {folder} cannot be loaded: {str(error) or 'no detection model'}. "
+            f"The face models in {folder} cannot be loaded: {str(error) or 'no detection model'}. "
             "Download the pack again and unzip all of its .onnx files there"
         ) from error
     if "recognition" not in app.models:
         raise CheckpointError(
-            f"the face models in {folder} lack recognition, found only {', '.join(app.models)}. "
+            f"The face models in {folder} lack recognition, found only {', '.join(app.models)}. "
             "Use a complete pack such as buffalo_l or antelopev2"
         )
     return app

@@ -66,7 +66,7 @@ def read_image(path: str | Path) -> np.ndarray:
         with Image.open(path) as file:
             return np.array(_to_rgb(ImageOps.exif_transpose(file)))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises all of them
-        raise MagicMirrorError(f"cannot read the photo {path}: {error}. Use a JPEG, PNG or WebP file") from error
+        raise MagicMirrorError(f"Cannot read the photo {path}: {error}. Use a JPEG, PNG or WebP file") from error
 
 
 def analyse_references(

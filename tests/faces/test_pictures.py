@@ -96,5 +96,5 @@ def test_unreadable_files_are_named(tmp_path):
     for name in ("missing.jpg", "text.jpg", "cut.png"):
         with pytest.raises(MagicMirrorError, match=f"{name}.*Use a JPEG"):
             read_image(tmp_path / name)
-    with pytest.raises(MagicMirrorError, match="cannot read the photo"):
+    with pytest.raises(MagicMirrorError, match="Cannot read the photo"):
         read_image(tmp_path)
