@@ -47,6 +47,8 @@ from .prompt import IdentityTokens, identity_tokens, without_trigger
 
 SCHEDULERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 
+_KEPT_EMBEDS = 8  # prompts; 2 MB each
+
 # (steps done, all steps, function that draws a preview). Raise in it to cancel.
 StepCallback = Callable[[int, int, Callable[[], Image.Image]], None]
 
@@ -128,6 +130,7 @@ class MagicMirror:
         self.dtype = compute_dtype(precision, self.device)
         self._precision, self._offload, self._make_room = precision, offload, make_room
         self._adapter_path, self._id_encoder_path = adapter, id_encoder
+        self._embeds: dict[str | tuple[int, ...], Tensor] = {}
         self.header = self._read_header()
 
     def _read_header(self) -> AdapterHeader | None:
@@ -188,6 +191,7 @@ class MagicMirror:
         """Let go of all weights; they load again when they are asked for."""
         for part in ("pipeline", "adapter", "id_encoder"):
             vars(self).pop(part, None)  # cached properties
+        self._embeds.clear()
 
     def identity(self, references: list[Reference]) -> Identity:
         """Encode photos of one person; see `faces.references.analyse_references`."""
@@ -248,7 +252,8 @@ class MagicMirror:
         pipe.scheduler, last = _watched_scheduler(SCHEDULERS[clip.scheduler], pipe.scheduler.config)
         with_identity = identity is not None and not settings.off
         try:
-            prompt, negative = self._encode(without_trigger(clip.prompt), clip)
+            prompt = self._embed(without_trigger(clip.prompt))
+            negative = self._embed(clip.negative_prompt) if clip.guidance_scale > 1 else None
             face = self._condition(clip, identity, settings, tokens, prompt) if with_identity else None
             with on_device(sampling_parts(self.adapter) if face else [], self.device):
                 latents = self._denoise(clip, prompt, negative, face, last, on_step)
@@ -274,14 +279,22 @@ class MagicMirror:
         return self.decode(self.sample(clip, identity, settings, on_step))
 
     @torch.no_grad()
-    def _encode(self, prompt: str, clip: ClipSettings) -> tuple[Tensor, Tensor | None]:
-        """T5 embeddings of a prompt, and of the negative one if guidance is on, as CogVideoXPipeline makes them."""
-        return self.pipeline.encode_prompt(
-            prompt,
-            clip.negative_prompt,
-            do_classifier_free_guidance=clip.guidance_scale > 1,
-            max_sequence_length=self.base.transformer_config["max_text_seq_length"],
-        )
+    def _embed(self, text: str | tuple[int, ...]) -> Tensor:
+        """T5 embeddings of a prompt, as CogVideoXPipeline makes them, or of token ids: (1, T, Dtxt) on the device.
+
+        The last few are kept on the CPU. Another seed asks for the same ones, and T5 is as large as the transformer.
+        """
+        if text not in self._embeds:
+            pipe = self.pipeline
+            if isinstance(text, str):
+                length = self.base.transformer_config["max_text_seq_length"]
+                embeds, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=length)
+            else:
+                embeds = pipe.text_encoder(torch.tensor([text], device=pipe._execution_device))[0]
+            if len(self._embeds) == _KEPT_EMBEDS:
+                del self._embeds[next(iter(self._embeds))]
+            self._embeds[text] = embeds.to("cpu", self.dtype)
+        return self._embeds[text].to(self.device)
 
     @torch.no_grad()
     def _condition(
@@ -296,8 +309,7 @@ class MagicMirror:
         # Without guidance there is no unconditional half.
         settings = replace(settings, in_negative=settings.in_negative and clip.guidance_scale > 1)
         if tokens is not None:
-            ids = torch.tensor([tokens.ids], device=pipe._execution_device)
-            prompt = pipe.text_encoder(ids)[0].to(prompt)
+            prompt = self._embed(tuple(tokens.ids))
         pipe.scheduler.set_timesteps(clip.steps)
         return condition(
             self.adapter,

@@ -415,3 +415,24 @@ class TestDecodeOutOfMemory:
             mirror.decode(self.LATENTS)
         assert torch.equal(error.value.latents, self.LATENTS)
         assert torch.equal(mirror.decode(self.LATENTS).frames, whole)
+
+
+def test_another_seed_asks_t5_nothing(mirror: MagicMirror) -> None:
+    """Prompts are encoded once; a changed prompt is encoded again, and forgotten ones too."""
+    calls = []
+    handle = mirror.pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        first = mirror.sample(clip(prompt="a woman img walks", seed=1), build_identity())
+        asked = len(calls)
+        again = mirror.sample(clip(prompt="a woman img walks", seed=1), build_identity())
+        mirror.sample(clip(prompt="a woman img walks", seed=2), build_identity())
+        assert asked > 0
+        assert len(calls) == asked
+        assert torch.equal(first, again)
+        for word in ("sits", "stands", "runs", "sleeps"):
+            mirror.sample(clip(prompt=f"a woman img {word}", steps=1), build_identity())
+        asked = len(calls)
+        mirror.sample(clip(prompt="a woman img walks", steps=1), build_identity())
+        assert len(calls) > asked
+    finally:
+        handle.remove()
