@@ -56,7 +56,7 @@ def predict_clean(prediction: Tensor, noisy: Tensor, alpha_bar: Tensor) -> Tenso
     """`x0 = sqrt(alpha_bar) * x_t - sqrt(1 - alpha_bar) * v`: the latents that the identity loss decodes.
 
     In float32 the same as diffusers' `scheduler.get_velocity(prediction, noisy, timesteps)`, which rounds `alpha_bar`
-    to the dtype of the latents: in bfloat16 to 1, and x0 to x_t, at the first timesteps.
+    to the dtype of the latents: in bfloat16 to 1, and x0 to x_t, at CogVideoX-5b's first two timesteps.
 
     Args:
         prediction, noisy: (B, F, C, H, W), the transformer's output (v) and its input.
