@@ -37,6 +37,7 @@ DAY = 24 * 3600
 TEST_REQUIREMENTS = (
     *("pytest", "ruff", "playwright", "websocket-client", "scikit-image", "torchvision", "torchaudio"),
     *("numba", "scipy"),  # rendered people
+    "onnx2torch",  # identity loss
 )
 # Kept out of ComfyUI's own list: hundreds of megabytes of example workflows and help texts it starts without.
 NOT_NEEDED_BY_COMFYUI = ("comfyui-workflow-templates", "comfyui-embedded-docs")
@@ -210,7 +211,8 @@ def _mend_torch_companions(python: Path) -> None:
     """Make torchaudio and torchvision importable beside a CPU build of torch.
 
     The package index has both for CUDA only. Where their compiled libraries find no CUDA to load, their Python parts
-    are all that ComfyUI needs to start: transforms and file handling work, compiled operators (nms, roi_align) do not.
+    are all that ComfyUI needs to start and onnx2torch to be imported: transforms and file handling work, compiled
+    operators (nms, roi_align) do not.
     """
     companions = Path(_output(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
     if not _imports(python, "torchaudio"):

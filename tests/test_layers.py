@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "mm_core.checkpoints": {"mm_core.models"},
     "mm_core.memory": {"mm_core.models"},
     "mm_core.pipelines": {"mm_core.models", "mm_core.faces", "mm_core.checkpoints", "mm_core.memory"},
+    "mm_core.training": {"mm_core.models", "mm_core.checkpoints", "mm_core.data", "mm_core.pipelines"},
     "nodes": {"mm_core.pipelines", "mm_core.faces", "mm_core.checkpoints", "mm_core.memory", "mm_core.video"},
 }
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server", "execution", "nodes"}

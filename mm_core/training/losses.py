@@ -1,0 +1,131 @@
+"""The training loss's two parts (paper Sec. 3.4): `L = L_noise + lambda * (1 - cos(q_face, ArcFace(D(x0))))`.
+
+Each is returned per sample, (B,), so that the loop can log and average them. Computed in float32 at least: near
+`alpha_bar = 1` bfloat16 cannot tell `1 - alpha_bar` from 0 and would drop the noise altogether.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .arcface import align_faces
+
+# CogVideoX's VAE: a latent frame's cell covers 8 x 8 pixels; the first latent frame holds one frame, others four.
+SPATIAL_COMPRESSION = 8
+TEMPORAL_COMPRESSION = 4
+
+
+def noise_loss(
+    prediction: Tensor, clean: Tensor, noise: Tensor, alpha_bar: Tensor, face_mask: Tensor | None = None
+) -> Tensor:
+    """CogVideoX's fine-tuning loss, `1 / (1 - alpha_bar) * (x0_predicted - x0)^2`, averaged over each clip.
+
+    For a v-prediction `x0_predicted - x0 = sqrt(1 - alpha_bar) * (v - v_predicted)`, so the weight cancels and the loss
+    is the squared error of v. It is computed in that form, which is exact over the whole range: at `alpha_bar = 0`
+    (zero terminal SNR) the target is `-x0`; at `alpha_bar = 1`, where the weight is infinite, it is the noise.
+
+    Args:
+        prediction: (B, F, C, H, W), the transformer's output, v.
+        clean, noise: the same shape, `noisy = sqrt(alpha_bar) * clean + sqrt(1 - alpha_bar) * noise`.
+        alpha_bar: (B,), 0..1, the scheduler's `alphas_cumprod` at each sample's timestep.
+        face_mask: (B, F, 1, H, W), 0..1: average over this area only (the paper does so for half of the samples; rows
+            of ones leave a sample whole).
+
+    Returns:
+        (B,).
+    """
+    prediction, clean, noise = (_at_least_float32(tensor) for tensor in (prediction, clean, noise))
+    signal, deviation = _signal_and_deviation(alpha_bar, clean)
+    error = (prediction - (signal * noise - deviation * clean)).square()  # (B, F, C, H, W)
+    if face_mask is None:
+        return error.flatten(1).mean(dim=1)
+    weight = face_mask.to(error).expand_as(error).flatten(1)
+    area = weight.sum(dim=1)
+    if not (area > 0).all():
+        empty = (area <= 0).nonzero().flatten().tolist()
+        raise ValueError(
+            f"the face mask of sample(s) {empty} is empty: drop clips without a face beforehand, "
+            "or pass ones to count the whole frame"
+        )
+    return (weight * error.flatten(1)).sum(dim=1) / area
+
+
+def predict_clean(prediction: Tensor, noisy: Tensor, alpha_bar: Tensor) -> Tensor:
+    """`x0 = sqrt(alpha_bar) * x_t - sqrt(1 - alpha_bar) * v`: the latents that the identity loss decodes.
+
+    In float32 the same as diffusers' `scheduler.get_velocity(prediction, noisy, timesteps)`, which rounds `alpha_bar`
+    to the dtype of the latents: in bfloat16 to 1, and x0 to x_t, at CogVideoX-5b's first two timesteps.
+
+    Args:
+        prediction, noisy: (B, F, C, H, W), the transformer's output (v) and its input.
+        alpha_bar: (B,), 0..1.
+
+    Returns:
+        (B, F, C, H, W), float32 at least.
+    """
+    prediction, noisy = _at_least_float32(prediction), _at_least_float32(noisy)
+    signal, deviation = _signal_and_deviation(alpha_bar, noisy)
+    return signal * noisy - deviation * prediction
+
+
+def identity_loss(frames: Tensor, landmarks: Tensor, target_embedding: Tensor, recogniser: nn.Module) -> Tensor:
+    """`1 - cos` between the faces in decoded frames and the reference person (paper Sec. 3.4).
+
+    Args:
+        frames: (B, 3, H, W) RGB, 0..1, decoded from `predict_clean`. Gradients flow to them.
+        landmarks: (B, 5, 2) x y in pixels, found in these frames; constants.
+        target_embedding: (B, 512) or (512,), ArcFace of the reference by the same recogniser, of any length.
+        recogniser: (B, 3, 112, 112) aligned faces, 0..1 -> (B, 512), as `DifferentiableArcFace`.
+
+    Returns:
+        (B,), 0 (the same) to 2.
+    """
+    embedding = recogniser(align_faces(frames, landmarks))  # (B, 512)
+    target = target_embedding.to(embedding).expand_as(embedding)
+    return 1 - F.cosine_similarity(embedding, target, dim=-1)
+
+
+def face_area(boxes: Tensor, height: int, width: int) -> Tensor:
+    """The face's area at latent resolution, for `noise_loss`.
+
+    Args:
+        boxes: (B, T, 4), x0 y0 x1 y1 in pixels, one for each of `T = 4 k + 1` frames; may reach outside the picture. A
+            box without area covers nothing: no face in that frame.
+        height, width: of the latents.
+
+    Returns:
+        (B, k + 1, 1, height, width) float32: 1 in each cell that a box touches in any of the frames the latent frame
+        holds, 0 elsewhere.
+    """
+    frames = boxes.shape[1]
+    if frames % TEMPORAL_COMPRESSION != 1:
+        raise ValueError(f"face_area wants boxes for 4 k + 1 frames (1, 5, ..., 49), not {frames}")
+    x0, y0, x1, y1 = boxes[..., None].unbind(dim=2)  # (B, T, 1) each
+    across = _touched(x0, x1, width)  # (B, T, width)
+    down = _touched(y0, y1, height)  # (B, T, height)
+    covered = down[..., :, None] & across[..., None, :]  # (B, T, height, width)
+    later = covered[:, 1:].unflatten(1, (-1, TEMPORAL_COMPRESSION)) if frames > 1 else covered[:, :0, None]
+    return torch.cat([covered[:, :1], later.any(dim=2)], dim=1)[:, :, None].float()
+
+
+def _touched(low: Tensor, high: Tensor, cells: int) -> Tensor:
+    """(B, T, 1) edges in pixels -> (B, T, cells), whether a cell overlaps the span between them."""
+    start = torch.arange(cells, device=low.device) * SPATIAL_COMPRESSION
+    return (high > low) & (low < start + SPATIAL_COMPRESSION) & (high > start)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _signal_and_deviation(alpha_bar: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """`sqrt(alpha_bar)` and `sqrt(1 - alpha_bar)` in the latents' dtype, shaped to multiply them."""
+    if not ((alpha_bar >= 0) & (alpha_bar <= 1)).all():
+        raise ValueError(f"alpha_bar must be 0..1, not {alpha_bar.tolist()}: pass the scheduler's alphas_cumprod")
+    if alpha_bar.shape != latents.shape[:1]:
+        raise ValueError(f"alpha_bar must be (B,) = ({len(latents)},), not {tuple(alpha_bar.shape)}")
+    # 1 - alpha_bar before rounding: the scheduler keeps alphas_cumprod in float64.
+    factors = (alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+    return tuple(factor.to(latents).view(-1, *[1] * (latents.ndim - 1)) for factor in factors)
