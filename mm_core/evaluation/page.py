@@ -32,9 +32,9 @@ _HEADINGS = {
     "motion_px": "motion, px",
 }
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200px; padding: 0 1em; color: #222 }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1320px; padding: 0 1em; color: #222 }
 table { border-collapse: collapse } td, th { padding: .2em .7em; text-align: right; border-bottom: 1px solid #ddd }
-table { white-space: nowrap }
+table { white-space: nowrap } .wide { overflow-x: auto }
 th:first-child, td:first-child { text-align: left }
 figure { display: inline-block; margin: 0 .6em 0 0 } figcaption { font-size: 12px; color: #555 }
 section { margin: 2.2em 0 } svg { display: block; margin: .5em 0 } .bad { color: #b00020 }
@@ -91,7 +91,7 @@ def _clip_table(clips: list[ClipResult]) -> str:
             "yes" if clip.scores.dynamic else "no",
         ]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return f"<h2>Clips</h2><table><tr>{head}</tr>{''.join(rows)}</table>"
+    return f'<h2>Clips</h2><div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
 def _clip_section(number: int, clip: ClipResult, threshold: float) -> str:
