@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "mm_core.faces": set(),
     "mm_core.models": set(),
     "mm_core.data": {"mm_core.faces"},
+    "mm_core.evaluation": {"mm_core.faces"},
     "mm_core.checkpoints": {"mm_core.models"},
     "mm_core.memory": {"mm_core.models"},
     "mm_core.pipelines": {"mm_core.models", "mm_core.faces", "mm_core.checkpoints", "mm_core.memory"},

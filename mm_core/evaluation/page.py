@@ -1,0 +1,140 @@
+"""report.html: one page without outside files; likeness over time of each clip, and its worst frames as pictures."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from ..faces.references import read_image
+from .clip import read_frames
+from .plot import similarity_plot
+from .run import ClipResult, Evaluation
+from .scores import MEANS, Summary, summarise
+
+WORST_FRAMES = 3
+PICTURE_HEIGHT = 144  # pixels
+BOX_COLOUR = (255, 60, 60)
+
+_HEADINGS = {
+    "id_similarity": "ID similarity",
+    "id_decay": "ID decay",
+    "fm_ref": "FM_ref",
+    "fm_ref_pose": "FM_ref, pose",
+    "fm_inter": "FM_inter",
+    "fm_inter_px": "FM_inter, px",
+    "smoothness": "smoothness",
+    "motion_px": "motion, px",
+}
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1320px; padding: 0 1em; color: #222 }
+table { border-collapse: collapse } td, th { padding: .2em .7em; text-align: right; border-bottom: 1px solid #ddd }
+table { white-space: nowrap } .wide { overflow-x: auto }
+th:first-child, td:first-child { text-align: left }
+figure { display: inline-block; margin: 0 .6em 0 0 } figcaption { font-size: 12px; color: #555 }
+section { margin: 2.2em 0 } svg { display: block; margin: .5em 0 } .bad { color: #b00020 }
+"""
+
+
+def render_page(evaluation: Evaluation, settings: Mapping[str, Any]) -> str:
+    """The HTML of the whole page. settings: shown as they are; "threshold" is drawn into the plots."""
+    threshold = float(settings["threshold"])
+    parts = [
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title><style>{_STYLE}</style>',
+        "<h1>Evaluation</h1>",
+        f"<p>{escape(', '.join(f'{name}: {value}' for name, value in settings.items()))}</p>",
+    ]
+    if evaluation.clips:
+        parts.append(_summary(summarise([clip.scores for clip in evaluation.clips])))
+        parts.append(_clip_table(evaluation.clips))
+    if evaluation.skipped:
+        items = "".join(
+            f"<li>{escape(left_out.video)}: {escape(left_out.reason)}</li>" for left_out in evaluation.skipped
+        )
+        parts.append(f'<h2 class="bad">{len(evaluation.skipped)} not measured</h2><ul>{items}</ul>')
+    parts += [_clip_section(number, clip, threshold) for number, clip in enumerate(evaluation.clips)]
+    return "\n".join(parts) + "\n</html>\n"
+
+
+def worst_frames(clip: ClipResult) -> list[int]:
+    """Indices of the frames least like the person, worst first; frames without a face are not among them."""
+    order = np.argsort(clip.similarity, kind="stable")  # NaN sorts last
+    return [int(index) for index in order[:WORST_FRAMES] if not np.isnan(clip.similarity[index])]
+
+
+def _summary(summary: Summary) -> str:
+    rows = [
+        ("frames with a face", f"{summary.face_rate:.1%}", f"{summary.frames} frames"),
+        ("success: face found", f"{summary.success_face:.1%}", f"{summary.clips} clips"),
+        ("success: identity accepted", f"{summary.success_identity:.1%}", f"{summary.clips} clips"),
+        ("dynamic degree (success: motion)", f"{summary.success_motion:.1%}", f"{summary.clips} clips"),
+    ]
+    rows += [(_HEADINGS[name], _number(summary.means[name]), f"{summary.measured[name]} clips") for name in MEANS]
+    body = "".join(f"<tr><td>{name}</td><td>{value}</td><td>{over}</td></tr>" for name, value, over in rows)
+    return f"<h2>All clips</h2><table><tr><th></th><th>mean</th><th>over</th></tr>{body}</table>"
+
+
+def _clip_table(clips: list[ClipResult]) -> str:
+    head = "".join(f"<th>{name}</th>" for name in ["video", "identity", "faces", *_HEADINGS.values(), "dynamic"])
+    rows = []
+    for number, clip in enumerate(clips):
+        cells = [
+            f'<a href="#clip-{number}">{escape(clip.name)}</a>',
+            escape(clip.person.name),
+            f"{clip.scores.faces} of {clip.scores.frames}",
+            *(_number(getattr(clip.scores, name)) for name in MEANS),
+            "yes" if clip.scores.dynamic else "no",
+        ]
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    return f'<h2>Clips</h2><div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def _clip_section(number: int, clip: ClipResult, threshold: float) -> str:
+    scores = clip.scores
+    verdict = "accepted" if scores.identity_accepted else '<span class="bad">not accepted</span>'
+    reference = _thumbnail(read_image(clip.person.photos[0]))
+    figures = [_figure(reference, f"{clip.person.name}, first of {len(clip.person.photos)}")]
+    worst = worst_frames(clip)
+    pictures = _pictures(clip, worst)
+    figures += [_figure(pictures[index], f"frame {index}: {clip.similarity[index]:.3f}") for index in worst]
+    return (
+        f'<section id="clip-{number}"><h2>{escape(clip.name)}</h2>'
+        f"<p>{escape(clip.person.name)}: {verdict}; {scores.faces} of {scores.frames} frames with a face; "
+        f"ID similarity {_number(scores.id_similarity)}, decay {_number(scores.id_decay)}</p>"
+        f"{similarity_plot(clip.similarity, threshold)}{''.join(figures)}</section>"
+    )
+
+
+def _pictures(clip: ClipResult, indices: list[int]) -> dict[int, str]:
+    """Data URLs of these frames, with the face's box drawn in, by index."""
+    pictures: dict[int, str] = {}
+    for index, frame in enumerate(read_frames(clip.path) if indices else ()):
+        if index in indices:
+            pictures[index] = _thumbnail(frame, clip.analysis.boxes[index])
+        if len(pictures) == len(indices):
+            break
+    return pictures
+
+
+def _thumbnail(image: np.ndarray, box: np.ndarray | None = None) -> str:
+    """A data URL of (H, W, 3) uint8 RGB, PICTURE_HEIGHT high; box: (4,) x0 y0 x1 y1 in pixels of the image."""
+    scale = PICTURE_HEIGHT / image.shape[0]
+    picture = Image.fromarray(image).resize((max(1, round(image.shape[1] * scale)), PICTURE_HEIGHT))
+    if box is not None:
+        ImageDraw.Draw(picture).rectangle([float(value) for value in box * scale], outline=BOX_COLOUR)
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _figure(url: str, caption: str) -> str:
+    return f'<figure><img src="{url}" alt=""><figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def _number(value: float) -> str:
+    return "–" if np.isnan(value) else f"{round(value, 3) + 0.0:.3f}"  # + 0.0: no "-0.000"

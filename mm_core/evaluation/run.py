@@ -1,0 +1,101 @@
+"""A folder of videos, measured one after the other; what cannot be measured is kept with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import MagicMirrorError
+from ..faces.analysis import FaceAnalyzer
+from .clip import ClipAnalysis, analyse_clip, read_frames
+from .people import Person, find_references, find_videos, identity_of, load_person
+from .scores import ClipScores, frame_similarities, score_clip
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClipResult:
+    """One measured video. similarity: (F,) cosine to the person's mean, NaN without a face."""
+
+    path: Path
+    name: str
+    person: Person
+    analysis: ClipAnalysis
+    similarity: np.ndarray
+    scores: ClipScores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A video that could not be measured, and why."""
+
+    video: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A folder's results, in the order of the videos' names."""
+
+    clips: list[ClipResult]
+    skipped: list[Skipped]
+
+
+def evaluate(
+    analyzer: FaceAnalyzer,
+    videos: Path,
+    references: Path,
+    *,
+    threshold: float,
+    centre: np.ndarray | None = None,
+    on_video: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> Evaluation:
+    """Measure every video of a folder.
+
+    threshold: cosine from which a clip counts as of the person. centre: as in `metrics.similarities`.
+    on_video: called before each video with its name, how many are done, and how many there are.
+
+    Raises MagicMirrorError if a folder is missing or empty; a video, or an identity's photos, that cannot be used only
+    leaves its videos out.
+    """
+    people = _People(analyzer, find_references(references))
+    paths = find_videos(videos)
+    clips: list[ClipResult] = []
+    skipped: list[Skipped] = []
+    for done, path in enumerate(paths):
+        name = path.relative_to(videos).as_posix()
+        on_video(name, done, len(paths))
+        try:
+            person = people[identity_of(path, videos, list(people.photos))]
+            analysis = analyse_clip(analyzer, read_frames(path))
+        except MagicMirrorError as error:
+            skipped.append(Skipped(video=name, reason=str(error)))
+            continue
+        similarity = frame_similarities(analysis, person, centre)
+        scores = score_clip(analysis, person, similarity, threshold)
+        clips.append(
+            ClipResult(path=path, name=name, person=person, analysis=analysis, similarity=similarity, scores=scores)
+        )
+    return Evaluation(clips=clips, skipped=skipped)
+
+
+class _People:
+    """Identities by name; photos are read when first asked for, and their error is raised each time."""
+
+    def __init__(self, analyzer: FaceAnalyzer, photos: dict[str, list[Path]]) -> None:
+        self.photos = photos
+        self._analyzer = analyzer
+        self._known: dict[str, Person | MagicMirrorError] = {}
+
+    def __getitem__(self, name: str) -> Person:
+        if name not in self._known:
+            try:
+                self._known[name] = load_person(self._analyzer, name, self.photos[name])
+            except MagicMirrorError as error:
+                self._known[name] = error
+        person = self._known[name]
+        if isinstance(person, MagicMirrorError):
+            raise person
+        return person
