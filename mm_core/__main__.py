@@ -5,8 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .errors import DecodeError, MagicMirrorError
+from .errors import MagicMirrorError
+from .files import whole_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .pipelines.base import BaseModel
 
 DOWNLOADS = Path.home() / ".cache" / "magic-mirror-models"
 
@@ -46,9 +53,9 @@ def generate(args: argparse.Namespace) -> None:
     clip = ClipSettings(
         prompt=args.prompt,
         negative_prompt=args.negative_prompt,
-        width=args.width or limits.width,
-        height=args.height or limits.height,
-        num_frames=args.frames or limits.num_frames,
+        width=limits.width if args.width is None else args.width,
+        height=limits.height if args.height is None else args.height,
+        num_frames=limits.num_frames if args.frames is None else args.frames,
         steps=args.steps,
         guidance_scale=args.guidance,
         dynamic_guidance=args.scheduler == "dpm",
@@ -76,14 +83,14 @@ def generate(args: argparse.Namespace) -> None:
         latents = model.sample(clip, identity, settings, on_step=lambda *_: bar.update())
     try:
         result = model.decode(latents)
-    except DecodeError as error:
-        path = _save_latents(error, output)
-        raise MagicMirrorError(f"{error} The latents are in {path}.") from error
-    write_video(output, result.frames, result.fps)
+        write_video(output, result.frames, result.fps, format=output.suffix[1:])
+    except Exception as error:  # whatever it is, the sampled clip must not go with it
+        path = _save_latents(latents, output)
+        raise MagicMirrorError(f"{error} The sampled clip is kept, as latents, in {path}.") from error
     print(output.absolute())
 
 
-def _base(args: argparse.Namespace) -> object:
+def _base(args: argparse.Namespace) -> BaseModel:
     """The base model that `--base` names: tiny, a folder, a file, or a model on the hub."""
     from .pipelines.base import FileBase, FolderBase, TinyBase, download_folder
     from .pipelines.presets import PRESETS
@@ -137,11 +144,12 @@ def _download_face_pack(root: Path, pack: str) -> None:
     download_pack(root, pack)
 
 
-def _save_latents(error: DecodeError, output: Path) -> Path:
+def _save_latents(latents: Tensor, output: Path) -> Path:
     from safetensors.torch import save_file
 
     path = output.with_suffix(".latents.safetensors")
-    save_file({"latents": error.latents}, path)
+    with whole_file(path) as temporary:
+        save_file({"latents": latents.contiguous()}, temporary)
     return path
 
 

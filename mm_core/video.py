@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -18,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import MagicMirrorError, SettingError
+from .files import whole_file
 
 FORMATS = ("mp4", "webm", "webp", "gif")
 MAX_FPS = 1000.0
@@ -99,7 +98,7 @@ def write_video(
     _check(fps, format, quality, audio)
     rate = Fraction(fps).limit_denominator(1001)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _whole(path) as temporary:
+    with whole_file(path) as temporary:
         if format in _CODECS:
             _write_stream(temporary, pixels, rate, format, quality, audio, metadata or {})
         elif format == "webp":
@@ -134,17 +133,6 @@ def _to_uint8(frames: Tensor | np.ndarray) -> np.ndarray:
     if frames.dtype != torch.uint8:
         frames = (frames.float().clamp(0, 1) * 255).round().to(torch.uint8)
     return frames.cpu().numpy()
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes it when the block ends without an error."""
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}.partial")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_stream(

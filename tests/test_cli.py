@@ -8,6 +8,7 @@ from pathlib import Path
 
 import av
 import pytest
+from safetensors.torch import load_file
 
 from mm_core.__main__ import main
 
@@ -43,8 +44,28 @@ def test_photos_and_a_prompt_become_a_video(arguments: list[str], photographs: P
 
 
 @pytest.mark.parametrize(
+    ("name", "start"), [("clip.webm", b"\x1aE\xdf\xa3"), ("clip.webp", b"RIFF"), ("clip.gif", b"GIF8")]
+)
+def test_the_ending_chooses_the_format(arguments: list[str], tmp_path: Path, name: str, start: bytes) -> None:
+    """By the first bytes of the file."""
+    assert main([*arguments, "--output", str(tmp_path / name)]) == 0
+    assert (tmp_path / name).read_bytes().startswith(start)
+
+
+def test_a_clip_that_cannot_be_written_is_kept(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last step fails, since a folder is in the way; what was sampled is beside it."""
+    (tmp_path / "clip.mp4").mkdir()
+    assert main(arguments) == 2
+    assert "The sampled clip is kept" in capsys.readouterr().err
+    assert load_file(tmp_path / "clip.latents.safetensors")["latents"].shape == (1, 16, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
     ("extra", "message"),
     [
+        (["--frames", "0"], "The clip has 0 frames; this model makes 1 (an image) to 49."),
         (["--frames", "48"], "The clip has 48 frames; this model makes 8 x N + 1 of them. Try 41 or 49."),
         (["--width", "481"], "The width is 481 px; it must be a multiple of 16. Try 480."),
         (["--prompt", "A lighthouse at night"], "The prompt names no person."),

@@ -13,12 +13,13 @@ SOURCES = sorted([ROOT / "__init__.py", *ROOT.glob("mm_core/**/*.py"), *ROOT.glo
 # Each package, and the parts of the project that it may use beside itself and `errors`.
 MAY_IMPORT = {
     "mm_core.errors": set(),
-    "mm_core.video": set(),
+    "mm_core.files": set(),
+    "mm_core.video": {"mm_core.files"},
     "mm_core.faces": set(),
     "mm_core.models": set(),
-    "mm_core.data": {"mm_core.faces"},
-    "mm_core.evaluation": {"mm_core.faces"},
-    "mm_core.checkpoints": {"mm_core.models"},
+    "mm_core.data": {"mm_core.faces", "mm_core.files"},
+    "mm_core.evaluation": {"mm_core.faces", "mm_core.files"},
+    "mm_core.checkpoints": {"mm_core.models", "mm_core.files"},
     "mm_core.memory": {"mm_core.models"},
     "mm_core.pipelines": {"mm_core.models", "mm_core.faces", "mm_core.checkpoints", "mm_core.memory"},
     "mm_core.training": {"mm_core.models", "mm_core.checkpoints", "mm_core.data", "mm_core.pipelines"},

@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from mm_core import video
 from mm_core.errors import MagicMirrorError, SettingError
 from mm_core.video import FORMATS, write_video
 
@@ -180,7 +179,7 @@ def test_a_failure_leaves_nothing_behind(
     """Neither a half-written file, nor one that replaced an older one."""
     path = write_video(tmp_path / f"clip.{format}", frames, 8, format=format)
     before = path.read_bytes()
-    monkeypatch.setattr(video.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_video(path, frames[:3], 8, format=format)
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import CheckpointError
+from ..files import whole_file
 from ..models.adapter import MagicMirrorAdapter
 from ..models.config import AdapterConfig
 
@@ -75,13 +74,8 @@ def save_adapter(adapter: MagicMirrorAdapter, path: Path, *, base_model: str, tr
     header = AdapterHeader(base_model=base_model, config=adapter.config, trained=trained)
     tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in adapter.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    try:
+    with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata=header.to_metadata())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def read_header(path: Path) -> AdapterHeader:

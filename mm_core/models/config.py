@@ -7,16 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# What an adapter must share with the base model it is put on. The rest is the adapter's own business.
-BASE_FIELDS = (
-    "hidden_size",
-    "num_attention_heads",
-    "attention_head_dim",
-    "num_layers",
-    "time_embed_dim",
-    "text_embed_dim",
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
@@ -90,6 +80,11 @@ class AdapterConfig:
             num_face_tokens=32,
         )
         return cls(**(sizes | overrides))
+
+    def misfits(self, base: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+        """(name, ours, base's) of each size in which a CogVideoX transformer config is not the base of this."""
+        sizes = [(name, getattr(self, name), size) for name, size in base_sizes(base).items()]
+        return [(name, ours, theirs) for name, ours, theirs in sizes if ours != theirs]
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"adapted_layers": list(self.adapted_layers)}

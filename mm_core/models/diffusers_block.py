@@ -21,7 +21,6 @@ from torch import Tensor
 
 from .adapter import MagicMirrorAdapter
 from .block import AdapterBlock, BaseBlock, adapted_block, video_shift
-from .config import BASE_FIELDS, base_sizes
 from .modulation import BlockFactors
 
 STATE = "magic_mirror"
@@ -92,10 +91,10 @@ def is_attached(block: CogVideoXBlock) -> bool:
 
 def check_fits(transformer: CogVideoXTransformer3DModel, adapter: MagicMirrorAdapter) -> None:
     """Raise ValueError, naming every size that differs, when the adapter was made for another base."""
-    base, ours = base_sizes(transformer.config), adapter.config
-    differ = [f"{f}: adapter {getattr(ours, f)}, base {base[f]}" for f in BASE_FIELDS if getattr(ours, f) != base[f]]
-    if differ:
-        raise ValueError("The adapter was made for another base model: " + "; ".join(differ))
+    misfits = adapter.config.misfits(transformer.config)
+    if misfits:
+        differ = "; ".join(f"{name}: adapter {ours}, base {theirs}" for name, ours, theirs in misfits)
+        raise ValueError(f"The adapter was made for another base model: {differ}")
 
 
 def _forward(

@@ -90,7 +90,6 @@ class IDEncoder(CLIPVisionModelWithProjection):
             projection_dim=config.clip_projection_dim,
         )
         super().__init__(vision)
-        self.sizes = config
         self.visual_projection_2 = nn.Linear(config.clip_hidden_size, config.second_projection_dim, bias=False)
         self.fuse_module = _FuseModule(config.id_token_dim)
         self.qformer_perceiver = IDPerceiver(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -168,7 +168,7 @@ def precompute_factors(
     return factors
 
 
-def _run(function: object, x: Tensor, layer: torch.nn.Module) -> Tensor:
+def _run(function: Callable[[Tensor], Tensor], x: Tensor, layer: torch.nn.Module) -> Tensor:
     """Call the base where its weights are now: resting on the CPU, on the device, or brought there by a layer's hook
     (`meta` until then)."""
     where = layer.weight.device

@@ -34,7 +34,6 @@ from ..memory import (
     store_in_fp8,
 )
 from ..models.adapter import MagicMirrorAdapter
-from ..models.config import BASE_FIELDS, base_sizes
 from ..models.diffusers_block import STATE, attach
 from ..models.id_encoder import PHOTOMAKER_V2, IDEncoder
 from . import tiny
@@ -140,12 +139,11 @@ class MagicMirror:
         if self._adapter_path is None:
             return None
         header = read_header(self._adapter_path)
-        base, ours = base_sizes(self.base.transformer_config), header.config
-        differ = [f"{f} {getattr(ours, f)} instead of {base[f]}" for f in BASE_FIELDS if getattr(ours, f) != base[f]]
-        if differ:
+        misfits = header.config.misfits(self.base.transformer_config)
+        if misfits:
+            differ = ", ".join(f"{name} {ours} instead of {theirs}" for name, ours, theirs in misfits)
             raise CheckpointError(
-                f"{self._adapter_path.name} was made for {header.base_model}, not for {self.base.name}: "
-                f"{', '.join(differ)}."
+                f"{self._adapter_path.name} was made for {header.base_model}, not for {self.base.name}: {differ}."
             )
         return header
 

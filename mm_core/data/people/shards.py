@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +20,7 @@ import cv2
 import numpy as np
 
 from ...errors import MagicMirrorError, SettingError
+from ...files import PARTIAL, whole_file
 from .captions import caption
 from .person import Person
 from .render import render_clip
@@ -30,7 +30,6 @@ from .traits import HELD_OUT
 SETTINGS_FILE = "settings.json"
 PEOPLE_PER_SHARD = 16
 FORMAT = 1
-PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,15 +149,8 @@ def write_shard(task: ShardTask) -> int:
 
 def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
     """Write under a temporary name, then rename: the file is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        write(file)
 
 
 def read_clips(folder: Path) -> Iterator[RenderedClip]:
