@@ -38,7 +38,7 @@ TRANSFORMER = dict(
     use_rotary_positional_embeddings=True,
 )
 VAE = dict(
-    block_out_channels=(16, 32, 32, 32),
+    block_out_channels=(16, 32, 64, 64),
     down_block_types=("CogVideoXDownBlock3D",) * 4,
     up_block_types=("CogVideoXUpBlock3D",) * 4,
     latent_channels=16,
@@ -86,6 +86,12 @@ dark skin background wall room street park beach forest city sky sun night day w
 turns turn looks looking look smiles smile frowns laughs blinks opens closes mouth left right up down camera slowly
 quickly then video photo portrait close cinematic style watercolor oil painting detailed
 """.split()
+
+
+def latent_shape(*, frames: int, size: int) -> tuple[int, int, int, int]:
+    """(C, F', H', W') of square pictures of `size` pixels."""
+    cell = 2 ** (len(VAE["block_out_channels"]) - 1)
+    return VAE["latent_channels"], (frames - 1) // 4 + 1, size // cell, size // cell
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

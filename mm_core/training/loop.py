@@ -1,0 +1,477 @@
+"""The one training loop: whatever is trained here, from the VAE of the small model to the 5B adapter, runs through it.
+
+Every sample of a run has a number, counted from 0, and all of its randomness (which clip, timestep, noise, dropout)
+follows from the run's seed and that number. So a run does not depend on the number of processes, and a run that was
+killed goes on exactly as if it had not been: there is no sampler or random state to restore.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import shutil
+import signal
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import ProjectConfiguration
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..errors import MagicMirrorError, SettingError
+from ..files import PARTIAL, append_lines, write_json
+
+_log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+SETTINGS = "settings.json"
+TRAINABLE = "trainable.safetensors"
+_STEP = re.compile(r"step-(\d{8})$")
+_TIMESTEP_BUCKETS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long and how fast. A step is one update of the weights."""
+
+    steps: int
+    batch_size: int
+    """Samples a step, over all processes and accumulation."""
+    micro_batch: int | None = None
+    """Samples a forward pass on one device; the rest of a step's samples are accumulated. None: no accumulation."""
+    learning_rate: float = 1e-5
+    final_learning_rate: float = 0.0
+    """Reached at the last step, along a cosine."""
+    warmup_steps: int = 0
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    ema_decay: float = 0.999
+    """Of the running average of the weights, which is what is exported. 0 switches it off."""
+    precision: str = "no"
+    """accelerate's mixed precision: no, bf16 or fp16."""
+    compile: bool = False
+    """Compile the model's forward with torch.compile."""
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 500
+    keep: int = 2
+    """Checkpoints; older ones are removed."""
+    validate_every: int = 0
+    """Steps between validations; 0: none."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+        for name in ("learning_rate", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise SettingError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        if not 0 <= self.ema_decay < 1:
+            raise SettingError(f"ema_decay is {self.ema_decay}; it must be from 0 (off) to below 1.")
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise SettingError(f"precision is {self.precision!r}; choose no, bf16 or fp16.")
+        object.__setattr__(self, "betas", tuple(self.betas))
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine from `learning_rate` to `final_learning_rate`."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        part = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        span = self.learning_rate - self.final_learning_rate
+        return self.final_learning_rate + span * (1 + math.cos(math.pi * min(part, 1))) / 2
+
+    def accumulation(self, processes: int) -> int:
+        """Forward passes a step on each of so many processes."""
+        micro = self.micro_batch or -(-self.batch_size // processes)
+        if self.batch_size % (micro * processes):
+            raise SettingError(
+                f"batch_size {self.batch_size} does not divide into {processes} process(es) x micro_batch {micro}: "
+                f"choose a multiple of {micro * processes}."
+            )
+        return self.batch_size // (micro * processes)
+
+
+class Task(Protocol):
+    """What is trained."""
+
+    model: nn.Module
+    """Its `forward(batch)` returns per-sample values by name, (B,) each; the mean of `loss` is minimised. The ones with
+    NaN for a sample are averaged over the others. Parameters that require gradients are trained, no others."""
+
+    def batch(self, samples: range) -> Any:
+        """The samples with these numbers, as nested dicts and lists of tensors; the same whenever and by whom ever."""
+
+    def export(self, weights: Mapping[str, Tensor], path: Path, step: int) -> None:
+        """Write the trained weights, by the model's parameter names, in the format others read, into a folder."""
+
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """Measure the model as it is (its weights are the average while this runs); files go into the folder."""
+
+
+def generator_for(seed: int, *numbers: int) -> torch.Generator:
+    """A random generator that depends on the numbers alone."""
+    mixed = seed
+    for number in numbers:
+        mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % (1 << 63)
+        mixed ^= mixed >> 29
+    return torch.Generator().manual_seed(mixed)
+
+
+def shuffled(sample: int, size: int, seed: int) -> int:
+    """Which of `size` items a run's sample is: each epoch is a new permutation of all of them."""
+    epoch, place = divmod(sample, size)
+    return int(_permutation(epoch, size, seed)[place])
+
+
+_permutations: dict[tuple[int, int, int], Tensor] = {}
+
+
+def _permutation(epoch: int, size: int, seed: int) -> Tensor:
+    key = (epoch, size, seed)
+    if key not in _permutations:
+        if len(_permutations) > 8:
+            _permutations.clear()
+        _permutations[key] = torch.randperm(size, generator=generator_for(seed, epoch, size))
+    return _permutations[key]
+
+
+def train(task: Task, config: LoopConfig, folder: Path) -> Path:
+    """Train, or go on where a killed run stopped; returns the folder of the last checkpoint.
+
+    folder: gets `checkpoints/step-*` (each whole or not there), `metrics.jsonl`, TensorBoard's files, `settings.json`.
+
+    Raises:
+        SettingError: the batch does not divide, or the folder holds a run with other settings.
+        MagicMirrorError: a loss that is not finite (nothing after the last checkpoint is written), a full disk.
+    """
+    return _Run(task, config, folder).run()
+
+
+class _Run:
+    def __init__(self, task: Task, config: LoopConfig, folder: Path) -> None:
+        self.task, self.config, self.folder = task, config, folder
+        self.accelerator = Accelerator(
+            mixed_precision=config.precision,
+            log_with="tensorboard",
+            project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
+            # A process whose samples all dropped the identity has no gradient for the adapter.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        self.accumulation = config.accumulation(self.accelerator.num_processes)
+        self.accelerator.gradient_accumulation_steps = self.accumulation
+        folder.mkdir(parents=True, exist_ok=True)
+        self._check_settings()
+        self.names = [name for name, p in task.model.named_parameters() if p.requires_grad]
+        self.parameters = [p for p in task.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            _decay_groups(task.model, config.weight_decay), lr=config.learning_rate, betas=config.betas
+        )
+        if config.compile:
+            task.model.compile()
+        self.model, self.optimizer = self.accelerator.prepare(task.model, optimizer)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.ema = EMAModel(self.parameters, decay=config.ema_decay) if config.ema_decay else None
+        if self.ema is not None:
+            self.accelerator.register_for_checkpointing(self.ema)
+        self.accelerator.register_save_state_pre_hook(self._save_trainable)
+        self.accelerator.register_load_state_pre_hook(self._load_trainable)
+        self.stopping = threading.Event()
+
+    def run(self) -> Path:
+        config, accelerator = self.config, self.accelerator
+        start = self._resume()
+        accelerator.init_trackers("training")
+        self.model.train()
+        sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        bar = tqdm(
+            range(start, config.steps), initial=start, total=config.steps, disable=not accelerator.is_main_process
+        )
+        with self._stop_on_signal():
+            for step in bar:
+                logging_step = (step + 1) % config.log_every == 0
+                norms = self._step(step, sums, with_norms=logging_step)
+                done = step + 1
+                if logging_step:
+                    self._log(done, sums, norms, bar)
+                last = done == config.steps or self.stopping.is_set()
+                if last or done % config.save_every == 0:
+                    self._save(done)
+                if config.validate_every and (done % config.validate_every == 0 or done == config.steps):
+                    self._validate(done)
+                if self.stopping.is_set():
+                    raise KeyboardInterrupt
+        accelerator.end_training()
+        return latest_checkpoint(self.folder)
+
+    def _step(self, step: int, sums: dict[str, list[float]], with_norms: bool) -> dict[str, float]:
+        config, accelerator = self.config, self.accelerator
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(step)
+        micro = config.batch_size // (self.accumulation * accelerator.num_processes)
+        norms: dict[str, float] = {}
+        for turn in range(self.accumulation):
+            first = step * config.batch_size + (turn * accelerator.num_processes + accelerator.process_index) * micro
+            batch = _to(self.task.batch(range(first, first + micro)), accelerator.device)
+            # By the turn, not by accelerate's own count, which a resumed run would have to restore.
+            accelerator.gradient_state._set_sync_gradients(turn == self.accumulation - 1)
+            with accelerator.no_sync(self.model) if turn < self.accumulation - 1 else _nothing():
+                with accelerator.autocast():
+                    values = self.model(batch)
+                loss = values["loss"].float().mean()
+                accelerator.backward(loss)
+            self._collect(values, sums, step)
+        if with_norms:
+            norms = self._gradient_norms()
+        norms["all"] = float(accelerator.clip_grad_norm_(self.parameters, config.clip_norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.step(self.parameters)
+        return norms
+
+    def _collect(self, values: Mapping[str, Tensor], sums: dict[str, list[float]], step: int) -> None:
+        """Add up what was measured, over all processes, where it was measured."""
+        names = sorted(values)
+        table = torch.stack([values[name].detach().float() for name in names])  # (names, B)
+        table = self.accelerator.gather(table.T.contiguous()).T.double().cpu()
+        columns = dict(zip(names, table))
+        if not columns["loss"].isfinite().all():
+            raise MagicMirrorError(
+                f"The loss is {columns['loss'].tolist()} at step {step}: it must be finite. Go on from the last "
+                f"checkpoint in {self.folder / CHECKPOINTS} with a lower learning rate."
+            )
+        timesteps = columns.pop("timestep", None)
+        for name, column in columns.items():
+            _add(sums, name, column)
+        if timesteps is not None:
+            buckets = (timesteps / 1000 * _TIMESTEP_BUCKETS).long().clamp(0, _TIMESTEP_BUCKETS - 1)
+            for bucket in buckets.unique().tolist():
+                name = f"noise_loss/t{bucket * 100:03d}-{bucket * 100 + 99:03d}"
+                _add(sums, name, columns.get("noise_loss", columns["loss"])[buckets == bucket])
+
+    def _gradient_norms(self) -> dict[str, float]:
+        """The norm of each part's gradient, before clipping; block numbers are left out of the names."""
+        squares: defaultdict[str, float] = defaultdict(float)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                norm = parameter.grad.norm()
+                squares[_part(name)] += float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) ** 2
+        scale = float(self.accelerator.scaler.get_scale()) if self.accelerator.scaler is not None else 1.0
+        return {name: math.sqrt(square) / scale for name, square in squares.items()}
+
+    def _log(self, step: int, sums: dict[str, list[float]], norms: dict[str, float], bar: tqdm) -> None:
+        values = {name: total / count for name, (total, count) in sorted(sums.items()) if count}
+        values |= {f"gradient/{name}": norm for name, norm in norms.items()}
+        values["learning_rate"] = self.config.learning_rate_at(step - 1)
+        sums.clear()
+        self._write(step, values)
+        bar.set_postfix(loss=f"{values['loss']:.4f}")
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            append_lines(self.folder / METRICS, [json.dumps({"step": step} | values)])
+
+    def _validate(self, step: int) -> None:
+        folder = self.folder / "validation" / f"step-{step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.model.eval()
+            with self._averaged(), torch.no_grad():
+                values = self.task.validate(step, folder)
+            self.model.train()
+            self._write(step, {f"validation/{name}": value for name, value in values.items()})
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The running average in the model's place."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
+
+    def _save(self, step: int) -> None:
+        """A checkpoint, under its name only when it is whole; the oldest go."""
+        final = _checkpoint(self.folder, step)
+        partial = final.with_name(f".{final.name}{PARTIAL}")
+        if self.accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            self.accelerator.save_state(str(partial))
+            with self._averaged():
+                weights = self._trainable_weights()
+        except (OSError, RuntimeError) as error:
+            raise MagicMirrorError(
+                f"The checkpoint of step {step} could not be written to {partial.parent}: {error}. Free some space and "
+                "run the same command again; it goes on from the checkpoint before."
+            ) from error
+        if self.accelerator.is_main_process:
+            self.task.export(weights, partial, step)
+            partial.rename(final)
+            for old in checkpoints(self.folder)[: -self.config.keep]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _trainable_weights(self) -> dict[str, Tensor]:
+        """Trained parameters by name, whole, on the CPU."""
+        state = self.accelerator.get_state_dict(self.model)
+        return {name: state[name].detach().cpu().clone() for name in self.names} if state else {}
+
+    def _save_trainable(self, models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
+        """Frozen weights have no place in a checkpoint. Sharded models (`weights` is empty) are saved by accelerate."""
+        if weights:
+            if self.accelerator.is_main_process:
+                save_file({name: weights[0][name].contiguous() for name in self.names}, Path(folder) / TRAINABLE)
+            weights.clear()
+
+    def _load_trainable(self, models: list[nn.Module], folder: str) -> None:
+        path = Path(folder) / TRAINABLE
+        if path.is_file():
+            model = self.accelerator.unwrap_model(models.pop(), keep_torch_compile=False)
+            model.load_state_dict(load_file(path), strict=False)
+
+    def _resume(self) -> int:
+        """Load the last checkpoint, if there is one; returns the number of steps done."""
+        last = latest_checkpoint(self.folder)
+        start = 0
+        if last is not None:
+            self.accelerator.load_state(str(last))
+            if self.ema is not None:
+                self.ema.to(self.accelerator.device)
+            start = step_of(last)
+        if self.accelerator.is_main_process:
+            for left_by_a_killed_run in (self.folder / CHECKPOINTS).glob(f".*{PARTIAL}"):
+                shutil.rmtree(left_by_a_killed_run)
+            _forget_after(self.folder / METRICS, start)
+        return start
+
+    def _check_settings(self) -> None:
+        """A folder holds one run: what decides its numbers must not change between two starts."""
+        path = self.folder / SETTINGS
+        wanted = json.loads(json.dumps(asdict(self.config)))
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            free = {"log_every", "save_every", "keep", "validate_every", "compile", "micro_batch"}
+            differing = [name for name in wanted if name not in free and found.get(name) != wanted[name]]
+            if differing:
+                name = differing[0]
+                raise SettingError(
+                    f"{self.folder} holds a run with {name} {found.get(name)}, not {wanted[name]}: use another folder, "
+                    "or the same setting to go on."
+                )
+        if self.accelerator.is_main_process:
+            write_json(path, wanted)
+
+    @contextmanager
+    def _stop_on_signal(self) -> Iterator[None]:
+        """Ctrl-C, or a scheduler's SIGTERM, ends the run after the step, with a checkpoint."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, lambda *_: self.stopping.set()) for number in signals]
+        try:
+            yield
+        finally:
+            for number, handler in zip(signals, before):
+                signal.signal(number, handler)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    return sorted(path for path in (folder / CHECKPOINTS).glob("step-*") if _STEP.search(path.name))
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    found = checkpoints(folder)
+    return found[-1] if found else None
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps done when it was written."""
+    return int(_STEP.search(checkpoint.name).group(1))
+
+
+def is_finished(folder: Path, config: LoopConfig) -> bool:
+    """Whether the run in the folder has done all its steps."""
+    last = latest_checkpoint(folder)
+    return last is not None and step_of(last) >= config.steps
+
+
+def _checkpoint(folder: Path, step: int) -> Path:
+    return folder / CHECKPOINTS / f"step-{step:08d}"
+
+
+def _add(sums: dict[str, list[float]], name: str, column: Tensor) -> None:
+    measured = column[~column.isnan()]
+    sums[name][0] += float(measured.sum())
+    sums[name][1] += len(measured)
+
+
+def _part(name: str) -> str:
+    """`adapter.blocks.4.can.linear_1.weight` -> `adapter.blocks.can`."""
+    return ".".join(word for word in name.split(".")[:4] if not word.isdigit() and word not in ("weight", "bias"))
+
+
+def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases, norms and other vectors do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {name: _to(value, device) for name, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(_to(value, device) for value in batch)
+    return batch
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop what a killed run measured after its last checkpoint: it will be measured again."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if _step_in(line) <= step]
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _step_in(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # a line that the kill cut short
+        return math.inf
