@@ -1,0 +1,176 @@
+"""What a training run of the adapter is: dataclasses, read strictly from YAML (`configs/` has the paper's recipe)."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import SettingError
+from .loop import LoopConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One of the two stages: `image`, single pictures, or `video` (paper Sec. 3.4)."""
+
+    data: str
+    """Folder of the dataset: `manifest.jsonl` and what it names (docs/training.md)."""
+    features: str
+    """Folder of what the frozen models make of it, once; may be on a faster disk."""
+    frames: int
+    """Of each clip; 1 for pictures, else 8N + 1 (CogVideoX 1.0) or 16N + 1 (1.5)."""
+    loop: LoopConfig
+    text_dropout: float = 0.1
+    """Part of the samples whose prompt is the empty one: the identity alone is seen."""
+    identity_dropout: float = 0.1
+    """Part of the samples that run as the plain base model. It has nothing to learn there: their loss is the base's own,
+    logged as `base_loss` beside the adapter's."""
+    both_dropout: float = 0.0
+    """Part of the samples with neither."""
+    max_references: int = 1
+    """Photos of the person that a sample sees: 1 to so many, drawn anew each time."""
+    face_area: float = 0.5
+    """Part of the samples whose noise loss is averaged over the face's area only."""
+    identity_weight: float = 0.0
+    """lambda of the identity loss; 0 switches it off, and nothing of it is then loaded or computed."""
+    identity_start: int = 0
+    """Step from which on it acts."""
+    identity_timesteps: tuple[int, int] = (0, 500)
+    """Noise levels at which it acts, first included, last excluded: at high noise `x0` is a blur without a face."""
+
+    def __post_init__(self) -> None:
+        for name in ("text_dropout", "identity_dropout", "both_dropout", "face_area"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingError(f"{name} is {getattr(self, name)}; it must be from 0 to 1.")
+        if self.text_dropout + self.identity_dropout + self.both_dropout >= 1:
+            raise SettingError("text_dropout, identity_dropout and both_dropout together must be below 1.")
+        if self.max_references < 1:
+            raise SettingError(f"max_references is {self.max_references}; it must be 1 or more.")
+        if not self.identity_weight >= 0:
+            raise SettingError(f"identity_weight is {self.identity_weight}; it must be 0 (off) or more.")
+        low, high = self.identity_timesteps
+        if not 0 <= low < high <= 1000:
+            raise SettingError(f"identity_timesteps is {low}, {high}; it must be two numbers rising within 0 to 1000.")
+        object.__setattr__(self, "identity_timesteps", (low, high))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """A whole run: which base, which adapter, which data, both stages."""
+
+    base: str
+    """`tiny`, a published name (`CogVideoX-5b`, ...) for the planner, or the folder of a diffusers model."""
+    output: str
+    """Folder that gets `image/` and `video/`, one run each."""
+    width: int
+    height: int
+    image: StageConfig
+    video: StageConfig
+    id_encoder: str | None = None
+    """`photomaker-v2.bin`; needed to precompute and to validate. `tiny` brings its own."""
+    insightface_root: str = "~/.insightface"
+    face_pack: str = "buffalo_l"
+    """Its recogniser is the ID branch's eye, and the judge of the identity loss."""
+    adapter: Mapping[str, int] = field(default_factory=dict)
+    """Sizes that differ from the paper's, by the names of `AdapterConfig`."""
+    ablation: str = "ours"
+    """A row of the paper's Tab. 3: ours, or A to G."""
+    gradient_checkpointing: bool = False
+    """Trade time for memory: each block runs again in the backward pass."""
+    validation_prompts: tuple[str, ...] = ()
+    """Made into clips, for some identities of the data, at each validation."""
+
+    def __post_init__(self) -> None:
+        if self.ablation not in ABLATIONS:
+            raise SettingError(f"ablation is {self.ablation!r}; choose one of {', '.join(ABLATIONS)}.")
+        for name in ("width", "height"):
+            if getattr(self, name) < 16 or getattr(self, name) % 16:
+                raise SettingError(f"{name} is {getattr(self, name)} px; it must be a multiple of 16.")
+        if self.image.frames != 1:
+            raise SettingError(f"image.frames is {self.image.frames}; the image stage trains on single pictures, 1.")
+        if self.video.frames % 8 != 1 or self.video.frames < 9:
+            raise SettingError(f"video.frames is {self.video.frames}; it must be 8N + 1: 9, 17, ... 49.")
+        object.__setattr__(self, "validation_prompts", tuple(self.validation_prompts))
+
+
+# Tab. 3: switches of `AdapterSettings`, by row. G trains as ours, without the image stage.
+ABLATIONS: dict[str, dict[str, bool]] = {
+    "ours": {},
+    "A": dict(structure_branch=False),
+    "B": dict(id_branch=False),
+    "C": dict(face_modulation=False, can=False),
+    "D": dict(can=False),
+    "E": dict(face_modulation=False),
+    "F": dict(can=False),
+    "G": {},
+}
+
+
+def load_config(path: Path, overrides: Mapping[str, str] | None = None) -> TrainingConfig:
+    """Read a YAML file. overrides: values by dotted name, `{"video.loop.steps": "100"}`, as the command line gives them.
+
+    Raises SettingError for a missing file, an unknown or missing name, or a value of another type or out of its range.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise SettingError(f"The config {path} cannot be read: {error}.") from error
+    for name, text in (overrides or {}).items():
+        *parents, last = name.split(".")
+        place = content
+        for parent in parents:
+            place = place.setdefault(parent, {}) if isinstance(place, dict) else None
+        if not isinstance(place, dict):
+            raise SettingError(f"{name} cannot be set: {'.'.join(parents)} is not a group of settings.")
+        place[last] = yaml.safe_load(text)
+    return build(TrainingConfig, content, path.name)
+
+
+def build(cls: type, content: Any, where: str) -> Any:
+    """A dataclass from plain YAML values, strictly."""
+    if not isinstance(content, dict):
+        raise SettingError(f"{where} must be a group of settings, not {content!r}.")
+    hints = typing.get_type_hints(cls)
+    required = {
+        f.name for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }  # fmt: skip
+    unknown, missing = sorted(content.keys() - hints.keys()), sorted(required - content.keys())
+    if unknown or missing:
+        raise SettingError(
+            f"{where}: " + "; ".join(
+                f"{what} {', '.join(map(str, names))}" for what, names in (("unknown", unknown), ("missing", missing)) if names
+            ) + f". Its settings are {', '.join(hints)}."
+        )  # fmt: skip
+    return cls(**{name: _value(hints[name], value, f"{where}: {name}") for name, value in content.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where)
+    if isinstance(hint, types.UnionType):
+        return None if value is None else _value(typing.get_args(hint)[0], value, where)
+    origin = typing.get_origin(hint) or hint
+    if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if origin is float and isinstance(value, str):  # YAML reads 1e-5, without a point, as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if origin is tuple and isinstance(value, (list, tuple)):
+        kinds = typing.get_args(hint)
+        return tuple(_value(kinds[0], item, where) for item in value)
+    if origin in (Mapping, dict) or getattr(origin, "__name__", "") == "Mapping":
+        if isinstance(value, dict):
+            return value
+    elif type(value) is origin:
+        return value
+    raise SettingError(f"{where} is {value!r}; it must be of type {getattr(hint, '__name__', hint)}.")
