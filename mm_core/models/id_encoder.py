@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -101,7 +100,6 @@ class IDEncoder(CLIPVisionModelWithProjection):
             dim_head=config.perceiver_dim_head,
         )
 
-    @torch.no_grad()
     def forward(self, pixels: Tensor, id_embeddings: Tensor) -> FaceFeatures:
         """Encode R photos of one person.
 

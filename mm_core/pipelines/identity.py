@@ -37,6 +37,7 @@ class Identity:
         return np.stack([reference.crop for reference in self.references])
 
 
+@torch.no_grad()
 def encode_identity(references: Sequence[Reference], encoder: IDEncoder, device: torch.device) -> Identity:
     """Run the frozen encoder on the device and bring the result, and the encoder, back."""
     crops = np.stack([reference.crop for reference in references])

@@ -21,8 +21,9 @@ from .presets import SCHEDULER as COGVIDEOX_SCHEDULER
 NAME = "tiny"
 _SEED = 0
 _TEXT_DIM = 128
+TEXT_TOKENS = 48
+SIZE = 64  # pixels
 NUM_FRAMES = 9
-"""Default length of a clip; it makes up to `sample_frames`."""
 
 TRANSFORMER = dict(
     num_attention_heads=6,
@@ -32,27 +33,29 @@ TRANSFORMER = dict(
     text_embed_dim=_TEXT_DIM,
     in_channels=16,
     out_channels=16,
-    sample_frames=49,
-    sample_height=8,
-    sample_width=8,
+    max_text_seq_length=TEXT_TOKENS,
+    sample_frames=NUM_FRAMES,
+    sample_height=SIZE // 4,
+    sample_width=SIZE // 4,
     use_rotary_positional_embeddings=True,
 )
+# One level less than the published VAE: 4 px a latent instead of 8, so that at 64 px a face has 64 tokens, not 16.
 VAE = dict(
-    block_out_channels=(16, 32, 64, 64),
-    down_block_types=("CogVideoXDownBlock3D",) * 4,
-    up_block_types=("CogVideoXUpBlock3D",) * 4,
+    block_out_channels=(16, 32, 64),
+    down_block_types=("CogVideoXDownBlock3D",) * 3,
+    up_block_types=("CogVideoXUpBlock3D",) * 3,
     latent_channels=16,
     layers_per_block=1,
     norm_num_groups=8,
-    sample_height=64,
-    sample_width=64,
-    scaling_factor=0.7,
+    sample_height=SIZE,
+    sample_width=SIZE,
+    scaling_factor=1.0,
 )
 SCHEDULER = COGVIDEOX_SCHEDULER | dict(snr_shift_scale=1.0)
 ID_ENCODER = IDEncoderConfig(
-    clip_hidden_size=128,
-    clip_intermediate_size=256,
-    clip_num_heads=4,
+    clip_hidden_size=192,
+    clip_intermediate_size=768,
+    clip_num_heads=6,
     clip_num_layers=4,
     clip_patch_size=32,
     clip_image_size=224,
@@ -84,7 +87,10 @@ with and or to is are his her their who from into by young old elderly bearded b
 face head shirt hat glasses short long black white brown blond grey red green blue yellow purple orange pink light
 dark skin background wall room street park beach forest city sky sun night day wearing reading walking talking turning
 turns turn looks looking look smiles smile frowns laughs blinks opens closes mouth left right up down camera slowly
-quickly then video photo portrait close cinematic style watercolor oil painting detailed
+quickly then video photo portrait close cinematic style watercolor oil painting detailed against before begins beige
+breaks broadly calm chin chin-length closed cool cropped curly dim eyebrows faces facing fade front frown goatee grins
+holds img keeps lets lifts lips lit lowers middle-aged moustache open pouts puckers raised raises shows shuts soft
+starts stays still stops stubble teeth tilts towards turtleneck very warm wide T-shirt
 """.split()
 
 
@@ -107,25 +113,28 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=226
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=TEXT_TOKENS
+    )
+
+
+def text_config(vocabulary: int) -> T5Config:
+    return T5Config(
+        vocab_size=vocabulary,
+        d_model=_TEXT_DIM,
+        d_kv=32,
+        d_ff=384,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
     )
 
 
 def build_base(dtype: torch.dtype) -> CogVideoXPipeline:
     """The base text-to-video model on the CPU."""
     tokenizer = build_tokenizer()
-    text_config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=_TEXT_DIM,
-        d_kv=32,
-        d_ff=256,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-    )
     with _seeded():
-        text_encoder = T5EncoderModel(text_config)
+        text_encoder = T5EncoderModel(text_config(len(tokenizer)))
         vae = AutoencoderKLCogVideoX(**VAE)
         transformer = CogVideoXTransformer3DModel(**TRANSFORMER)
     for module in (text_encoder, vae, transformer):
