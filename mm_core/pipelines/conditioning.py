@@ -135,7 +135,7 @@ def condition(
     return FaceConditioning(
         prompt_embeds=prompt_embeds,
         face_tokens=face_tokens,
-        factors={layer: _ablate(block, settings) for layer, block in factors.items()},
+        factors={layer: ablate(block, settings) for layer, block in factors.items()},
         settings=settings,
         device=device,
     )
@@ -175,7 +175,8 @@ def _run(function: Callable[[Tensor], Tensor], x: Tensor, layer: torch.nn.Module
     return function(x.to("cpu" if where.type == "meta" else where))
 
 
-def _ablate(factors: BlockFactors, settings: AdapterSettings) -> BlockFactors:
+def ablate(factors: BlockFactors, settings: AdapterSettings) -> BlockFactors:
+    """The factors of one block with the ablation's switches applied."""
     if not settings.face_modulation:
         open_gates = factors.face.new_tensor([0, 0, 1, 0, 0, 1])[None, :, None]
         factors = factors._replace(face=open_gates.expand_as(factors.face))

@@ -34,12 +34,13 @@ from ..memory import (
     store_in_fp8,
 )
 from ..models.adapter import MagicMirrorAdapter
-from ..models.diffusers_block import STATE, attach
+from ..models.diffusers_block import attach
 from ..models.id_encoder import PHOTOMAKER_V2, IDEncoder
 from . import tiny
 from .base import BaseModel, TinyBase
 from .conditioning import AdapterSettings, FaceConditioning, condition
 from .decode import decode
+from .denoise import denoise
 from .identity import Identity, encode_identity
 from .preview import fit_latent_rgb, preview_image
 from .prompt import IdentityTokens, identity_tokens, without_trigger
@@ -249,12 +250,17 @@ class MagicMirror:
         self._make_room(needed_bytes(self._policy, pipe))
         pipe.scheduler, last = _watched_scheduler(SCHEDULERS[clip.scheduler], pipe.scheduler.config)
         with_identity = identity is not None and not settings.off
+
+        def report(step: int) -> None:
+            if on_step is not None:
+                on_step(step, clip.steps, lambda: preview_image(last["x0"], self.latent_rgb))
+
         try:
             prompt = self._embed(without_trigger(clip.prompt))
             negative = self._embed(clip.negative_prompt) if clip.guidance_scale > 1 else None
             face = self._condition(clip, identity, settings, tokens, prompt) if with_identity else None
             with on_device(sampling_parts(self.adapter) if face else [], self.device):
-                latents = self._denoise(clip, prompt, negative, face, last, on_step)
+                latents = denoise(pipe, clip, prompt, negative, face, report)
         finally:
             pipe.maybe_free_model_hooks()
         return latents.permute(0, 2, 1, 3, 4).cpu()
@@ -319,51 +325,6 @@ class MagicMirror:
             settings,
             self.device,
         )
-
-    def _denoise(
-        self,
-        clip: ClipSettings,
-        prompt: Tensor,
-        negative: Tensor | None,
-        face: FaceConditioning | None,
-        last: dict[str, Tensor],
-        on_step: StepCallback | None,
-    ) -> Tensor:
-        """diffusers' loop. Between steps, the callback hands over the next step's state and text."""
-        attention_kwargs: dict[str, Any] = {}
-
-        def prepare(step: int) -> Tensor:
-            state = face.state(step) if face is not None and step < clip.steps else None
-            attention_kwargs.pop(STATE, None)
-            if state is None:
-                return prompt
-            attention_kwargs[STATE] = state
-            return face.prompt_embeds.to(prompt)
-
-        def on_step_end(pipe: CogVideoXPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict:
-            if on_step is not None:
-                on_step(step + 1, clip.steps, lambda: preview_image(last["x0"], self.latent_rgb))
-            if face is None:
-                return {}
-            embeds = prepare(step + 1)
-            return {"prompt_embeds": embeds if negative is None else torch.cat([negative, embeds])}
-
-        latents = self.pipeline(
-            prompt_embeds=prepare(0),
-            negative_prompt_embeds=negative,
-            width=clip.width,
-            height=clip.height,
-            num_frames=clip.num_frames,
-            num_inference_steps=clip.steps,
-            guidance_scale=clip.guidance_scale,
-            use_dynamic_cfg=clip.dynamic_guidance,
-            generator=torch.Generator("cpu").manual_seed(clip.seed),
-            attention_kwargs=attention_kwargs,
-            callback_on_step_end=on_step_end,
-            output_type="latent",
-        ).frames
-        wanted = (clip.num_frames - 1) // self.pipeline.vae_scale_factor_temporal + 1
-        return latents[:, latents.shape[1] - wanted :]  # 1.5 pads in front to whole patches
 
 
 def _watched_scheduler(cls: type, config: Any) -> tuple[Any, dict[str, Tensor]]:

@@ -30,8 +30,8 @@ class StageConfig:
     text_dropout: float = 0.1
     """Part of the samples whose prompt is the empty one: the identity alone is seen."""
     identity_dropout: float = 0.1
-    """Part of the samples that run as the plain base model. It has nothing to learn there: their loss is the base's own,
-    logged as `base_loss` beside the adapter's."""
+    """Part of the samples that run as the plain base model. It has nothing to learn there: their loss is the base's
+    own, logged as `base_loss` beside the adapter's."""
     both_dropout: float = 0.0
     """Part of the samples with neither."""
     max_references: int = 1
@@ -84,8 +84,8 @@ class TrainingConfig:
     """A row of the paper's Tab. 3: ours, or A to G."""
     gradient_checkpointing: bool = False
     """Trade time for memory: each block runs again in the backward pass."""
-    validation_prompts: tuple[str, ...] = ()
-    """Made into clips, for some identities of the data, at each validation."""
+    validation_people: int = 4
+    """The last people of the data: never trained on, made into clips and scored at each validation."""
 
     def __post_init__(self) -> None:
         if self.ablation not in ABLATIONS:
@@ -97,7 +97,6 @@ class TrainingConfig:
             raise SettingError(f"image.frames is {self.image.frames}; the image stage trains on single pictures, 1.")
         if self.video.frames % 8 != 1 or self.video.frames < 9:
             raise SettingError(f"video.frames is {self.video.frames}; it must be 8N + 1: 9, 17, ... 49.")
-        object.__setattr__(self, "validation_prompts", tuple(self.validation_prompts))
 
 
 # Tab. 3: switches of `AdapterSettings`, by row. G trains as ours, without the image stage.
@@ -114,7 +113,7 @@ ABLATIONS: dict[str, dict[str, bool]] = {
 
 
 def load_config(path: Path, overrides: Mapping[str, str] | None = None) -> TrainingConfig:
-    """Read a YAML file. overrides: values by dotted name, `{"video.loop.steps": "100"}`, as the command line gives them.
+    """Read a YAML file. overrides: values by dotted name, `{"video.loop.steps": "100"}`, as on the command line.
 
     Raises SettingError for a missing file, an unknown or missing name, or a value of another type or out of its range.
     """
@@ -142,13 +141,10 @@ def build(cls: type, content: Any, where: str) -> Any:
         f.name for f in dataclasses.fields(cls)
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     }  # fmt: skip
-    unknown, missing = sorted(content.keys() - hints.keys()), sorted(required - content.keys())
-    if unknown or missing:
-        raise SettingError(
-            f"{where}: " + "; ".join(
-                f"{what} {', '.join(map(str, names))}" for what, names in (("unknown", unknown), ("missing", missing)) if names
-            ) + f". Its settings are {', '.join(hints)}."
-        )  # fmt: skip
+    unknown, missing = sorted(map(str, content.keys() - hints.keys())), sorted(required - content.keys())
+    wrong = [f"{what} {', '.join(names)}" for what, names in (("unknown", unknown), ("missing", missing)) if names]
+    if wrong:
+        raise SettingError(f"{where}: {'; '.join(wrong)}. Its settings are {', '.join(hints)}.")
     return cls(**{name: _value(hints[name], value, f"{where}: {name}") for name, value in content.items()})
 
 

@@ -29,7 +29,7 @@ def add_noise(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 def rotary_embedding(
     transformer: CogVideoXTransformer3DModel, frames: int, height: int, width: int
 ) -> tuple[Tensor, Tensor] | None:
-    """What diffusers' own pipeline gives the transformer for latents of this shape: cos and sin, (tokens, head size)."""
+    """What diffusers' own pipeline gives the transformer for latents of this shape: cos, sin, (tokens, head size)."""
     if not transformer.config.use_rotary_positional_embeddings:
         return None
     # The pipeline's method, so that training and sampling cannot differ; it reads nothing else of the pipeline.

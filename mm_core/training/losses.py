@@ -87,13 +87,14 @@ def identity_loss(frames: Tensor, landmarks: Tensor, target_embedding: Tensor, r
     return 1 - F.cosine_similarity(embedding, target, dim=-1)
 
 
-def face_area(boxes: Tensor, height: int, width: int) -> Tensor:
+def face_area(boxes: Tensor, height: int, width: int, cell: int = SPATIAL_COMPRESSION) -> Tensor:
     """The face's area at latent resolution, for `noise_loss`.
 
     Args:
         boxes: (B, T, 4), x0 y0 x1 y1 in pixels, one for each of `T = 4 k + 1` frames; may reach outside the picture. A
             box without area covers nothing: no face in that frame.
         height, width: of the latents.
+        cell: pixels that a latent covers, along each side.
 
     Returns:
         (B, k + 1, 1, height, width) float32: 1 in each cell that a box touches in any of the frames the latent frame
@@ -103,17 +104,17 @@ def face_area(boxes: Tensor, height: int, width: int) -> Tensor:
     if frames % TEMPORAL_COMPRESSION != 1:
         raise ValueError(f"face_area wants boxes for 4 k + 1 frames (1, 5, ..., 49), not {frames}")
     x0, y0, x1, y1 = boxes[..., None].unbind(dim=2)  # (B, T, 1) each
-    across = _touched(x0, x1, width)  # (B, T, width)
-    down = _touched(y0, y1, height)  # (B, T, height)
+    across = _touched(x0, x1, width, cell)  # (B, T, width)
+    down = _touched(y0, y1, height, cell)  # (B, T, height)
     covered = down[..., :, None] & across[..., None, :]  # (B, T, height, width)
     later = covered[:, 1:].unflatten(1, (-1, TEMPORAL_COMPRESSION)) if frames > 1 else covered[:, :0, None]
     return torch.cat([covered[:, :1], later.any(dim=2)], dim=1)[:, :, None].float()
 
 
-def _touched(low: Tensor, high: Tensor, cells: int) -> Tensor:
+def _touched(low: Tensor, high: Tensor, cells: int, cell: int) -> Tensor:
     """(B, T, 1) edges in pixels -> (B, T, cells), whether a cell overlaps the span between them."""
-    start = torch.arange(cells, device=low.device) * SPATIAL_COMPRESSION
-    return (high > low) & (low < start + SPATIAL_COMPRESSION) & (high > start)
+    start = torch.arange(cells, device=low.device) * cell
+    return (high > low) & (low < start + cell) & (high > start)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class _Recognition(nn.Module):
         self.pixels = nn.Linear(config.clip_hidden_size, 3 * PATCH**2)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """pixels: (B, 2, 3, 224, 224), 0..1, two pictures of each person from different clips; embeddings: (B, 2, 512)."""
+        """pixels: (B, 2, 3, 224, 224), 0..1, two clips of each person; embeddings: (B, 2, 512)."""
         pixels = batch["pixels"].flatten(0, 1)
         features = self.encoder(pixels, batch["embeddings"].flatten(0, 1))
         patches = features.structure_tokens[:, 1:]  # the first is the class token

@@ -1,0 +1,69 @@
+"""From noise to latents: the loop is diffusers' own, with the identity handed over step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import CogVideoXPipeline
+from torch import Tensor
+
+from ..models.diffusers_block import STATE
+from .conditioning import FaceConditioning
+
+if TYPE_CHECKING:
+    from .magic_mirror import ClipSettings
+
+
+def denoise(
+    pipe: CogVideoXPipeline,
+    clip: ClipSettings,
+    prompt: Tensor,
+    negative: Tensor | None,
+    face: FaceConditioning | None,
+    on_step: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """diffusers' loop. Between steps, its callback hands over the next step's state and text.
+
+    Args:
+        prompt, negative: (1, T, Dtxt) on the device; negative is None without guidance.
+        face: the identity, None for plain CogVideoX.
+        on_step: called with the number of steps done; raise in it to cancel.
+
+    Returns:
+        (1, F', C, H / 8, W / 8).
+    """
+    attention_kwargs: dict[str, Any] = {}
+
+    def prepare(step: int) -> Tensor:
+        state = face.state(step) if face is not None and step < clip.steps else None
+        attention_kwargs.pop(STATE, None)
+        if state is None:
+            return prompt
+        attention_kwargs[STATE] = state
+        return face.prompt_embeds.to(prompt)
+
+    def on_step_end(pipe: CogVideoXPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict:
+        on_step(step + 1)
+        if face is None:
+            return {}
+        embeds = prepare(step + 1)
+        return {"prompt_embeds": embeds if negative is None else torch.cat([negative, embeds])}
+
+    latents = pipe(
+        prompt_embeds=prepare(0),
+        negative_prompt_embeds=negative,
+        width=clip.width,
+        height=clip.height,
+        num_frames=clip.num_frames,
+        num_inference_steps=clip.steps,
+        guidance_scale=clip.guidance_scale,
+        use_dynamic_cfg=clip.dynamic_guidance,
+        generator=torch.Generator("cpu").manual_seed(clip.seed),
+        attention_kwargs=attention_kwargs,
+        callback_on_step_end=on_step_end,
+        output_type="latent",
+    ).frames
+    wanted = (clip.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
+    return latents[:, latents.shape[1] - wanted :]  # 1.5 pads in front to whole patches

@@ -1,0 +1,115 @@
+"""`python -m mm_core.training`: from a folder of clips and a config to an adapter.
+
+    plan         what a run needs: parameters, FLOPs, memory, GPU hours
+    check        what is wrong with a stage's dataset
+    precompute   what the frozen models make of it, once
+    image        stage 1, on single pictures
+    video        stage 2, on clips, from the result of stage 1
+
+Interrupted commands go on where they stopped when they are given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from ..errors import MagicMirrorError, SettingError
+from .config import TrainingConfig, load_config
+
+STAGES = ("image", "video")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit code: 0, 1 for a dataset with faults, 2 for a mistake of the user's, 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        config = load_config(args.config, dict(_setting(text) for text in args.set))
+        return args.run(config, args) or 0
+    except MagicMirrorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def plan(config: TrainingConfig, args: argparse.Namespace) -> None:
+    """Print what the run needs; nothing is loaded."""
+    from .plan import plan as make_plan
+
+    print(make_plan(config))
+
+
+def check(config: TrainingConfig, args: argparse.Namespace) -> int:
+    """Print what is wrong with the datasets of both stages."""
+    from .precompute import check as check_stage
+
+    reports = [check_stage(config, stage) for stage in args.stage or STAGES]
+    print(*reports, sep="\n")
+    return int(any(report.problems for report in reports))
+
+
+def precompute(config: TrainingConfig, args: argparse.Namespace) -> None:
+    """Write the features of one stage, or of both."""
+    from .precompute import precompute as precompute_stage
+
+    for stage in args.stage or STAGES:
+        print(precompute_stage(config, stage))
+
+
+def train(config: TrainingConfig, args: argparse.Namespace) -> None:
+    """Run one stage."""
+    print(train_stage(config, args.command, args.start))
+
+
+def train_stage(config: TrainingConfig, stage: str, start: Path | None = None) -> Path:
+    """Train a stage, or the rest of it; returns the adapter file.
+
+    start: the adapter to begin with. The video stage begins with the image stage's result, unless its ablation is G.
+    """
+    from .adapter_task import ADAPTER_FILE, AdapterTask
+    from .loop import is_finished, latest_checkpoint
+    from .loop import train as run
+
+    output = Path(config.output)
+    if start is None and stage == "video" and config.ablation != "G":
+        if not is_finished(output / "image", config.image.loop):
+            raise SettingError(
+                f"The image stage in {output / 'image'} is not finished: run it first, give --start ADAPTER, or leave "
+                "it out on purpose with ablation: G."
+            )
+        start = latest_checkpoint(output / "image") / ADAPTER_FILE
+    return run(AdapterTask(config, stage, start), getattr(config, stage).loop, output / stage) / ADAPTER_FILE
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise SettingError(f"--set {text} has no value: write --set video.loop.steps=100.")
+    return name, value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mm_core.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs = {"plan": plan, "check": check, "precompute": precompute, "image": train, "video": train}
+    for name, run in runs.items():
+        command = commands.add_parser(name, help=run.__doc__.splitlines()[0])
+        command.set_defaults(run=run)
+        command.add_argument("--config", type=Path, required=True, help="a YAML file, see mm_core/training/configs")
+        command.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings other than the file's")
+        if run in (check, precompute):
+            command.add_argument("--stage", nargs="*", choices=STAGES, help="default: both")
+        if run is train:
+            command.add_argument("--start", type=Path, help="adapter to begin with")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

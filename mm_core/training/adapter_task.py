@@ -1,0 +1,199 @@
+"""The adapter's two stages as tasks of the loop: which samples, which noise, what is dropped, what is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import CogVideoXDDIMScheduler
+from torch import Tensor
+
+from ..checkpoints.adapter_file import Trained, load_adapter, save_adapter
+from ..errors import CheckpointError, SettingError
+from ..models.adapter import MagicMirrorAdapter
+from ..models.config import AdapterConfig
+from ..pipelines.base import BaseModel, FolderBase, TinyBase
+from ..pipelines.conditioning import AdapterSettings
+from .arcface import DifferentiableArcFace
+from .config import ABLATIONS, StageConfig, TrainingConfig
+from .diffusion import add_noise, alphas_bar, rotary_embedding
+from .features import Features
+from .loop import generator_for, shuffled
+from .losses import face_area
+from .step import AdapterTraining, IdentityJudge
+from .validation import validate_clips
+
+ADAPTER_FILE = "adapter.safetensors"
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class AdapterTask:
+    """A stage on precomputed features. start: the adapter of the stage before; its optimizer's state is not taken over.
+
+    Raises:
+        CheckpointError: features missing or made for another base; SettingError: no recogniser for the identity loss.
+    """
+
+    def __init__(self, config: TrainingConfig, stage: str, start: Path | None = None) -> None:
+        self.config, self.name = config, stage
+        self.stage: StageConfig = getattr(config, stage)
+        self.base = open_base(config)
+        self.features = Features.open(Path(self.stage.features))
+        self.training, self.validation = split_people(self.features, config.validation_people)
+        pipe = self.base.load(DTYPES[self.stage.loop.precision])
+        pipe.text_encoder = None  # its work is in the features
+        self.pipe = pipe
+        adapter = self._adapter(start)
+        if config.gradient_checkpointing:
+            pipe.transformer.enable_gradient_checkpointing()
+        self.model = AdapterTraining(
+            pipe.transformer,
+            adapter,
+            AdapterSettings(**ABLATIONS[config.ablation]),
+            self.stage.identity_weight,
+            self._judge() if self.stage.identity_weight else None,
+        )
+        self.alphas_bar = alphas_bar(CogVideoXDDIMScheduler.from_config(pipe.scheduler.config))
+        shape = self.features.sample(0)["latents"].shape  # (F', C, H', W')
+        self.cell = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+        self.rotary = rotary_embedding(pipe.transformer, shape[0], shape[2], shape[3])
+
+    def _adapter(self, start: Path | None) -> MagicMirrorAdapter:
+        if start is not None:
+            return load_adapter(start)[0].float()
+        torch.manual_seed(self.stage.loop.seed)
+        return MagicMirrorAdapter(AdapterConfig.for_base(self.base.transformer_config, **self._sizes()))
+
+    def _sizes(self) -> dict[str, int]:
+        """The paper's sizes, or tiny's, with what the config says otherwise."""
+        if isinstance(self.base, TinyBase):
+            from ..pipelines import tiny
+
+            base = AdapterConfig.for_base(self.base.transformer_config)
+            sizes = {k: v for k, v in tiny.ADAPTER.to_dict().items() if getattr(base, k) != v and k != "adapted_layers"}
+            return sizes | dict(self.config.adapter)
+        return dict(self.config.adapter)
+
+    def _judge(self) -> IdentityJudge:
+        vae = self.pipe.vae.requires_grad_(False)
+        if self.config.gradient_checkpointing:
+            vae.enable_gradient_checkpointing()
+        return IdentityJudge(vae=vae, recogniser=DifferentiableArcFace(recogniser_file(self.config)))
+
+    def batch(self, samples: range) -> dict[str, Tensor]:
+        drawn = [self._draw(sample) for sample in samples]
+        # Samples without identity come first, as the adapted blocks want it.
+        drawn.sort(key=lambda sample: sample["keeps_identity"])
+        batch = {name: torch.stack([sample[name] for sample in drawn]) for name in _STACKED}
+        kept = [sample for sample in drawn if sample["keeps_identity"]]
+        for name in ("id_tokens", "structure_tokens"):
+            batch[name] = torch.stack([s[name] for s in kept]) if kept else drawn[0][name].new_zeros(0)
+        batch["noisy"] = add_noise(batch["clean"], batch["noise"], batch["alpha_bar"])
+        if self.rotary is not None:
+            batch["cos"], batch["sin"] = self.rotary
+        if self.stage.identity_weight:
+            batch |= self._judged(drawn, samples)
+        return batch
+
+    def _draw(self, number: int) -> dict[str, Tensor | bool]:
+        """All that is random about a sample, from its number."""
+        stage, generator = self.stage, generator_for(self.stage.loop.seed, number)
+        row = self.training[shuffled(number, len(self.training), stage.loop.seed)]
+        sample = self.features.sample(row)
+        timestep = torch.randint(1000, (), generator=generator)
+        dropped, area = torch.rand(2, generator=generator).tolist()
+        no_text = dropped < stage.text_dropout + stage.both_dropout
+        no_identity = stage.text_dropout <= dropped < stage.text_dropout + stage.both_dropout + stage.identity_dropout
+        clean = sample["latents"].float()
+        frames, _, height, width = clean.shape
+        mask = face_area(sample["boxes"][None], height, width, self.cell)[0] if area < stage.face_area else None
+        references = self._references(sample["references"], number, generator)
+        return {
+            "clean": clean,
+            "noise": torch.randn(clean.shape, generator=generator),
+            "timestep": timestep,
+            "alpha_bar": self.alphas_bar[timestep],
+            "text": (self.features.empty[0] if no_text else sample["prompt_embeds"]).float(),
+            "slots": sample["slots"].long(),
+            "has_text": torch.tensor(not no_text),
+            "face_mask": torch.ones(frames, 1, height, width) if mask is None else mask,
+            "keeps_identity": not no_identity,
+            "id_tokens": torch.stack([r["id_tokens"] for r in references]).float(),
+            "structure_tokens": torch.stack([r["structure_tokens"] for r in references]).float(),
+            "target": torch.stack([r["embedding"] for r in references]).mean(dim=0),
+            "landmarks": sample["landmarks"],
+            "judged_frame": torch.randint(frames, (), generator=generator),
+        }
+
+    def _references(self, known: list[int], number: int, generator: torch.Generator) -> list[dict[str, Tensor]]:
+        """Photos of the person. Their number is drawn for the whole step, so that the step's samples stack."""
+        step = number // self.stage.loop.batch_size
+        count = int(torch.randint(self.stage.max_references, (), generator=generator_for(self.stage.loop.seed, step, 1)))
+        order = torch.randperm(len(known), generator=generator).tolist()
+        return [self.features.reference(known[order[i % len(order)]]) for i in range(count + 1)]
+
+    def _judged(self, drawn: list[dict[str, Tensor | bool]], samples: range) -> dict[str, Tensor]:
+        """The samples that the identity loss acts on."""
+        low, high = self.stage.identity_timesteps
+        started = samples.start // self.stage.loop.batch_size >= self.stage.identity_start
+        rows = [
+            row for row, sample in enumerate(drawn)
+            if started and sample["keeps_identity"] and low <= int(sample["timestep"]) < high
+        ]  # fmt: skip
+        chosen = [drawn[row] for row in rows]
+        # A latent frame holds four frames, the first one only the first; decoded alone it shows the last it holds.
+        landmarks = [s["landmarks"][int(s["judged_frame"]) * 4] for s in chosen]
+        return {
+            "judged": torch.tensor(rows, dtype=torch.long),
+            "judged_frame": torch.tensor([int(s["judged_frame"]) for s in chosen], dtype=torch.long),
+            "landmarks": torch.stack(landmarks) if chosen else torch.zeros(0, 5, 2),
+            "target": torch.stack([s["target"] for s in chosen]) if chosen else torch.zeros(0, 512),
+        }
+
+    def export(self, weights: Mapping[str, Tensor], path: Path, step: int) -> None:
+        """`adapter.safetensors`, with what it was trained on in its header."""
+        adapter = self.model.adapter
+        mine = {name.removeprefix("adapter."): tensor for name, tensor in weights.items()}
+        whole = MagicMirrorAdapter(adapter.config)
+        whole.load_state_dict(adapter.state_dict() | mine)
+        trained = Trained(stage=self.name, steps=step, data=self.features.description)
+        save_adapter(whole, path / ADAPTER_FILE, base_model=self.base.name, trained=trained)
+
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        return validate_clips(self, folder)
+
+
+# What every sample has; the rest depends on whether it keeps its identity.
+_STACKED = ("clean", "noise", "timestep", "alpha_bar", "text", "slots", "has_text", "face_mask")
+
+
+def open_base(config: TrainingConfig) -> BaseModel:
+    """The base model a config names: `tiny`, or a diffusers folder."""
+    if config.base == TinyBase().name:
+        return TinyBase()
+    folder = Path(config.base)
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no folder {config.base}: download the base model, and give its folder as base.")
+    base = FolderBase(folder)
+    base.check_complete()
+    return base
+
+
+def recogniser_file(config: TrainingConfig) -> Path:
+    """The recognition network of the config's face pack."""
+    folder = Path(config.insightface_root).expanduser() / "models" / config.face_pack
+    found = sorted(path for pattern in ("w600k*.onnx", "glintr*.onnx") for path in folder.glob(pattern))
+    if not found:
+        raise SettingError(f"{folder} holds no recogniser (w600k_*.onnx, glintr*.onnx): the identity loss needs one.")
+    return found[0]
+
+
+def split_people(features: Features, held_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on and to validate with: the last people are kept apart."""
+    people = np.array([features.person(row) for row in range(len(features))])
+    known = list(dict.fromkeys(people.tolist()))
+    apart = set(known[len(known) - held_out :]) if 0 < held_out < len(known) else set()
+    is_apart = np.array([person in apart for person in people])
+    return np.flatnonzero(~is_apart), np.flatnonzero(is_apart)

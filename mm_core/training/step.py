@@ -1,0 +1,143 @@
+"""One training step of the adapter: a batch in, per-sample losses out (paper Sec. 3.4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from torch import Tensor, nn
+
+from ..models.adapter import MagicMirrorAdapter
+from ..models.diffusers_block import STATE, attach, face_state
+from ..pipelines.conditioning import AdapterSettings, ablate
+from .arcface import DifferentiableArcFace
+from .losses import identity_loss, noise_loss, predict_clean
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdentityJudge:
+    """What the identity loss looks through; None in the model when the loss is off."""
+
+    vae: AutoencoderKLCogVideoX
+    recogniser: DifferentiableArcFace
+
+
+class AdapterTraining(nn.Module):
+    """The frozen transformer with the adapter on it. Only the adapter's parameters require gradients."""
+
+    def __init__(
+        self,
+        transformer: CogVideoXTransformer3DModel,
+        adapter: MagicMirrorAdapter,
+        settings: AdapterSettings,
+        identity_weight: float = 0.0,
+        judge: IdentityJudge | None = None,
+    ) -> None:
+        super().__init__()
+        self.transformer = transformer.requires_grad_(False)
+        self.adapter = adapter.requires_grad_(True)
+        # Nobody reads the face stream after the last adapted block, so its second norm can never have a gradient.
+        adapter.blocks[str(adapter.config.adapted_layers[-1])].face_norm2.requires_grad_(False)
+        attach(self.transformer, adapter)
+        self.settings, self.identity_weight = settings, identity_weight
+        # Not a submodule: frozen, in its own dtype, and none of the trained model's state.
+        self._judge = (judge,)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Per-sample values, (B,) each; NaN where a value does not exist for a sample.
+
+        batch, B samples whose first B - n dropped the identity:
+            clean, noise, noisy: (B, F, C, H, W) latents. timestep, alpha_bar: (B,).
+            text: (B, T, Dtxt). slots: (B, N). has_text: (B,) bool, whether the prompt was kept.
+            id_tokens: (n, R, N, c) and structure_tokens: (n, R, S, clip) of R photos each.
+            face_mask: (B, F, 1, H, W), ones where the whole frame counts.
+            cos, sin: rotary positions, absent for a base without.
+            For the identity loss, of the m samples it acts on: judged: (m,) rows; judged_frame: (m,) latent frame;
+            landmarks: (m, 5, 2) px; target: (m, 512) raw ArcFace of the reference.
+        """
+        rows = len(batch["id_tokens"])
+        text = batch["text"]
+        state = None
+        if rows:
+            text, state = self._identity(batch, rows)
+        rotary = (batch["cos"], batch["sin"]) if "cos" in batch else None
+        prediction = self.transformer(
+            hidden_states=batch["noisy"].to(self.transformer.dtype),
+            encoder_hidden_states=text,
+            timestep=batch["timestep"],
+            image_rotary_emb=rotary,
+            attention_kwargs={} if state is None else {STATE: state},
+            return_dict=False,
+        )[0]
+        noise = noise_loss(prediction, batch["clean"], batch["noise"], batch["alpha_bar"], batch["face_mask"])
+        plain = torch.arange(len(noise), device=noise.device) < len(noise) - rows
+        nothing = torch.full_like(noise, torch.nan)
+        values = {
+            "loss": noise,
+            "noise_loss": torch.where(plain, nothing, noise.detach()),
+            "base_loss": torch.where(plain, noise.detach(), nothing),
+            "timestep": batch["timestep"],
+        }
+        if self.identity_weight and self._judge[0] is not None:
+            values["identity_loss"] = nothing
+            if len(batch["judged"]):
+                identity = self._identity_loss(prediction, batch)
+                values["loss"] = noise.index_add(0, batch["judged"], self.identity_weight * identity)
+                values["identity_loss"] = nothing.index_copy(0, batch["judged"], identity.detach())
+        if not values["loss"].requires_grad and torch.is_grad_enabled():
+            # All samples dropped the identity: there is nothing to learn, but a backward pass wants a graph.
+            values["loss"] = values["loss"] + 0 * sum(p.sum() for p in self.adapter.parameters() if p.requires_grad)
+        return values
+
+    def _identity(self, batch: dict[str, Tensor], rows: int) -> tuple[Tensor, object]:
+        """The prompts with the fused word, and the state that carries the identity through the blocks."""
+        adapter, settings = self.adapter, self.settings
+        id_tokens = batch["id_tokens"].mean(dim=1)  # (n, N, c): the mean over photos
+        text = batch["text"]
+        if settings.id_branch:
+            text = fuse_rows(text, batch["slots"], batch["has_text"], id_tokens, adapter)
+        else:
+            id_tokens = torch.zeros_like(id_tokens)
+        face_tokens = None
+        if settings.structure_branch:
+            photos = batch["structure_tokens"].flatten(1, 2)  # (n, R * S, clip)
+            face_tokens = adapter.face_proj(adapter.face_perceiver(photos))  # (n, Q, D)
+        state = face_state(
+            self.transformer,
+            adapter,
+            id_tokens=id_tokens,
+            face_tokens=face_tokens,
+            timestep=batch["timestep"][-rows:],
+        )
+        state.factors = {layer: ablate(factors, settings) for layer, factors in state.factors.items()}
+        return text, state
+
+    def _identity_loss(self, prediction: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """(m,), through x0, one latent frame of it, the VAE's decoder and ArcFace."""
+        judge, judged = self._judge[0], batch["judged"]
+        clean = predict_clean(prediction[judged], batch["noisy"][judged], batch["alpha_bar"][judged])
+        chosen = clean[torch.arange(len(judged), device=clean.device), batch["judged_frame"]]  # (m, C, H, W)
+        frames = decode_frame(judge.vae, chosen)
+        return identity_loss(frames, batch["landmarks"], batch["target"], judge.recogniser)
+
+
+def fuse_rows(
+    text: Tensor, slots: Tensor, has_text: Tensor, id_tokens: Tensor, adapter: MagicMirrorAdapter
+) -> Tensor:
+    """Text fusion of the last n rows, each with slots of its own; rows whose prompt was dropped have none."""
+    first = len(text) - len(id_tokens)
+    rows = torch.arange(first, len(text), device=text.device)[:, None]  # (n, 1)
+    before = text[rows, slots[first:]]  # (n, N, Dtxt)
+    fused = adapter.id_fusion(before, id_tokens).to(text.dtype)
+    fused = torch.where(has_text[first:, None, None], fused, before)
+    return text.index_put((rows.expand_as(slots[first:]), slots[first:]), fused)
+
+
+def decode_frame(vae: AutoencoderKLCogVideoX, latents: Tensor) -> Tensor:
+    """(m, C, H, W) latents of single latent frames -> (m, 3, 8H, 8W) RGB, about 0..1; not clamped, which kills gradients.
+
+    The whole clip's decoder would need all of its activations; a latent frame by itself decodes to one frame.
+    """
+    latents = (latents / vae.config.scaling_factor).to(vae.dtype)
+    return vae.decode(latents[:, :, None]).sample[:, :, 0].float() / 2 + 0.5
