@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=run.__doc__.splitlines()[0])
         command.set_defaults(run=run)
         command.add_argument("--config", type=Path, required=True, help="a YAML file, see mm_core/training/configs")
-        command.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings other than the file's")
+        command.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="replace settings")
         if run in (check, precompute):
             command.add_argument("--stage", nargs="*", choices=STAGES, help="default: both")
         if run is train:

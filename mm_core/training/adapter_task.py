@@ -130,7 +130,8 @@ class AdapterTask:
     def _references(self, known: list[int], number: int, generator: torch.Generator) -> list[dict[str, Tensor]]:
         """Photos of the person. Their number is drawn for the whole step, so that the step's samples stack."""
         step = number // self.stage.loop.batch_size
-        count = int(torch.randint(self.stage.max_references, (), generator=generator_for(self.stage.loop.seed, step, 1)))
+        of_step = generator_for(self.stage.loop.seed, step, 1)
+        count = int(torch.randint(self.stage.max_references, (), generator=of_step))
         order = torch.randperm(len(known), generator=generator).tolist()
         return [self.features.reference(known[order[i % len(order)]]) for i in range(count + 1)]
 
@@ -175,7 +176,7 @@ def open_base(config: TrainingConfig) -> BaseModel:
         return TinyBase()
     folder = Path(config.base)
     if not folder.is_dir():
-        raise CheckpointError(f"There is no folder {config.base}: download the base model, and give its folder as base.")
+        raise CheckpointError(f"There is no folder {config.base}: download the base model, and name its folder.")
     base = FolderBase(folder)
     base.check_complete()
     return base

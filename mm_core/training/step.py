@@ -135,7 +135,7 @@ def fuse_rows(
 
 
 def decode_frame(vae: AutoencoderKLCogVideoX, latents: Tensor) -> Tensor:
-    """(m, C, H, W) latents of single latent frames -> (m, 3, 8H, 8W) RGB, about 0..1; not clamped, which kills gradients.
+    """(m, C, H, W) latents of single latent frames -> (m, 3, 8H, 8W) RGB, about 0..1; a clamp would kill gradients.
 
     The whole clip's decoder would need all of its activations; a latent frame by itself decodes to one frame.
     """
