@@ -246,13 +246,11 @@ def _stage_text(name: str, stage: StagePlan, mfu: float) -> list[str]:
         + ", ".join(f"{gpu} ({PEAK_TFLOPS[gpu]} TFLOPS) {hours:,.0f}" for gpu, hours in stage.gpu_hours.items()),
         f"  GiB on each GPU; it fits where {RESERVED:.0%} of the card stay free (an assumption)",
     ]
-    columns = list(stage.memory[0].parts)
-    titles = ["spread", "GPUs", "micro", "ckpt", *columns, "total", *stage.memory[0].fits, "host"]
-    rows = [titles]
+    first = stage.memory[0]
+    columns = [("spread", "GPUs", "micro-batch", "checkpointing", *first.parts, "total", *first.fits, "main memory")]
     for memory in stage.memory:
         numbers = [f"{size / 2**30:.1f}" for size in (*memory.parts.values(), memory.total)]
         fits = ["fits" if fit else "no" for fit in memory.fits.values()]
         settings = [memory.strategy, str(memory.gpus), str(memory.micro_batch), "on" if memory.checkpointing else "off"]
-        rows.append([*settings, *numbers, *fits, f"{memory.host / 2**30:.1f}"])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
-    return lines + ["    " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+        columns.append((*settings, *numbers, *fits, f"{memory.host / 2**30:.1f}"))
+    return lines + [f"    {title:<18}" + "".join(f"{cell:>9}" for cell in cells) for title, *cells in zip(*columns)]
