@@ -1,0 +1,344 @@
+"""A training step at full size on the `meta` device: shapes, arithmetic, saved tensors, in seconds and without memory.
+
+The models are the real classes, the loss is the real loss; only the face recogniser, which reads values, is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import T5Config, T5EncoderModel
+
+from ..errors import SettingError
+from ..models.adapter import MagicMirrorAdapter
+from ..models.config import AdapterConfig
+from ..models.diffusers_block import STATE, FaceState, attach, face_state
+from ..models.id_encoder import PHOTOMAKER_V2, FaceFeatures, IDEncoder, IDEncoderConfig
+from ..models.id_fusion import fuse_slots
+from ..pipelines import tiny
+from ..pipelines.base import FolderBase
+from ..pipelines.presets import PRESETS, T5_XXL, ClipLimits
+from .config import ABLATIONS, StageConfig, TrainingConfig
+from .losses import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, noise_loss, predict_clean
+
+_META = torch.device("meta")
+_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_ALPHA_BAR = 0.5
+"""Any; the loss checks its value, so it cannot be on `meta`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """Everything a run has to do with, on `meta`, the frozen models in the dtype of the run."""
+
+    name: str
+    transformer: CogVideoXTransformer3DModel
+    vae: AutoencoderKLCogVideoX
+    text_encoder: T5EncoderModel
+    id_encoder: IDEncoder
+    adapter: MagicMirrorAdapter
+    limits: ClipLimits
+
+
+def build_models(config: TrainingConfig, precision: str) -> Models:
+    """The models that a config names, the adapter attached.
+
+    Raises:
+        SettingError: an unknown base, or an adapter with unknown sizes or sizes that are not the base's.
+        CheckpointError: a folder that is no CogVideoX text-to-video model.
+    """
+    name, transformer, vae, text, id_encoder = _base_configs(config.base)
+    try:
+        if name == tiny.NAME:
+            sizes = dataclasses.replace(tiny.ADAPTER, **config.adapter)
+        else:
+            sizes = AdapterConfig.for_base(transformer, **config.adapter)
+        with _META:
+            models = Models(
+                name=name,
+                transformer=CogVideoXTransformer3DModel.from_config(dict(transformer)),
+                vae=AutoencoderKLCogVideoX.from_config(dict(vae)),
+                text_encoder=T5EncoderModel(text),
+                id_encoder=IDEncoder(id_encoder),
+                adapter=MagicMirrorAdapter(sizes),
+                limits=ClipLimits.from_config(transformer, vae),
+            )
+        attach(models.transformer, models.adapter)
+    except (TypeError, ValueError) as error:  # the dataclass's and the front end's own words
+        raise SettingError(f"The adapter sizes {dict(config.adapter)} do not fit {name}: {error}.") from error
+    for module in (models.transformer, models.vae, models.text_encoder, models.id_encoder):
+        nn.Module.to(module, _DTYPES[precision]).requires_grad_(False).eval()
+    return models
+
+
+def _base_configs(base: str) -> tuple[str, Mapping[str, Any], Mapping[str, Any], T5Config, IDEncoderConfig]:
+    """Name, transformer, VAE, T5 and ID encoder of a base: `tiny`, a published name, or a folder."""
+    if base == tiny.NAME:
+        text = tiny.build_base(torch.float32).text_encoder.config
+        return base, {"patch_size_t": None} | tiny.TRANSFORMER, tiny.VAE, text, tiny.ID_ENCODER
+    for preset in PRESETS.values():
+        if base in (preset.repo, preset.repo.split("/")[-1]):
+            config = {"patch_size_t": None} | dict(preset.transformer)
+            return preset.repo, config, preset.vae, T5Config(**T5_XXL), PHOTOMAKER_V2
+    folder = Path(base).expanduser()
+    if not folder.is_dir():
+        raise SettingError(f"base is {base}; it must be tiny, one of {', '.join(PRESETS)}, or the folder of a model.")
+    transformer = FolderBase(folder).transformer_config
+    vae = AutoencoderKLCogVideoX.load_config(folder / "vae", local_files_only=True)
+    text = T5Config.from_pretrained(folder / "text_encoder", local_files_only=True)
+    return folder.name, transformer, vae, text, PHOTOMAKER_V2
+
+
+def dry_run(config: TrainingConfig, stage: str) -> None:
+    """Pass every shape of a stage, `image` or `video`, through one step's forward and loss, at full size.
+
+    Raises SettingError for a size that does not fit, CheckpointError for a folder that is no base model.
+    """
+    settings: StageConfig = getattr(config, stage)
+    models = build_models(config, settings.loop.precision)
+    step = DryStep(models, config, settings)
+    with step.fitting(), MetaKernels(settings.loop.precision), torch.no_grad():
+        step.noise_loss()
+        step.decode(step.predicted_clean())
+
+
+class DryStep:
+    """One step with one sample that carries the identity, from tensors that hold nothing, wherever the models are.
+
+    Raises SettingError for a clip that the base cannot make.
+    """
+
+    def __init__(self, models: Models, config: TrainingConfig, stage: StageConfig) -> None:
+        models.limits.check(width=config.width, height=config.height, num_frames=stage.frames)
+        self.models, self.stage = models, stage
+        self.device = models.transformer.device
+        self.height, self.width = config.height, config.width
+        self.ablation = ABLATIONS[config.ablation]
+        self.dtype = _DTYPES[stage.loop.precision]
+        base = models.transformer.config
+        patch_t = base.patch_size_t or 1
+        frames = (stage.frames - 1) // TEMPORAL_COMPRESSION + 1
+        frames += -frames % patch_t  # 1.5 pads to whole patches
+        rows, columns = config.height // SPATIAL_COMPRESSION, config.width // SPATIAL_COMPRESSION
+        self.latent_shape = (1, frames, base.in_channels, rows, columns)
+        self.video_tokens = frames // patch_t * (rows // base.patch_size) * (columns // base.patch_size)
+        self.alpha_bar = torch.tensor([_ALPHA_BAR])
+
+    @contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Sizes that do not fit each other become a SettingError."""
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:  # torch's and diffusers' way of saying that shapes differ
+            raise SettingError(
+                f"A step of {self.stage.frames} frame(s) of {self.width} x {self.height} px does not fit "
+                f"{self.models.name} and its adapter: {error}"
+            ) from error
+
+    def noise_loss(self) -> Tensor:
+        """() the noise loss, from the cached features on."""
+        clean, noise = self._empty(*self.latent_shape), self._empty(*self.latent_shape)
+        return noise_loss(self.predict(), clean, noise, self.alpha_bar).mean()
+
+    def predict(self) -> Tensor:
+        """The adapted transformer's v, of the latents' shape."""
+        transformer, config = self.models.transformer, self.models.transformer.config
+        text, state = self._condition()
+        rotary = None
+        if config.use_rotary_positional_embeddings:
+            shape = (self.video_tokens, config.attention_head_dim)
+            rotary = tuple(torch.empty(shape, device=self.device) for _ in range(2))
+        return transformer(
+            hidden_states=self._empty(*self.latent_shape),
+            encoder_hidden_states=text,
+            timestep=torch.empty(1, device=self.device),
+            image_rotary_emb=rotary,
+            attention_kwargs={STATE: state},
+        ).sample
+
+    def predicted_clean(self) -> Tensor:
+        """One latent frame of x0: (1, 1, C, h, w)."""
+        prediction, noisy = self._empty(*self.latent_shape), self._empty(*self.latent_shape)
+        return predict_clean(prediction, noisy, self.alpha_bar)[:, :1]
+
+    def decode(self, clean: Tensor) -> Tensor:
+        """The identity loss up to the pixels, whose mean stands for the face recogniser: (1, 1, C, h, w) -> ()."""
+        vae = self.models.vae
+        latents = clean.transpose(1, 2).to(self.dtype) / vae.config.scaling_factor
+        frame = vae.decode(latents).sample  # (1, 3, 1, H, W)
+        if frame.shape != (1, 3, 1, self.height, self.width):
+            raise ValueError(f"the VAE decodes {tuple(frame.shape)}, not (1, 3, 1, {self.height}, {self.width})")
+        return frame.float().mean()
+
+    def _condition(self) -> tuple[Tensor, FaceState]:
+        """The prompt with the fused word, and what the blocks get, from features of the ID encoder's shapes."""
+        adapter, base, vision = self.models.adapter, self.models.transformer.config, self.models.id_encoder.config
+        perceiver = self.models.id_encoder.qformer_perceiver
+        id_dim = perceiver.token_norm.normalized_shape[0]
+        num_ids = perceiver.token_proj[-1].out_features // id_dim
+        image_tokens = (vision.image_size // vision.patch_size) ** 2 + 1
+        references = self.stage.max_references
+        features = FaceFeatures(
+            id_tokens=self._empty(references, num_ids, id_dim),
+            structure_tokens=self._empty(references, image_tokens, vision.hidden_size),
+        )
+        id_tokens = features.id_tokens.mean(dim=0, keepdim=True)
+        text = self._empty(1, base.max_text_seq_length, self.models.text_encoder.config.d_model)
+        if self.ablation.get("id_branch", True):
+            slots = tuple(range(num_ids))
+            text = fuse_slots(text, adapter.id_fusion(text[:, slots, :], id_tokens), slots, 1.0)
+        face = adapter.face_tokens(features) if self.ablation.get("structure_branch", True) else None
+        timestep = torch.empty(1, device=self.device)
+        state = face_state(self.models.transformer, adapter, id_tokens=id_tokens, face_tokens=face, timestep=timestep)
+        return text, state
+
+    def _empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
+_LOW_PRECISION = {F.linear, torch.matmul, torch.bmm, F.conv2d, F.conv3d, torch.conv2d, torch.conv3d}
+_FULL_PRECISION = {F.layer_norm, F.group_norm, F.interpolate}
+
+
+class MetaKernels(TorchFunctionMode):
+    """What a GPU does and `meta` does not: flash attention, and autocast's casts of the layers that are used here.
+
+    Without it attention would be counted as if its (S, S) matrix were written, and mixed precision not at all.
+    """
+
+    def __init__(self, precision: str) -> None:
+        super().__init__()
+        self.dtype = None if precision == "no" else _DTYPES[precision]
+        self.copies: dict[int, Tensor] = {}
+        """Low-precision copies of trained weights; autocast keeps them until the end of the forward pass."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        attention = function is F.scaled_dot_product_attention
+        if self.dtype is not None and (attention or function in _LOW_PRECISION):
+            args, kwargs = self._cast(args, kwargs, self.dtype)
+        elif self.dtype is not None and function in _FULL_PRECISION:
+            args, kwargs = self._cast(args, kwargs, torch.float32)
+        if attention:
+            named = dict(zip(("query", "key", "value"), args)) | kwargs
+            if named.get("attn_mask") is not None:
+                return function(*args, **kwargs)
+            tensors = (named[name] for name in ("query", "key", "value"))
+            return torch.ops.aten._scaled_dot_product_flash_attention(*tensors)[0]
+        return function(*args, **kwargs)
+
+    def _cast(self, args: tuple, kwargs: dict, dtype: torch.dtype) -> tuple[tuple, dict]:
+        def cast(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
+                return value
+            if isinstance(value, nn.Parameter) and value.requires_grad and dtype == self.dtype:
+                return self.copies.setdefault(id(value), value.to(dtype))
+            return value.to(dtype)
+
+        return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A pass forward and back."""
+
+    forward: int
+    """FLOPs; a multiplication and an addition are two."""
+    backward: int
+    saved: int
+    """Bytes that the forward pass keeps for the backward pass, each storage once, weights left out."""
+    saved_checkpointed: int
+    """The same where each block keeps its inputs and runs again: one block at a time is whole."""
+    weight_copies: int
+    """Bytes of autocast's copies of trained weights."""
+
+
+def measure(
+    forward: Callable[[], Tensor], weights: Iterable[Tensor], blocks: Iterable[nn.Module], precision: str
+) -> Work:
+    """Run a forward pass on `meta`, and its backward pass. blocks: what gradient checkpointing would run again."""
+    kernels = MetaKernels(precision)
+    saved = SavedTensors(weights, blocks)
+    with FlopCounterMode(display=False) as counter, kernels:
+        with saved.recording():
+            loss = forward()
+        ahead = counter.get_total_flops()
+        loss.backward()
+    copies = {copy.untyped_storage()._cdata: copy.untyped_storage().nbytes() for copy in kernels.copies.values()}
+    total, checkpointed = saved.bytes(without=copies.keys())
+    return Work(
+        forward=ahead,
+        backward=counter.get_total_flops() - ahead,
+        saved=total,
+        saved_checkpointed=checkpointed,
+        weight_copies=sum(copies.values()),
+    )
+
+
+class SavedTensors:
+    """What autograd keeps of a forward pass, on any device."""
+
+    def __init__(self, weights: Iterable[Tensor], blocks: Iterable[nn.Module]) -> None:
+        self._weights = {weight.untyped_storage()._cdata for weight in weights}
+        self._blocks = list(blocks)
+        self._part = -1  # number of the running block; -1: none
+        self._storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+        self._saved: defaultdict[int, set[int]] = defaultdict(set)
+        self._inputs: set[int] = set()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for number, block in enumerate(self._blocks):
+                before = block.register_forward_pre_hook(self._enter(number), with_kwargs=True)
+                after = block.register_forward_hook(self._leave)
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor))
+            yield
+
+    def bytes(self, without: Iterable[int] = ()) -> tuple[int, int]:
+        """All that is saved, and what is left of it under gradient checkpointing; without some storages."""
+        weights = self._weights | set(without)
+        saved = {part: keys - weights for part, keys in self._saved.items()}
+        kept = saved.pop(-1, set()) | (self._inputs - weights)
+        inside = [self._size(keys - kept) for keys in saved.values()]
+        everything = set().union(*self._saved.values()) - weights
+        return self._size(everything), self._size(kept) + max(inside, default=0)
+
+    def _size(self, keys: set[int]) -> int:
+        return sum(self._storages[key].nbytes() for key in keys)
+
+    def _key(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        self._storages[storage._cdata] = storage
+        return storage._cdata
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        self._saved[self._part].add(self._key(tensor))
+        return tensor
+
+    def _enter(self, number: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            self._part = number
+            state = (kwargs.get("attention_kwargs") or {}).get(STATE)
+            carried = [] if state is None else [*state.factors.get(number, ()), state.streams.get(number)]
+            found = [*args, *kwargs.values(), *carried]
+            self._inputs |= {self._key(value) for value in found if isinstance(value, Tensor)}
+
+        return hook
+
+    def _leave(self, *_: Any) -> None:
+        self._part = -1

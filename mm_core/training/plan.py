@@ -1,0 +1,256 @@
+"""What a training run needs, before any of it is bought: parameters, arithmetic, memory, hours (docs/planner.md)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from ..errors import SettingError
+from .config import StageConfig, TrainingConfig
+from .meta import DryStep, Models, Work, build_models, measure
+
+MFU = 0.4
+"""Assumed part of a GPU's peak that training reaches."""
+PEAK_TFLOPS = {"A100": 312, "H100": 989, "RTX 4090": 165}
+"""The vendors' numbers: dense bf16 with float32 accumulation."""
+CARDS_GIB = (24, 40, 80)
+RESERVED = 0.1
+"""Assumed part of a card that the CUDA context, kernels' workspaces and fragmentation take."""
+STRATEGIES = ("DDP", "FSDP", "offload")
+# Bytes of a trained parameter, as accelerate keeps it: float32 weight and gradient, Adam's two moments, the average.
+WEIGHT, GRADIENT, ADAM, EMA = 4, 4, 8, 4
+_GPUS = (1, 8)
+_PARTS = {
+    "face perceiver": ("face_perceiver",),
+    "projections": ("face_proj", "id_proj"),
+    "fusion": ("id_fusion",),
+    "face modulation": ("face_modulation", "face_norm1", "face_norm2"),
+    "CAN": ("can",),
+    "cross-attention": ("attn",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """The peak of one GPU, in bytes, under one way to spread the states."""
+
+    strategy: str
+    gpus: int
+    micro_batch: int
+    checkpointing: bool
+    parts: Mapping[str, int]
+    host: int
+    """Bytes of main memory for each process."""
+    total: int
+    fits: Mapping[str, bool]
+    """By card."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One stage: `image` or `video`."""
+
+    frames: int
+    video_tokens: int
+    steps: int
+    batch_size: int
+    forward_flops: int
+    """Of one sample, like the next three; every sample counts as one that carries the identity."""
+    backward_flops: int
+    recomputed_flops: int
+    """The forward pass again, under gradient checkpointing."""
+    identity_flops: int
+    """Decoding one latent frame and back, where the identity loss acts; 0: it is off."""
+    identity_share: float
+    """Part of the samples where it acts."""
+    step_flops: float
+    """Of a whole batch."""
+    gpu_hours: Mapping[str, float]
+    memory: tuple[Memory, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Prints as tables."""
+
+    base: str
+    width: int
+    height: int
+    mfu: float
+    trainable: Mapping[str, int]
+    frozen: Mapping[str, int]
+    stages: Mapping[str, StagePlan]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    def __str__(self) -> str:
+        lines = [f"{self.base}, {self.width} x {self.height}", "", "Parameters, millions"]
+        for kind, parts in (("trained", self.trainable), ("frozen", self.frozen)):
+            lines += [f"  {name:<18}{count / 1e6:>10,.1f}  {kind}" for name, count in parts.items()]
+            lines.append(f"  {'all ' + kind:<18}{sum(parts.values()) / 1e6:>10,.1f}")
+        for name, stage in self.stages.items():
+            lines += ["", *_stage_text(name, stage, self.mfu)]
+        return "\n".join(lines)
+
+
+def plan(config: TrainingConfig, mfu: float = MFU) -> Plan:
+    """Count on `meta`; takes seconds, whatever the size.
+
+    Raises SettingError for a config whose sizes do not fit the base, CheckpointError for a folder that is no base.
+    """
+    if not 0 < mfu <= 1:
+        raise SettingError(f"mfu is {mfu}; it must be above 0 and at most 1.")
+    models = build_models(config, config.video.loop.precision)
+    adapter = [(name.split("."), parameter.numel()) for name, parameter in models.adapter.named_parameters()]
+    return Plan(
+        base=models.name,
+        width=config.width,
+        height=config.height,
+        mfu=mfu,
+        trainable={
+            part: sum(count for name, count in adapter if not {*name[:1], *name[2:3]}.isdisjoint(prefixes))
+            for part, prefixes in _PARTS.items()
+        },
+        frozen={
+            "DiT": _count(models.transformer),
+            "VAE": _count(models.vae),
+            "T5": _count(models.text_encoder),
+            "ViT": _count(models.id_encoder.vision_model),
+            "ID perceiver": _count(models.id_encoder.qformer_perceiver),
+        },
+        stages={name: _stage(config, name, mfu) for name in ("image", "video")},
+    )
+
+
+def _stage(config: TrainingConfig, name: str, mfu: float) -> StagePlan:
+    stage: StageConfig = getattr(config, name)
+    loop = stage.loop
+    models = build_models(config, loop.precision)
+    step, work, identity = _work(models, config, stage)
+    recomputed = work.forward if config.gradient_checkpointing else 0
+    share, decoding = 0.0, 0
+    if identity is not None:
+        low, high = stage.identity_timesteps
+        share = (high - low) / 1000 * max(0, loop.steps - stage.identity_start) / loop.steps
+        decoding = identity.forward * (2 if config.gradient_checkpointing else 1) + identity.backward
+    flops = loop.batch_size * (work.forward + work.backward + recomputed + share * decoding)
+    return StagePlan(
+        frames=stage.frames,
+        video_tokens=step.video_tokens,
+        steps=loop.steps,
+        batch_size=loop.batch_size,
+        forward_flops=work.forward,
+        backward_flops=work.backward,
+        recomputed_flops=recomputed,
+        identity_flops=decoding,
+        identity_share=share,
+        step_flops=flops,
+        gpu_hours={gpu: flops * loop.steps / (peak * 1e12 * mfu * 3600) for gpu, peak in PEAK_TFLOPS.items()},
+        memory=tuple(
+            _memory(models, stage, work, identity, strategy, gpus, checkpointing)
+            for strategy in STRATEGIES
+            for gpus in _GPUS
+            if strategy != "FSDP" or gpus > 1
+            for checkpointing in (False, True)
+        ),
+    )
+
+
+def _work(models: Models, config: TrainingConfig, stage: StageConfig) -> tuple[DryStep, Work, Work | None]:
+    """Of one sample: the transformer's pass, and the identity loss's decoding where it is on."""
+    step, precision = DryStep(models, config, stage), stage.loop.precision
+    weights = [*models.transformer.parameters(), *models.transformer.buffers(), *models.adapter.parameters()]
+    with step.fitting():
+        work = measure(step.noise_loss, weights, models.transformer.transformer_blocks, precision)
+        if not stage.identity_weight:
+            return step, work, None
+        clean = step.predicted_clean().requires_grad_()
+        blocks = [models.vae.decoder.mid_block, *models.vae.decoder.up_blocks]
+        return step, work, measure(lambda: step.decode(clean), models.vae.parameters(), blocks, precision)
+
+
+def _memory(
+    models: Models,
+    stage: StageConfig,
+    work: Work,
+    identity: Work | None,
+    strategy: str,
+    gpus: int,
+    checkpointing: bool,
+) -> Memory:
+    micro = stage.loop.micro_batch or -(-stage.loop.batch_size // gpus)
+    shards = gpus if strategy == "FSDP" else 1
+    trained = -(-_count(models.adapter) // shards)
+    states, average = ADAM * trained, EMA * trained if stage.loop.ema_decay else 0
+    transformer, vae = _bytes(models.transformer), _bytes(models.vae) if identity else 0
+    block = _bytes(models.transformer.transformer_blocks[0])
+    moved = block * len(models.transformer.transformer_blocks) if strategy == "offload" else 0
+    parts = {
+        "frozen weights": -(-(transformer + vae - moved) // shards),
+        "trained weights": WEIGHT * trained,
+        "gradients": GRADIENT * trained,
+        "DDP buckets": GRADIENT * trained if gpus > shards else 0,
+        "Adam": states if strategy != "offload" else 0,
+        "EMA": average if strategy != "offload" else 0,
+        "weight copies": work.weight_copies,
+        # Two at a time: the one that computes and the one that comes next.
+        "gathered weights": 2 * block if strategy == "offload" else 0,
+        "activations": micro * (work.saved_checkpointed if checkpointing else work.saved),
+        "identity loss": 0,
+    }
+    if strategy == "FSDP":  # gathered in low precision, unit by unit, so that there are no other copies
+        size = next(models.transformer.parameters()).element_size()
+        units = [models.adapter.face_perceiver, models.adapter.id_fusion, *models.adapter.blocks.values()]
+        parts |= {"weight copies": 0, "gathered weights": 2 * (block + size * max(map(_count, units)))}
+    if identity is not None:
+        parts["identity loss"] = micro * (identity.saved_checkpointed if checkpointing else identity.saved)
+    # Adam's update makes as many temporaries as there are weights, when the backward pass has freed its own.
+    freed = sum(parts[name] for name in ("weight copies", "gathered weights", "activations", "identity loss"))
+    parts["update"] = max(0, WEIGHT * trained - freed) if strategy != "offload" else 0
+    total = sum(parts.values())
+    return Memory(
+        strategy=strategy,
+        gpus=gpus,
+        micro_batch=micro,
+        checkpointing=checkpointing,
+        parts=parts,
+        host=states + average + moved if strategy == "offload" else 0,
+        total=total,
+        fits={f"{card} GB": total <= card * 2**30 * (1 - RESERVED) for card in CARDS_GIB},
+    )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _bytes(module: nn.Module) -> int:
+    tensors: Iterable[torch.Tensor] = (*module.parameters(), *module.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _stage_text(name: str, stage: StagePlan, mfu: float) -> list[str]:
+    lines = [
+        f"Stage {name}: {stage.frames} frame(s), {stage.video_tokens:,} video tokens, {stage.steps:,} steps of "
+        f"{stage.batch_size}",
+        f"  TFLOP a sample: forward {stage.forward_flops / 1e12:.2f}, backward {stage.backward_flops / 1e12:.2f}, "
+        f"checkpointing {stage.recomputed_flops / 1e12:.2f}; identity loss {stage.identity_flops / 1e12:.2f} in "
+        f"{stage.identity_share:.0%} of samples",
+        f"  PFLOP a step: {stage.step_flops / 1e15:.2f}",
+        f"  GPU hours at {mfu:.0%} of the vendors' peak (an assumption): "
+        + ", ".join(f"{gpu} ({PEAK_TFLOPS[gpu]} TFLOPS) {hours:,.0f}" for gpu, hours in stage.gpu_hours.items()),
+        f"  GiB on each GPU; it fits where {RESERVED:.0%} of the card stay free (an assumption)",
+    ]
+    first = stage.memory[0]
+    columns = [("spread", "GPUs", "micro-batch", "checkpointing", *first.parts, "total", *first.fits, "main memory")]
+    for memory in stage.memory:
+        numbers = [f"{size / 2**30:.1f}" for size in (*memory.parts.values(), memory.total)]
+        fits = ["fits" if fit else "no" for fit in memory.fits.values()]
+        settings = [memory.strategy, str(memory.gpus), str(memory.micro_batch), "on" if memory.checkpointing else "off"]
+        columns.append((*settings, *numbers, *fits, f"{memory.host / 2**30:.1f}"))
+    return lines + [f"    {title:<18}" + "".join(f"{cell:>9}" for cell in cells) for title, *cells in zip(*columns)]

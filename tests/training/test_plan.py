@@ -1,0 +1,235 @@
+"""The planner counts what really happens: against known sizes, formulae, and tensors that autograd really saves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mm_core.errors import SettingError
+from mm_core.pipelines import tiny
+from mm_core.training.config import TrainingConfig, load_config
+from mm_core.training.meta import DryStep, MetaKernels, Models, SavedTensors, build_models, dry_run, measure
+from mm_core.training.plan import Memory, Plan, plan
+
+RECIPE = Path(__file__).parents[2] / "mm_core" / "training" / "configs" / "cogvideox_5b.yaml"
+SMALL = dict(base="tiny", width="64", height="48")
+
+
+def configured(**overrides: str) -> TrainingConfig:
+    """The paper's recipe with settings replaced, `video__frames="17"` for nested ones."""
+    return load_config(RECIPE, {name.replace("__", "."): value for name, value in overrides.items()})
+
+
+@pytest.fixture(scope="module")
+def full() -> Plan:
+    return plan(configured())
+
+
+@pytest.fixture(scope="module")
+def small() -> Plan:
+    return plan(configured(**SMALL))
+
+
+def chosen(memories: tuple[Memory, ...], **wanted: object) -> Memory:
+    (memory,) = [m for m in memories if all(getattr(m, name) == value for name, value in wanted.items())]
+    return memory
+
+
+def test_parameters_of_the_5b_model(full: Plan) -> None:
+    """By part; all parts together are the whole adapter, as docs/checkpoint.md adds it up."""
+    assert sum(full.trainable.values()) == 1_773_973_120
+    assert full.trainable["cross-attention"] == 21 * (2 * 3072**2 + 2 * 64)
+    assert full.trainable["CAN"] == 21 * ((512 + 512 + 3072 + 1) * 1024 + (1024 + 1) * 12 * 3072)
+    assert full.frozen["DiT"] == pytest.approx(5.57e9, rel=0.001)
+    assert full.frozen["T5"] == pytest.approx(4.76e9, rel=0.001)
+
+
+def test_arithmetic_of_the_5b_model(full: Plan) -> None:
+    """Forward as counted for sampling, 332.82 TFLOP. Backward: each linear layer once more, for no frozen weight has a
+    gradient, and attention two and a half times."""
+    video = full.stages["video"]
+    assert video.video_tokens == 17_550
+    assert video.forward_flops == pytest.approx(332.82e12, rel=0.001)
+    plain, adapted = 226 + 17_550, 226 + 32 + 17_550
+    attention = 21 * 4 * 3072 * (plain**2 + adapted**2)
+    assert video.backward_flops == pytest.approx(video.forward_flops + 1.5 * attention, rel=0.001)
+    assert video.recomputed_flops == video.forward_flops
+    step = 8 * (2 * video.forward_flops + video.backward_flops + video.identity_share * video.identity_flops)
+    assert video.step_flops == step
+    assert video.gpu_hours["A100"] == pytest.approx(step * 5000 / 312e12 / 0.4 / 3600)
+
+
+def test_hours_follow_the_utilisation(small: Plan) -> None:
+    halved = plan(configured(**SMALL), mfu=0.2)
+    hours = [p.stages["video"].gpu_hours["H100"] for p in (small, halved)]
+    assert hours[1] == pytest.approx(2 * hours[0])
+    with pytest.raises(SettingError, match="mfu is 40"):
+        plan(configured(**SMALL), mfu=40)
+
+
+def real_models(meta: Models) -> Models:
+    """The same models with memory behind them."""
+    names = [f.name for f in dataclasses.fields(Models) if isinstance(getattr(meta, f.name), nn.Module)]
+    return dataclasses.replace(meta, **{name: getattr(meta, name).to_empty(device="cpu") for name in names})
+
+
+def test_saved_tensors_are_those_of_a_real_pass() -> None:
+    """What is counted on `meta` is what autograd keeps of a pass on the CPU, in float32."""
+    config = configured(**SMALL, video__loop__precision="'no'", video__frames="17")
+    models = build_models(config, "no")
+
+    def weights() -> list[torch.Tensor]:
+        return [p for m in (models.transformer, models.adapter, models.vae) for p in (*m.parameters(), *m.buffers())]
+
+    step, blocks = DryStep(models, config, config.video), models.transformer.transformer_blocks
+    clean = step.predicted_clean().requires_grad_()
+    counted = measure(step.noise_loss, weights(), blocks, "no")
+    decoded = measure(lambda: step.decode(clean), weights(), [], "no")
+
+    models = real_models(models)
+    step, blocks = DryStep(models, config, config.video), models.transformer.transformer_blocks
+    clean = step.predicted_clean().requires_grad_()
+    saved = SavedTensors(weights(), blocks)
+    with saved.recording():
+        loss = step.noise_loss()
+    # The kernel on the CPU has no random state to keep.
+    assert saved.bytes() == pytest.approx((counted.saved, counted.saved_checkpointed), rel=0.001)
+    assert counted.saved_checkpointed < counted.saved / 3
+    loss.backward()
+    saved = SavedTensors(weights(), [])
+    with saved.recording():
+        step.decode(clean)
+    assert saved.bytes()[0] == pytest.approx(decoded.saved, rel=0.001)
+
+
+def test_saved_tensors_count_storages_once() -> None:
+    """`x * x.T` keeps one storage twice; a weight is not counted, nor what is not needed."""
+    weight = torch.ones(3, 4)
+    x = torch.ones(4, 4, requires_grad=True)
+    saved = SavedTensors([weight], [])
+    with saved.recording():
+        (x * x.T + (weight @ x).sum()).sum()
+    assert saved.bytes() == (4 * 16, 4 * 16)
+
+
+def test_autocast_is_accelerates() -> None:
+    """Layers compute in bf16 from one copy of each trained weight, norms in float32, as CUDA's autocast has them."""
+    with torch.device("meta"):
+        linear, frozen, norm = nn.Linear(8, 8), nn.Linear(8, 8).requires_grad_(False), nn.LayerNorm(8)
+        x = torch.empty(2, 8)
+    with MetaKernels("bf16") as kernels:
+        assert linear(x).dtype == frozen(linear(x)).dtype == torch.bfloat16
+        assert norm(linear(x)).dtype == torch.float32
+    assert {key: copy.numel() for key, copy in kernels.copies.items()} == {id(linear.weight): 64, id(linear.bias): 8}
+    with MetaKernels("no"):
+        assert norm(linear(x)).dtype == torch.float32
+
+
+def test_checkpointing_adds_one_forward_of_the_blocks() -> None:
+    """The count for gradient checkpointing is what diffusers' own does, in a real pass on the CPU."""
+    config = configured(**SMALL, video__loop__precision="'no'")
+    totals = []
+    for checkpointing in (False, True):
+        models = real_models(build_models(config, "no"))
+        if checkpointing:
+            models.transformer.enable_gradient_checkpointing()
+        step = DryStep(models, config, config.video)
+        with FlopCounterMode(display=False) as counter:
+            loss = step.noise_loss()
+            forward = counter.get_total_flops()
+            loss.backward()
+        totals.append(counter.get_total_flops())
+    assert totals[1] - totals[0] == pytest.approx(forward, rel=0.05)  # the perceiver and the factors run once
+
+
+def test_memory_adds_up(full: Plan) -> None:
+    """Each part by hand, for plain DDP, FSDP and offloading."""
+    memories, trained = full.stages["video"].memory, sum(full.trainable.values())
+    for memory in memories:
+        assert memory.total == sum(memory.parts.values())
+        assert memory.fits == {f"{card} GB": memory.total <= 0.9 * card * 2**30 for card in (24, 40, 80)}
+    alone = chosen(memories, strategy="DDP", gpus=1, checkpointing=True).parts
+    states = {name: alone[name] // trained for name in ("trained weights", "gradients", "Adam", "EMA")}
+    assert states == {"trained weights": 4, "gradients": 4, "Adam": 8, "EMA": 4}
+    assert alone["frozen weights"] == pytest.approx(2 * (full.frozen["DiT"] + full.frozen["VAE"]), rel=0.001)
+    assert alone["weight copies"] == pytest.approx(2 * trained, rel=0.001)
+    sharded = chosen(memories, strategy="FSDP", gpus=8, checkpointing=True).parts
+    for name in ("frozen weights", *states):
+        assert sharded[name] == pytest.approx(alone[name] / 8, rel=1e-6)
+    assert sharded["activations"] == alone["activations"]
+    offloaded = chosen(memories, strategy="offload", gpus=1, checkpointing=True)
+    assert offloaded.parts["Adam"] == offloaded.parts["EMA"] == 0
+    moved = alone["Adam"] + alone["EMA"] + alone["frozen weights"] - offloaded.parts["frozen weights"]
+    assert offloaded.host == moved
+
+
+def test_numbers_grow_with_the_clip(small: Plan) -> None:
+    larger = plan(configured(**SMALL | dict(width="96"))).stages["video"]
+    shorter = plan(configured(**SMALL, video__frames="17")).stages["video"]
+    video = small.stages["video"]
+    for name in ("video_tokens", "forward_flops", "backward_flops", "step_flops"):
+        assert getattr(shorter, name) < getattr(video, name) < getattr(larger, name)
+    for few, some, many in zip(shorter.memory, video.memory, larger.memory):
+        assert few.parts["activations"] < some.parts["activations"] < many.parts["activations"]
+        assert few.parts["Adam"] == some.parts["Adam"] == many.parts["Adam"]
+
+
+def test_the_identity_loss_is_counted_where_it_acts(small: Plan) -> None:
+    image, video = small.stages["image"], small.stages["video"]
+    assert video.identity_share == 0.5
+    assert image.identity_share == pytest.approx(0.5 * 28 / 30)  # it starts after 2,000 of 30,000 steps
+    off = plan(configured(**SMALL, video__identity_weight="0")).stages["video"]
+    assert off.identity_flops == 0
+    assert all(memory.parts["identity loss"] == 0 for memory in off.memory)
+    assert off.memory[0].parts["frozen weights"] < video.memory[0].parts["frozen weights"]  # no VAE
+
+
+def test_reports(small: Plan) -> None:
+    """The text has every part's name, and JSON every number."""
+    text, numbers = str(small), json.loads(small.to_json())
+    for name in (*small.trainable, *small.frozen, *small.stages["video"].memory[0].parts, "RTX 4090", "assumption"):
+        assert name in text
+    assert numbers["stages"]["video"]["step_flops"] == small.stages["video"].step_flops
+    assert numbers["trainable"] == small.trainable
+
+
+@pytest.mark.parametrize("base", ["THUDM/CogVideoX-5b", "CogVideoX-2b", "CogVideoX1.5-5B"])
+@pytest.mark.parametrize("stage", ["image", "video"])
+def test_full_size_steps_fit(base: str, stage: str) -> None:
+    dry_run(configured(base=base), stage)
+
+
+def test_a_folder_is_planned_like_the_model_in_it(small: Plan, tmp_path: Path) -> None:
+    """With PhotoMaker-V2 as its ID encoder, as every folder."""
+    pipe = tiny.build_base(torch.float32)
+    pipe.transformer.save_config(tmp_path / "transformer")
+    pipe.vae.save_config(tmp_path / "vae")
+    pipe.text_encoder.config.save_pretrained(tmp_path / "text_encoder")
+    planned = plan(configured(**SMALL | dict(base=str(tmp_path))))
+    assert planned.base == tmp_path.name
+    assert {name: planned.frozen[name] for name in ("DiT", "VAE", "T5")} == {
+        name: small.frozen[name] for name in ("DiT", "VAE", "T5")
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (dict(video__frames="57"), "57 frames"),
+        (dict(base="CogVideoX1.5-5B", video__frames="41"), r"16 x N \+ 1"),
+        (dict(adapter="{hidden_size: 3000}"), "hidden_size"),
+        (dict(adapter="{clip_hidden_size: 768}"), "does not fit THUDM/CogVideoX-5b"),
+        (dict(adapter="{id_token_dim: 1024}"), "does not fit"),
+        (dict(adapter="{width: 3}"), "width"),
+        (dict(base="CogVideoX-7b"), "CogVideoX-7b; it must be tiny, one of CogVideoX-5b"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_told(overrides: dict[str, str], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        dry_run(configured(**overrides), "video")
