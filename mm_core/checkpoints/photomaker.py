@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from ..errors import CheckpointError, downloading
+from ..files import whole_file
 from ..models.id_encoder import PHOTOMAKER_V2, IDEncoder, IDEncoderConfig
 from .adapter_file import check_tensors
 
@@ -19,6 +22,7 @@ FILE_NAME = "photomaker-v2.bin"
 # Older transformers saved this constant buffer (0, 1, 2 ...) with the weights.
 _NOT_A_WEIGHT = "vision_model.embeddings.position_ids"
 _PREFIX = "id_encoder."
+_CONFIG = "config"
 
 
 def id_encoder_tensors(config: IDEncoderConfig = PHOTOMAKER_V2) -> dict[str, torch.Size]:
@@ -35,10 +39,29 @@ def download_id_encoder(folder: Path) -> Path:
         return Path(hf_hub_download(REPO, FILE_NAME, local_dir=folder))
 
 
+def save_id_encoder(encoder: IDEncoder, path: Path, config: IDEncoderConfig) -> None:
+    """A `.safetensors` file of an encoder of any sizes, which it names in its metadata; half precision."""
+    weights = {key: tensor.half().contiguous() for key, tensor in encoder.state_dict().items()}
+    with whole_file(path) as temporary:
+        save_file(weights, temporary, metadata={_CONFIG: json.dumps(dataclasses.asdict(config))})
+
+
+def read_id_encoder_config(path: Path) -> IDEncoderConfig:
+    """The sizes in a file's metadata; PhotoMaker-V2's, the only published ones, where it names none."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return PHOTOMAKER_V2
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_CONFIG)
+        return PHOTOMAKER_V2 if text is None else IDEncoderConfig(**json.loads(text))
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path.name} is damaged or names sizes that are none: {error}") from error
+
+
 def load_id_encoder(
-    path: Path, *, dtype: torch.dtype = torch.float32, config: IDEncoderConfig = PHOTOMAKER_V2
+    path: Path, *, dtype: torch.dtype = torch.float32, config: IDEncoderConfig | None = None
 ) -> IDEncoder:
-    """Load the ID encoder to the CPU, strictly.
+    """Load the ID encoder to the CPU, strictly. config: its sizes, by default those that the file names.
 
     The `.bin` is a pickle; only tensors are accepted from it. In a `.safetensors` copy the keys carry the prefix
     `id_encoder.`, or none; the LoRA part of the file is not read.
@@ -46,6 +69,7 @@ def load_id_encoder(
     Raises:
         CheckpointError: missing or damaged file, or tensors missing, unexpected or misshapen.
     """
+    config = config or read_id_encoder_config(path)
     weights = _read(path)
     weights.pop(_NOT_A_WEIGHT, None)
     check_tensors(path, id_encoder_tensors(config), {key: tensor.shape for key, tensor in weights.items()})

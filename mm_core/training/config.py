@@ -154,6 +154,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, types.UnionType):
         return None if value is None else _value(typing.get_args(hint)[0], value, where)
     origin = typing.get_origin(hint) or hint
+    if origin is str and value is False:  # YAML reads a bare `no` as false
+        return "no"
     if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if origin is float and isinstance(value, str):  # YAML reads 1e-5, without a point, as text

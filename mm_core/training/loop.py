@@ -169,7 +169,7 @@ class _Run:
             log_with="tensorboard",
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
             # A process whose samples all dropped the identity has no gradient for the adapter.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)],
         )
         self.accumulation = config.accumulation(self.accelerator.num_processes)
         self.accelerator.gradient_accumulation_steps = self.accumulation

@@ -194,7 +194,6 @@ def _memory(
         "frozen weights": -(-(transformer + vae - moved) // shards),
         "trained weights": WEIGHT * trained,
         "gradients": GRADIENT * trained,
-        "DDP buckets": GRADIENT * trained if gpus > shards else 0,
         "Adam": states if strategy != "offload" else 0,
         "EMA": average if strategy != "offload" else 0,
         "weight copies": work.weight_copies,

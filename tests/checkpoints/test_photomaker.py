@@ -85,7 +85,7 @@ def test_wrong_tensors(weights: Weights, path: Path) -> None:
     for text in (
         "1 missing: qformer_perceiver.token_norm.bias",
         "1 unexpected: extra.weight",
-        "visual_projection.weight (3, 4) instead of (64, 128)",
+        "visual_projection.weight (3, 4) instead of (64, 192)",
     ):
         assert text in str(error.value)
 

@@ -5,6 +5,7 @@ It never sees who is in a clip. Trained on single pictures first, then on clips.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXP
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
-from ...files import whole_file
+from ...files import PARTIAL, whole_file
 from ...pipelines import tiny
 from ...pipelines.prompt import identity_tokens, without_trigger
 from ..diffusion import add_noise, alphas_bar, rotary_embedding
@@ -77,7 +78,7 @@ class _TextToVideo(nn.Module):
 
 class BaseTask:
     def __init__(
-        self, clips: Clips, latents: Latents, vae: AutoencoderKLCogVideoX, seed: int, start: Path | None = None
+        self, captions: list[str], latents: Latents, vae: AutoencoderKLCogVideoX, seed: int, start: Path | None = None
     ) -> None:
         torch.manual_seed(seed)
         self.tokenizer = tiny.build_tokenizer()
@@ -91,7 +92,7 @@ class BaseTask:
         self.model = _TextToVideo(text_encoder, transformer)
         self.vae = vae.eval().requires_grad_(False)
         self.latents, self.seed = latents, seed
-        self.captions = [clips.captions[i] for i in latents.clip]
+        self.captions = [captions[i] for i in latents.clip]
         self.alphas_bar = alphas_bar(CogVideoXDDIMScheduler(**tiny.SCHEDULER))
         frames = latents.values.shape[1]
         self.rotary = rotary_embedding(transformer, frames, tiny.SIZE // 4, tiny.SIZE // 4)
@@ -153,6 +154,22 @@ class BaseTask:
         save_sheet(frames[:, None, :, ::4], folder / "clips.png")
         (folder / "captions.txt").write_text("\n".join(captions), encoding="utf-8")
         return {"deviation": float(latents.std())}
+
+
+def save_base(checkpoint: Path, vae: AutoencoderKLCogVideoX, folder: Path) -> None:
+    """The finished model in diffusers' layout, as the published ones."""
+    pipe = CogVideoXPipeline(
+        tokenizer=tiny.build_tokenizer(),
+        text_encoder=T5EncoderModel.from_pretrained(checkpoint / "text_encoder"),
+        vae=vae,
+        transformer=CogVideoXTransformer3DModel.from_pretrained(checkpoint / "transformer"),
+        scheduler=CogVideoXDDIMScheduler(**tiny.SCHEDULER),
+    )
+    partial = folder.with_name(f".{folder.name}{PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipe.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def _initialise(transformer: CogVideoXTransformer3DModel) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ...checkpoints.photomaker import save_id_encoder
 from ...faces.analysis import FaceAnalyzer
 from ...faces.crop import square_crop
 from ...files import whole_file, write_json
@@ -128,7 +128,9 @@ class EncoderTask:
         # With the frozen parts, which stay as they were made: the file must be complete.
         whole = self.model.encoder.state_dict()
         whole |= {name.removeprefix("encoder."): t for name, t in weights.items() if name.startswith("encoder.")}
-        save_file({name: tensor.half().contiguous() for name, tensor in whole.items()}, path / WEIGHTS)
+        encoder = IDEncoder(tiny.ID_ENCODER)
+        encoder.load_state_dict(whole)
+        save_id_encoder(encoder, path / WEIGHTS, tiny.ID_ENCODER)
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """How often a person left out of training is found among 64 by a picture from another clip."""

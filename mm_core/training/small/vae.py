@@ -20,6 +20,9 @@ KL_WEIGHT = 1e-4
 """Of the mean over latent numbers, beside a mean over pixels: latents stay near unit size and bear some noise."""
 EDGE_WEIGHT = 0.5
 """Differences between neighbouring pixels count too: eyes and mouths are small, and the mean over pixels blurs them."""
+COARSE_WEIGHT, COARSE = 1.0, 8
+"""Means over so many pixels count too: group norms take a clip's own brightness and colours away, and a loss of single
+pixels is slow to bring them back."""
 MEASURED = 64  # clips that the scaling factor is measured on
 
 
@@ -35,12 +38,15 @@ class _Reconstruction(nn.Module):
         decoded = self.vae.decode(posterior.mean + posterior.std * batch["noise"]).sample
         pixels = (decoded - frames).abs().flatten(1).mean(dim=1)
         edges = sum((decoded - frames).diff(dim=axis).abs().flatten(1).mean(dim=1) for axis in (-1, -2))
+        coarse = F.avg_pool2d((decoded - frames).flatten(0, 2)[:, None], COARSE).abs().flatten(1).mean(dim=1)
+        coarse = coarse.unflatten(0, (len(frames), -1)).mean(dim=1)
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).flatten(1).mean(dim=1)
         psnr = -10 * torch.log10((decoded.detach() - frames).square().flatten(1).mean(dim=1) / 4)
         return {
-            "loss": pixels + EDGE_WEIGHT * edges + KL_WEIGHT * kl,
+            "loss": pixels + EDGE_WEIGHT * edges + COARSE_WEIGHT * coarse + KL_WEIGHT * kl,
             "pixels": pixels,
             "edges": edges,
+            "coarse": coarse,
             "kl": kl,
             "psnr": psnr,
         }

@@ -1,0 +1,177 @@
+"""`python -m mm_core.training.small`: make the small model that ships with the pack, from nothing, on a CPU.
+
+Renders people, trains the VAE, the ID encoder and the base text-to-video model on them, freezes all of that, trains the
+adapter in its two stages, and packs the weights. Each part is kept as it is finished; the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+
+from ...errors import MagicMirrorError
+from ..config import TrainingConfig, load_config
+from ..loop import LoopConfig, is_finished, latest_checkpoint, train
+
+CONFIG = Path(__file__).parents[1] / "configs" / "tiny.yaml"
+PEOPLE, CLIPS = 1600, 4
+
+# Single pictures first: most of what a VAE and a base model must learn is in them, at a fraction of the cost.
+VAE_PICTURES = LoopConfig(
+    steps=350, batch_size=16, learning_rate=2e-3, final_learning_rate=4e-4, warmup_steps=40, weight_decay=0,
+    ema_decay=0.98, save_every=100, validate_every=350, log_every=20,
+)  # fmt: skip
+# A clip is thousands of pixels of evidence: many small steps beat few large ones.
+VAE_CLIPS = LoopConfig(
+    steps=2600, batch_size=1, learning_rate=1.5e-3, final_learning_rate=5e-5, warmup_steps=20, weight_decay=0,
+    betas=(0.9, 0.99), ema_decay=0.997, save_every=200, validate_every=400, log_every=50, seed=2,
+)  # fmt: skip
+ENCODER = LoopConfig(
+    steps=600, batch_size=64, learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=30, weight_decay=0.05,
+    ema_decay=0.99, save_every=100, validate_every=100, log_every=10,
+)  # fmt: skip
+BASE_PICTURES = LoopConfig(
+    steps=6000, batch_size=32, learning_rate=1e-3, final_learning_rate=3e-4, warmup_steps=100, ema_decay=0.998,
+    save_every=500, validate_every=1000, log_every=20, compile=True,
+)  # fmt: skip
+BASE_CLIPS = LoopConfig(
+    steps=6000, batch_size=16, learning_rate=5e-4, final_learning_rate=3e-5, warmup_steps=50, ema_decay=0.998,
+    save_every=250, validate_every=1000, log_every=20, compile=True, seed=1,
+)  # fmt: skip
+
+
+class Recipe:
+    """The parts in order; each names its folder and is skipped when that is finished.
+
+    folder: of the run; the config's paths begin with `runs/tiny`, which becomes this folder.
+    """
+
+    def __init__(self, folder: Path, insightface_root: Path, settings: Mapping[str, str]) -> None:
+        self.folder = folder
+        paths = {
+            "base": folder / "base",
+            "id_encoder": folder / "encoder" / "id_encoder.safetensors",
+            "output": folder / "adapter",
+            "insightface_root": insightface_root,
+            "image.data": folder / "people" / "images.jsonl",
+            "image.features": folder / "features" / "images",
+            "video.data": folder / "people",
+            "video.features": folder / "features" / "clips",
+        }
+        self.config: TrainingConfig = load_config(CONFIG, {k: str(v) for k, v in paths.items()} | dict(settings))
+
+    @property
+    def parts(self) -> dict[str, Callable[[], object]]:
+        return {
+            "people": self.people,
+            "vae": self.vae,
+            "encoder": self.encoder,
+            "base": self.base,
+            "features": self.features,
+            "image": lambda: self.adapter("image"),
+            "video": lambda: self.adapter("video"),
+        }
+
+    def people(self) -> None:
+        from ...data.people.manifest import write_manifest
+        from ...data.people.shards import RenderSettings, render_dataset
+
+        folder = self.folder / "people"
+        settings = RenderSettings(
+            first=0, stop=PEOPLE, clips=CLIPS, frames=self.config.video.frames, size=self.config.width
+        )
+        render_dataset(folder, settings, os.cpu_count() or 1)
+        write_manifest(folder, "images.jsonl", pictures=True)
+        write_manifest(folder, "manifest.jsonl", pictures=False)
+
+    @cached_property
+    def clips(self) -> object:
+        from .clips import Clips
+
+        return Clips.read(self.folder / "people")
+
+    def vae(self) -> Path:
+        from .vae import VAETask
+
+        folder = self.folder / "vae"
+        pictures = self._run(folder / "pictures", VAE_PICTURES, lambda: VAETask(self.clips, 1, 0))
+        return self._run(folder / "clips", VAE_CLIPS, lambda: VAETask(self.clips, 9, 2, start=pictures / "vae"))
+
+    def encoder(self) -> None:
+        from ...faces.analysis import FaceAnalyzer
+        from .encoder import WEIGHTS, EncoderTask, Faces
+
+        analyzer = FaceAnalyzer(Path(self.config.insightface_root).expanduser(), self.config.face_pack)
+        folder = self.folder / "encoder"
+        folder.mkdir(exist_ok=True)
+        faces = Faces.look(self.clips, analyzer, folder / "faces.npz")
+        last = self._run(folder, ENCODER, lambda: EncoderTask(self.clips, faces, 0))
+        shutil.copyfile(last / WEIGHTS, folder / WEIGHTS)
+
+    def base(self) -> None:
+        from diffusers import AutoencoderKLCogVideoX
+
+        from .base import BaseTask, Latents, save_base
+
+        vae_folder = latest_checkpoint(self.folder / "vae" / "clips") / "vae"
+        vae = AutoencoderKLCogVideoX.from_pretrained(vae_folder).eval().requires_grad_(False)
+        folder = self.folder / "text-to-video"
+        folder.mkdir(exist_ok=True)
+        pictures = Latents.encode(self.clips, vae, 1, folder / "pictures.pt")
+        start = self._run(
+            folder / "pictures", BASE_PICTURES, lambda: BaseTask(self.clips.captions, pictures, vae, BASE_PICTURES.seed)
+        )
+        clips = Latents.encode(self.clips, vae, 9, folder / "clips.pt")
+        last = self._run(
+            folder / "clips", BASE_CLIPS, lambda: BaseTask(self.clips.captions, clips, vae, BASE_CLIPS.seed, start)
+        )
+        save_base(last, vae, self.folder / "base")
+
+    def features(self) -> None:
+        from ..precompute import precompute
+
+        for stage in ("image", "video"):
+            precompute(self.config, stage)
+
+    def adapter(self, stage: str) -> Path:
+        from ..__main__ import train_stage
+
+        return train_stage(self.config, stage)
+
+    def _run(self, folder: Path, loop: LoopConfig, task: Callable[[], object]) -> Path:
+        """The folder of the last checkpoint; trains only what is missing."""
+        return latest_checkpoint(folder) if is_finished(folder, loop) else train(task(), loop, folder)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m mm_core.training.small", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("runs/tiny"), help="of everything that is made")
+    parser.add_argument("--insightface-root", type=Path, default=Path("~/.insightface"), help="holds models/buffalo_sc")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="replace settings of tiny.yaml")
+    parser.add_argument("--until", default="video", help="last part: people, vae, encoder, base, ...")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        recipe = Recipe(args.folder, args.insightface_root, dict(text.split("=", 1) for text in args.set))
+        for name, part in recipe.parts.items():
+            logging.info("%s", name)
+            part()
+            if name == args.until:
+                break
+    except MagicMirrorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

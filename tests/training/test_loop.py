@@ -1,0 +1,211 @@
+"""The training loop: exact resume, any number of processes, whole checkpoints, what it measures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mm_core.errors import MagicMirrorError, SettingError
+from mm_core.training.loop import (
+    METRICS,
+    LoopConfig,
+    checkpoints,
+    generator_for,
+    is_finished,
+    latest_checkpoint,
+    shuffled,
+    train,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+class Regression(nn.Module):
+    """A frozen and a trained layer; the loss of a sample is the squared error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.frozen = nn.Linear(6, 5).requires_grad_(False)
+        self.trained = nn.Linear(5, 1)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        error = (self.trained(self.frozen(batch["x"]).tanh())[:, 0] - batch["y"]).square()
+        return {"loss": error, "noise_loss": error, "timestep": batch["timestep"]}
+
+
+class RegressionTask:
+    """slow: seconds that each batch takes, for a test that kills. broken_from: the first sample that is not a number."""
+
+    def __init__(self, slow: float = 0.0, broken_from: int | None = None) -> None:
+        self.model, self.slow, self.broken_from = Regression(), slow, broken_from
+        self.validated: list[int] = []
+
+    def batch(self, samples: range) -> dict[str, Tensor]:
+        time.sleep(self.slow)
+        x = torch.stack([torch.randn(6, generator=generator_for(3, shuffled(n, 50, 3))) for n in samples])
+        if self.broken_from is not None and samples.stop > self.broken_from:
+            x[-1] = torch.nan
+        return {"x": x, "y": x.sum(dim=1).sin(), "timestep": torch.tensor([n * 37 % 1000 for n in samples])}
+
+    def export(self, weights: Mapping[str, Tensor], path: Path, step: int) -> None:
+        save_file(dict(weights), path / "exported.safetensors")
+
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        self.validated.append(step)
+        return {"bias": float(self.model.trained.bias)}
+
+
+def config(**changes: object) -> LoopConfig:
+    settings = dict(steps=12, batch_size=8, learning_rate=1e-2, ema_decay=0.9, log_every=1, save_every=4, warmup_steps=2)
+    return LoopConfig(**(settings | changes))
+
+
+def losses(folder: Path) -> dict[int, dict[str, float]]:
+    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+    return {line.pop("step"): line for line in map(json.loads, lines) if "loss" in line}
+
+
+def test_a_run_learns_and_its_frozen_part_stays(tmp_path: Path) -> None:
+    task = RegressionTask()
+    frozen = {name: tensor.clone() for name, tensor in task.model.frozen.state_dict().items()}
+    train(task, config(steps=150, learning_rate=0.05), tmp_path)
+    measured = losses(tmp_path)
+    assert measured[150]["loss"] < 0.5 * measured[1]["loss"]
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in task.model.frozen.state_dict().items())
+    assert set(load_file(latest_checkpoint(tmp_path) / "exported.safetensors")) == {"trained.weight", "trained.bias"}
+
+
+@pytest.mark.parametrize("stop", [4, 8])
+def test_resume_equals_an_uninterrupted_run(tmp_path: Path, stop: int) -> None:
+    """A run whose later checkpoints are gone goes on from the last: same losses, gradients and weights, bit for bit."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(RegressionTask(), config(keep=9), whole)
+    train(RegressionTask(), config(keep=9), cut)
+    for checkpoint in checkpoints(cut):
+        if checkpoint.name > f"step-{stop:08d}":
+            for file in checkpoint.rglob("*"):
+                file.unlink()
+            checkpoint.rmdir()
+    with (cut / METRICS).open("a") as file:
+        file.write('{"step": 13, "lo')  # what a kill in the middle of a line leaves
+    train(RegressionTask(), config(keep=9), cut)
+    assert losses(cut) == losses(whole)
+    ours, theirs = (load_file(latest_checkpoint(f) / "exported.safetensors") for f in (cut, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+SCRIPT = """
+import sys; from pathlib import Path
+sys.path[:0] = [{root!r}, {tests!r}]
+from test_loop import RegressionTask, config
+from mm_core.training.loop import train
+train(RegressionTask(slow={slow}), config(**{changes!r}), Path({folder!r}))
+"""
+
+
+def start(folder: Path, *launcher: str, slow: float = 0.0, **changes: object) -> subprocess.Popen[bytes]:
+    code = SCRIPT.format(
+        root=str(ROOT), tests=str(Path(__file__).parent), slow=slow, changes=changes, folder=str(folder)
+    )
+    script = folder.with_suffix(".py")
+    script.write_text(code, encoding="utf-8")
+    return subprocess.Popen([sys.executable, *launcher, str(script)], env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_kill_at_any_moment(tmp_path: Path) -> None:
+    """Killed without warning, twice, a run ends with the losses of one that was left alone."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(RegressionTask(), config(steps=40), whole)
+    for until in (9, 23):
+        process = start(killed, slow=0.02, steps=40)
+        while len((killed / METRICS).read_bytes().splitlines() if (killed / METRICS).is_file() else []) < until:
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+    assert not is_finished(killed, config(steps=40))
+    train(RegressionTask(), config(steps=40), killed)
+    assert losses(killed) == losses(whole)
+    assert not list((killed / "checkpoints").glob(".*"))
+
+
+def test_interrupt_saves_first(tmp_path: Path) -> None:
+    """SIGTERM, as a cluster's scheduler sends it, ends the run with a checkpoint of the last step."""
+    folder = tmp_path / "run"
+    process = start(folder, slow=0.02, steps=100, save_every=100)
+    while not (folder / METRICS).is_file() or len((folder / METRICS).read_bytes().splitlines()) < 3:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60)
+    step = int(latest_checkpoint(folder).name.removeprefix("step-"))
+    assert 3 <= step == max(losses(folder))
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """`accelerate launch` with two processes, and accumulation, give one process's losses for the same batch."""
+    one, two, accumulated = tmp_path / "one", tmp_path / "two", tmp_path / "accumulated"
+    train(RegressionTask(), config(), one)
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--mixed_precision", "no")
+    assert start(two, *launcher).wait(timeout=240) == 0
+    train(RegressionTask(), config(micro_batch=2), accumulated)
+    for folder in (two, accumulated):
+        for step, values in losses(one).items():
+            assert losses(folder)[step] == pytest.approx(values, rel=1e-5, abs=1e-7)
+
+
+def test_loss_that_is_not_a_number_stops_before_it_is_saved(tmp_path: Path) -> None:
+    with pytest.raises(MagicMirrorError, match="at step 6: it must be finite"):
+        train(RegressionTask(broken_from=50), config(), tmp_path)
+    assert latest_checkpoint(tmp_path).name == "step-00000004"
+
+
+def test_checkpoints_roll_and_validation_sees_the_average(tmp_path: Path) -> None:
+    task = RegressionTask()
+    train(task, config(validate_every=5), tmp_path)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000008", "step-00000012"]
+    assert task.validated == [5, 10, 12]
+    exported = load_file(latest_checkpoint(tmp_path) / "exported.safetensors")
+    last = json.loads((tmp_path / METRICS).read_text(encoding="utf-8").splitlines()[-1])
+    assert last["validation/bias"] == pytest.approx(float(exported["trained.bias"]))
+    assert float(task.model.trained.bias) != pytest.approx(last["validation/bias"])
+
+
+def test_what_is_measured(tmp_path: Path) -> None:
+    """Losses by noise level add up to the loss; gradients are told by part."""
+    train(RegressionTask(), config(), tmp_path)
+    values = losses(tmp_path)[1]
+    buckets = {name: value for name, value in values.items() if name.startswith("noise_loss/t")}
+    timesteps = torch.tensor([n * 37 % 1000 for n in range(8)])
+    counts = torch.bincount(timesteps // 100, minlength=10)
+    weighted = sum(value * int(counts[int(name[-7]) if name[-7] != "t" else 0]) for name, value in buckets.items())
+    assert weighted / 8 == pytest.approx(values["loss"])
+    assert {"gradient/trained", "gradient/all", "learning_rate"} <= values.keys()
+
+
+def test_settings_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="batch_size 8 does not divide into 1 process"):
+        train(RegressionTask(), config(micro_batch=3), tmp_path / "batch")
+    train(RegressionTask(), config(), tmp_path / "run")
+    with pytest.raises(SettingError, match="holds a run with learning_rate 0.01, not 0.02"):
+        train(RegressionTask(), config(learning_rate=0.02), tmp_path / "run")
+    with pytest.raises(SettingError, match="ema_decay is 1"):
+        config(ema_decay=1)
+
+
+def test_each_epoch_is_a_permutation() -> None:
+    first, second = ([shuffled(n, 50, 3) for n in range(start, start + 50)] for start in (0, 50))
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
