@@ -17,12 +17,20 @@ MAY_IMPORT = {
     "mm_core.video": {"mm_core.files"},
     "mm_core.faces": set(),
     "mm_core.models": set(),
-    "mm_core.data": {"mm_core.faces", "mm_core.files"},
-    "mm_core.evaluation": {"mm_core.faces", "mm_core.files"},
+    "mm_core.data": {"mm_core.faces", "mm_core.files", "mm_core.video"},
+    "mm_core.evaluation": {"mm_core.faces", "mm_core.files", "mm_core.video"},
     "mm_core.checkpoints": {"mm_core.models", "mm_core.files"},
     "mm_core.memory": {"mm_core.models"},
     "mm_core.pipelines": {"mm_core.models", "mm_core.faces", "mm_core.checkpoints", "mm_core.memory"},
-    "mm_core.training": {"mm_core.models", "mm_core.checkpoints", "mm_core.data", "mm_core.pipelines"},
+    "mm_core.training": {
+        "mm_core.models",
+        "mm_core.checkpoints",
+        "mm_core.data",
+        "mm_core.pipelines",
+        "mm_core.faces",
+        "mm_core.memory",
+        "mm_core.files",
+    },
     "nodes": {"mm_core.pipelines", "mm_core.faces", "mm_core.checkpoints", "mm_core.memory", "mm_core.video"},
 }
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server", "execution", "nodes"}
