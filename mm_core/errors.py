@@ -30,6 +30,14 @@ class SettingError(MagicMirrorError):
     """A number is out of its range: a size, a length, a strength, a step count."""
 
 
+class SampleError(MagicMirrorError):
+    """A sample of a data set cannot be trained on: `kind` is a word or two for counting, "too small", "no face"."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 class DecodeError(MagicMirrorError):
     """Sampling succeeded and the VAE decode did not: `latents` holds the sampled clip, (1, C, F, H, W)."""
 

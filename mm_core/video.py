@@ -1,4 +1,4 @@
-"""Frames to a file that players and browsers show: mp4, webm, animated webp, gif."""
+"""Frames to a file that players and browsers show, mp4, webm, animated webp, gif; and a video file to frames."""
 
 from __future__ import annotations
 
@@ -67,6 +67,21 @@ _CODECS = {
         video_options={"row-mt": "1", "cpu-used": "4"},
     ),
 }
+
+
+def read_frames(path: Path) -> Iterator[np.ndarray]:
+    """The frames of a video file, one after the other, (H, W, 3) uint8 RGB.
+
+    Raises MagicMirrorError if the file is missing, damaged or no video.
+    """
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise MagicMirrorError(f"{path} holds no pictures, only sound or data. Use a video file")
+            for frame in container.decode(video=0):
+                yield frame.to_ndarray(format="rgb24")
+    except (av.FFmpegError, OSError) as error:
+        raise MagicMirrorError(f"cannot read the video {path}: {error}. Make or copy the file again") from error
 
 
 def write_video(

@@ -1,22 +1,16 @@
-"""A video file becomes arrays: the person's face in every frame, and the optical flow between frames."""
+"""The frames of a clip become arrays: the person's face in every frame, and the optical flow between frames."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-import av
 import numpy as np
-from PIL import Image
 
 from ..errors import MagicMirrorError
-from ..faces.analysis import Face, FaceAnalyzer, select_face
+from ..faces.analysis import Face, FaceAnalyzer
+from ..faces.tracking import find_faces, follow
 from .flow import FlowMeter
-
-MIN_SIDE = 256  # pixels: smaller frames are enlarged before faces are looked for
-MAX_STEP = 1.0  # of the face's size: a face farther from where the person was is another one, or there was a cut
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,21 +39,6 @@ class ClipAnalysis:
     def found(self) -> np.ndarray:
         """(F,) bool: which frames show the face."""
         return ~np.isnan(self.boxes[:, 0])
-
-
-def read_frames(path: Path) -> Iterator[np.ndarray]:
-    """The frames of a video file, one after the other, (H, W, 3) uint8 RGB.
-
-    Raises MagicMirrorError if the file is missing, damaged or no video.
-    """
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise MagicMirrorError(f"{path} holds no pictures, only sound or data. Use a video file")
-            for frame in container.decode(video=0):
-                yield frame.to_ndarray(format="rgb24")
-    except (av.FFmpegError, OSError) as error:
-        raise MagicMirrorError(f"cannot read the video {path}: {error}. Make or copy the file again") from error
 
 
 def analyse_clip(analyzer: FaceAnalyzer, frames: Iterable[np.ndarray]) -> ClipAnalysis:
@@ -91,42 +70,6 @@ def analyse_clip(analyzer: FaceAnalyzer, frames: Iterable[np.ndarray]) -> ClipAn
         strengths=np.asarray(flow.strengths, np.float64),
         consistencies=np.asarray(flow.consistencies, np.float64),
     )
-
-
-def find_faces(analyzer: FaceAnalyzer, frame: np.ndarray) -> list[Face]:
-    """`FaceAnalyzer.detect`, on a frame whose shorter side is at least MIN_SIDE: smaller ones are enlarged for it.
-
-    The faces' boxes, landmarks and sizes are in pixels of the frame as it was given.
-    """
-    height, width = frame.shape[:2]
-    scale = math.ceil(MIN_SIDE / min(height, width))
-    if scale == 1:
-        return analyzer.detect(frame)
-    enlarged = Image.fromarray(frame).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
-    return [
-        replace(face, box=face.box / scale, landmarks=face.landmarks / scale, size=face.size / scale)
-        for face in analyzer.detect(np.asarray(enlarged))
-    ]
-
-
-def follow(faces: list[Face], last: Face | None) -> Face | None:
-    """The person among a frame's faces: the one nearest to where the person was last seen.
-
-    The largest, if the person was not seen yet, or if no face is within MAX_STEP of its size: then there was a cut.
-    None if there are no faces.
-    """
-    if not faces:
-        return None
-    if last is not None:
-        nearest = min(faces, key=lambda face: _distance(face, last))
-        if _distance(nearest, last) <= MAX_STEP * last.size:
-            return nearest
-    return select_face(faces, "largest")
-
-
-def _distance(face: Face, other: Face) -> float:
-    """Between the centres of the boxes, in pixels."""
-    return float(np.linalg.norm((face.box[:2] + face.box[2:] - other.box[:2] - other.box[2:]) / 2))
 
 
 def _rows(values: list[np.ndarray | None], shape: tuple[int, ...]) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..faces.references import read_image
-from .clip import read_frames
+from ..video import read_frames
 from .plot import similarity_plot
 from .run import ClipResult, Evaluation
 from .scores import MEANS, Summary, summarise

@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import MagicMirrorError, NoFaceError
 from ..faces.analysis import Face, FaceAnalyzer, select_face
 from ..faces.references import read_image
-from .clip import find_faces
+from ..faces.tracking import find_faces
 
 PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 VIDEOS = {".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v"}  # a gif may hold equal frames once

@@ -10,7 +10,8 @@ import numpy as np
 
 from ..errors import MagicMirrorError
 from ..faces.analysis import FaceAnalyzer
-from .clip import ClipAnalysis, analyse_clip, read_frames
+from ..video import read_frames
+from .clip import ClipAnalysis, analyse_clip
 from .people import Person, find_references, find_videos, identity_of, load_person
 from .scores import ClipScores, frame_similarities, score_clip
 

@@ -21,7 +21,7 @@ class StageConfig:
     """One of the two stages: `image`, single pictures, or `video` (paper Sec. 3.4)."""
 
     data: str
-    """Folder of the dataset: `manifest.jsonl` and what it names (docs/training.md)."""
+    """Folder of the dataset, `manifest.jsonl` and what it names, or another manifest in it (docs/training.md)."""
     features: str
     """Folder of what the frozen models make of it, once; may be on a faster disk."""
     frames: int

@@ -1,4 +1,4 @@
-"""`python -m mm_core.data.people`: render people for training and evaluation, or a sheet to look at."""
+"""`python -m mm_core.data.people`: render people for training and evaluation, list them, or draw a sheet to look at."""
 
 from __future__ import annotations
 
@@ -66,6 +66,19 @@ def sheet(args: argparse.Namespace) -> None:
     print(args.out)
 
 
+def manifest(args: argparse.Namespace) -> None:
+    """List the rendered clips, or pictures out of them, as a data set to train on."""
+    from .manifest import write_manifest
+
+    if args.frames not in (None, 1):
+        raise SettingError(f"{args.frames} frames: give 1 for single pictures, or leave --frames out for whole clips")
+    name = args.name or ("manifest.jsonl" if args.frames is None else "images.jsonl")
+    if Path(name).name != name or not name.endswith(".jsonl"):
+        raise SettingError(f"{name!r} is no file name that ends in .jsonl")
+    samples = write_manifest(args.out, name, pictures=args.frames == 1)
+    print(f"{args.out / name}: {samples} samples")
+
+
 def _people(text: str) -> range:
     """Seeds from first:stop, such as 0:3000."""
     try:
@@ -93,6 +106,11 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--held-out", action="store_true", help="allow people that are for evaluation")
         else:
             command.add_argument("--shown", type=int, default=2, help="frames of each clip")
+    command = commands.add_parser("manifest", help="list a rendered data set for training")
+    command.set_defaults(run=manifest)
+    command.add_argument("--out", type=Path, required=True, help="the rendered folder; the manifest is written into it")
+    command.add_argument("--frames", type=int, help="1: single pictures, two of each clip (default: whole clips)")
+    command.add_argument("--name", help="of the file (default: manifest.jsonl for clips, images.jsonl for pictures)")
     return parser
 
 

@@ -1,0 +1,259 @@
+"""The layout of a data set: a folder with `manifest.jsonl`, a line a sample, and the files that it names.
+
+{"id": "7-2", "media": "clips/7.mp4", "caption": "A man img reads.", "references": ["photos/7.jpg"], "person": "7"}
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path, PureWindowsPath
+
+import numpy as np
+from PIL import Image
+
+from ..errors import MagicMirrorError, SampleError, SettingError
+from ..faces.references import read_image
+from ..video import read_frames
+
+MANIFEST = "manifest.jsonl"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+VIDEOS = (".mp4", ".webm", ".mov", ".mkv")
+SHARD = ".npz"
+_SOURCE = re.compile(r"(?P<file>.+?)(?:#(?P<clip>\d+))?(?:@(?P<frame>\d+))?", re.DOTALL)
+_FIELDS = {"id": str, "media": str, "caption": str, "references": list, "person": str}
+_OPTIONAL = {"caption", "person"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a path of the manifest means: `photo.png`, `clip.mp4`, `clip.mp4@4`, `people.npz#3`, `people.npz#3@4`."""
+
+    file: str
+    """Relative to the manifest's folder."""
+    clip: int | None
+    """Of the array `frames` of a shard of rendered people."""
+    frame: int | None
+    """A single one of the clip, counted from 0; None: all of it."""
+
+    @classmethod
+    def parse(cls, path: str) -> Source:
+        """Raises SettingError for a file of another kind, a clip or frame of what has none, and a path that leads out
+        of the folder."""
+        match = _SOURCE.fullmatch(path)
+        if not match:
+            raise SettingError("a path is empty")
+        file, clip, frame = match["file"], match["clip"], match["frame"]
+        # Windows' rules know both kinds of slash, and drives.
+        if PureWindowsPath(file).anchor or ".." in PureWindowsPath(file).parts:
+            raise SettingError(f"{path!r} leads out of the data set's folder; give a path below it")
+        source = cls(
+            file=file,
+            clip=None if clip is None else int(clip),
+            frame=None if frame is None else int(frame),
+        )
+        suffix = source.suffix
+        if suffix not in (*PICTURES, *VIDEOS, SHARD):
+            raise SettingError(f"{path!r} is no {', '.join((*PICTURES, *VIDEOS))} file, and no clip of a {SHARD} shard")
+        if (clip is not None) != (suffix == SHARD):
+            raise SettingError(f"{path!r}: a clip's number, #3, belongs to {SHARD} shards, and they need one")
+        if frame is not None and suffix in PICTURES:
+            raise SettingError(f"{path!r}: a picture has no frames; leave out @{frame}")
+        return source
+
+    @property
+    def suffix(self) -> str:
+        return Path(self.file).suffix.lower()
+
+    @property
+    def is_picture(self) -> bool:
+        """One frame, whatever it is taken from."""
+        return self.suffix in PICTURES or self.frame is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One line of a manifest."""
+
+    id: str
+    media: str
+    caption: str
+    """"" if there is none: `check_dataset` and `precompute` count such samples and leave them out."""
+    references: tuple[str, ...]
+    """Pictures of the person, 1 or more; the medium itself if it is a picture (self-reference)."""
+    person: str | None
+
+
+def manifest_path(data: Path) -> Path:
+    """data: the folder of a data set, or one of several manifests in it. Raises SettingError if there is none."""
+    path = data if data.suffix == ".jsonl" else data / MANIFEST
+    if not path.is_file():
+        raise SettingError(f"There is no {path}. A data set is a folder with {MANIFEST}; docs/training.md says more.")
+    return path
+
+
+def read_manifest(data: Path) -> list[Sample]:
+    """The samples of a data set, in order. Files are not looked at.
+
+    Raises SettingError, naming file and line, for the first line that is wrong, and for a manifest without samples.
+    """
+    path = manifest_path(data)
+    samples = []
+    for number, sample in parse_manifest(path):
+        if isinstance(sample, SettingError):
+            raise SettingError(f"{path}, line {number}: {sample}.") from sample
+        samples.append(sample)
+    if not samples:
+        raise SettingError(f"{path} holds no sample; write a line for each.")
+    return samples
+
+
+def parse_manifest(path: Path) -> Iterator[tuple[int, Sample | SettingError]]:
+    """Every line's number, from 1, and its sample, or what is wrong with it; empty lines are passed over."""
+    lines: dict[str, int] = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                sample = _parse_line(line)
+                first = lines.setdefault(sample.id, number)
+                if first != number:
+                    raise SettingError(f"the id {sample.id!r} is that of line {first} too; give each sample its own")
+                yield number, sample
+            except SettingError as error:
+                yield number, error
+
+
+def read_media(folder: Path, path: str, frames: int | None = None) -> np.ndarray:
+    """A picture, clip or frame as (F, H, W, 3) uint8 RGB, F = 1 for a picture; the first `frames` of a longer clip.
+
+    Raises SampleError: "missing file", "corrupt file", "empty shard", "missing clip" or "missing frame".
+    """
+    source = Source.parse(path)
+    file = folder / source.file
+    if not file.is_file():
+        raise SampleError("missing file", f"there is no {file}; put it there, or take the sample out")
+    if source.suffix == SHARD:
+        clip = _shard_clip(file, source.clip)
+    else:
+        try:
+            if source.suffix in PICTURES:
+                return read_image(file)[None]
+            wanted = (source.frame, source.frame + 1) if source.frame is not None else (0, frames)
+            clip = list(islice(read_frames(file), *wanted))
+        except MagicMirrorError as error:
+            raise SampleError("corrupt file", str(error)) from error
+        if source.frame is not None:
+            if not clip:
+                raise SampleError("missing frame", f"{path} ends before frame {source.frame}, counted from 0")
+            return clip[0][None]
+        if not clip:
+            raise SampleError("corrupt file", f"{file} holds no frame. Make or copy the file again")
+        return np.stack(clip)
+    if source.frame is None:
+        return clip[:frames]
+    if source.frame >= len(clip):
+        raise SampleError("missing frame", f"{path}: the clip has {len(clip)} frames, counted from 0")
+    return clip[source.frame : source.frame + 1]
+
+
+def read_picture(folder: Path, path: str) -> np.ndarray:
+    """A picture or a single frame as (H, W, 3) uint8 RGB. Raises as `read_media`."""
+    if not Source.parse(path).is_picture:
+        raise SampleError("no picture", f"{path} is a clip; name a frame of it, such as {path}@0")
+    return read_media(folder, path)[0]
+
+
+def fit(frames: np.ndarray, width: int, height: int, name: str) -> np.ndarray:
+    """Scale (F, H, W, 3) uint8 down until it just covers width x height, and cut out the centre.
+
+    Raises SampleError "too small": nothing is ever enlarged.
+    """
+    source_height, source_width = frames.shape[1:3]
+    check_size(source_width, source_height, width, height, name)
+    if (source_width, source_height) == (width, height):
+        return frames
+    scale = min(source_width / width, source_height / height)
+    left, top = (source_width - scale * width) / 2, (source_height - scale * height) / 2
+    box = (left, top, left + scale * width, top + scale * height)
+    resized = [Image.fromarray(f).resize((width, height), Image.Resampling.LANCZOS, box=box) for f in frames]
+    return np.stack([np.asarray(frame) for frame in resized])
+
+
+def check_size(width: int, height: int, wanted_width: int, wanted_height: int, name: str) -> None:
+    """Raises SampleError "too small"."""
+    if width < wanted_width or height < wanted_height:
+        raise SampleError(
+            "too small",
+            f"{name} is {width} x {height} px, less than the {wanted_width} x {wanted_height} that are trained; "
+            "use a larger one, or train smaller",
+        )
+
+
+def check_length(frames: int, wanted: int, name: str) -> None:
+    """Raises SampleError "too few frames"."""
+    if frames < wanted:
+        raise SampleError(
+            "too few frames", f"{name} has {frames} frames, of {wanted} that are trained; use a longer one"
+        )
+
+
+def _parse_line(line: bytes) -> Sample:
+    try:
+        entry = json.loads(line.decode("utf-8"))
+    except ValueError as error:
+        raise SettingError(f"this is no JSON ({error}); write one object a line, in UTF-8") from error
+    if not isinstance(entry, dict):
+        raise SettingError(f"this is no JSON object, but {entry!r}")
+    unknown, missing = sorted(entry.keys() - _FIELDS), sorted(_FIELDS.keys() - _OPTIONAL - entry.keys())
+    if unknown or missing:
+        wrong = [f"{what} {', '.join(n)}" for what, n in (("unknown", unknown), ("missing", missing)) if n]
+        raise SettingError(f"{'; '.join(wrong)}. A sample has {', '.join(_FIELDS)}")
+    for name, value in entry.items():
+        if type(value) is not _FIELDS[name]:
+            raise SettingError(f"{name} is {value!r}; it must be a {'list' if _FIELDS[name] is list else 'text'}")
+    if not entry["id"]:
+        raise SettingError("the id is empty; give each sample its own")
+    if not entry["references"]:
+        raise SettingError("references is empty; name at least one picture of the person (the medium, if it is one)")
+    Source.parse(entry["media"])
+    for reference in entry["references"]:
+        if not isinstance(reference, str) or not Source.parse(reference).is_picture:
+            raise SettingError(f"the reference {reference!r} is no picture; of a clip, name a frame: {reference}@0")
+    return Sample(
+        id=entry["id"],
+        media=entry["media"],
+        caption=entry.get("caption", "").strip(),
+        references=tuple(dict.fromkeys(entry["references"])),
+        person=entry.get("person"),
+    )
+
+
+def _shard_clip(file: Path, clip: int) -> np.ndarray:
+    """(F, H, W, 3)."""
+    clips = _shard(file, file.stat().st_mtime_ns)
+    if not len(clips):
+        raise SampleError("empty shard", f"{file} holds no clip; render it again")
+    if clip >= len(clips):
+        raise SampleError("missing clip", f"{file} holds {len(clips)} clips, counted from 0; there is no #{clip}")
+    return clips[clip]
+
+
+@lru_cache(maxsize=4)
+def _shard(file: Path, changed: int) -> np.ndarray:
+    """(clips, F, H, W, 3) uint8. Neighbouring samples are of one shard, which is packed as a whole."""
+    try:
+        with np.load(file) as shard:
+            clips = shard["frames"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # numpy raises them all
+        raise SampleError("corrupt file", f"cannot read the shard {file}: {error}. Render or copy it again") from error
+    if clips.ndim != 5 or clips.shape[-1] != 3 or clips.dtype != np.uint8:
+        raise SampleError("corrupt file", f"{file} holds {clips.shape} {clips.dtype}, not (clips, F, H, W, 3) uint8")
+    return clips

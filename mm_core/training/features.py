@@ -1,0 +1,131 @@
+"""Precomputed features of a data set, as training reads them.
+
+A folder holds `index.json`, written last, `empty.safetensors`, and two kinds of shards (F frames make F' latent ones):
+
+`references-NNNNN.safetensors`, each distinct picture of a person once:
+    id_tokens (n, N, c), structure_tokens (n, S, clip) float16; embedding (n, 512) float32, raw ArcFace.
+`samples-NNNNN.safetensors`:
+    latents (n, F', C, H', W') float16, times the VAE's scaling factor; prompt_embeds (n, T, Dtxt) float16 of the prompt
+    with room for the identity, slots (n, N) int64 where that is; boxes (n, F, 4), landmarks (n, F, 5, 2) float32, the
+    face in pixels of the frame.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+FORMAT = 1
+INDEX = "index.json"
+SETTINGS = "settings.json"
+EMPTY = "empty.safetensors"
+ROWS = "rows"
+"""The one entry of a shard's header: JSON with the names of its rows, and what was left out."""
+IN_MEMORY = 4 * 10**9  # bytes; larger sets stay on disk, mapped
+_OPEN_SHARDS = 256
+
+
+def shard_name(kind: str, number: int) -> str:
+    """kind: `references` or `samples`."""
+    return f"{kind}-{number:05d}.safetensors"
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    """A shard's `rows` and `skipped`. Raises CheckpointError for a damaged file."""
+    with _open(path) as file:
+        return json.loads(file.metadata()[ROWS])
+
+
+class Features:
+    """Features by number; see `open`.
+
+    entries: for each sample its id, person (may be None) and references, numbers for `reference`.
+    references: paths of the pictures. counts: samples, references, and what was skipped by reason.
+    """
+
+    def __init__(self, folder: Path, index: dict[str, Any], in_memory: bool) -> None:
+        self.folder, self.counts, self.settings = folder, index["counts"], index["settings"]
+        self.entries: list[dict[str, Any]] = index["samples"]
+        self._references: list[dict[str, Any]] = index["references"]
+        self._kept = None if in_memory else _OPEN_SHARDS
+        self._shards: OrderedDict[str, Any] = OrderedDict()
+        self.empty: Tensor = self._shard(EMPTY).get_tensor("prompt_embeds")
+        """(1, T, Dtxt) float16, the empty prompt."""
+
+    @classmethod
+    def open(cls, folder: Path) -> Features:
+        """Raises CheckpointError if the folder is empty, unfinished or damaged."""
+        folder = Path(folder).expanduser()
+        path = folder / INDEX
+        remedy = "Run `python -m mm_core.training precompute` with the same config"
+        if not path.is_file():
+            begun = any(folder.glob("*.safetensors"))
+            state = "are not finished" if begun else "do not exist yet"
+            raise CheckpointError(f"The features in {folder} {state}: there is no {INDEX}. {remedy}.")
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))
+            shards = {shard["file"]: shard["bytes"] for shard in index["shards"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged: {error!r}. Remove it. {remedy}.") from error
+        if index["settings"].get("format") != FORMAT:
+            raise CheckpointError(f"{folder} holds features of another version. Remove the folder. {remedy}.")
+        sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else 0 for name in shards}
+        damaged = [name for name, size in shards.items() if sizes[name] != size]
+        if damaged:
+            raise CheckpointError(
+                f"{folder}: {', '.join(damaged[:5])} ({len(damaged)} of {len(shards)} files) missing or cut short. "
+                f"Remove what is left of them. {remedy}; it makes them again."
+            )
+        return cls(folder, index, in_memory=sum(shards.values()) < IN_MEMORY)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def references(self) -> list[str]:
+        return [reference["path"] for reference in self._references]
+
+    def sample(self, number: int) -> dict[str, Any]:
+        """One sample's tensors by name, without the first axis, and `references`, a list of numbers."""
+        entry = self.entries[number]
+        return self._row("samples", entry) | {"references": entry["references"]}
+
+    def reference(self, number: int) -> dict[str, Tensor]:
+        """One picture's tensors by name, without the first axis."""
+        return self._row("references", self._references[number])
+
+    def _row(self, kind: str, entry: dict[str, Any]) -> dict[str, Tensor]:
+        shard = self._shard(shard_name(kind, entry["shard"]))
+        return {name: shard.get_slice(name)[entry["row"]] for name in shard.keys()}  # noqa: SIM118, not a dict
+
+    def _shard(self, name: str) -> Any:
+        """The shard, mapped or in memory; of the mapped ones the last used stay open."""
+        if name not in self._shards:
+            shard = _open(self.folder / name)
+            self._shards[name] = shard if self._kept else _InMemory(shard)
+        self._shards.move_to_end(name)
+        if self._kept and len(self._shards) > self._kept:
+            self._shards.popitem(last=False)
+        return self._shards[name]
+
+
+class _InMemory:
+    """All tensors of a shard, by safetensors' own method names."""
+
+    def __init__(self, shard: Any) -> None:
+        self._tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118, not a dict
+        self.keys, self.get_slice, self.get_tensor = self._tensors.keys, self._tensors.get, self._tensors.get
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Remove it and run precompute again.") from error

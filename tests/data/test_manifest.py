@@ -1,0 +1,186 @@
+"""Manifests, the media they name, and the check that finds everything wrong with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mm_core.data.check import Report, check_dataset
+from mm_core.data.manifest import MANIFEST, fit, read_manifest, read_media, read_picture
+from mm_core.data.people.__main__ import main
+from mm_core.data.people.shards import RenderSettings, render_dataset
+from mm_core.errors import SampleError, SettingError
+from mm_core.pipelines.prompt import mark_identity
+from mm_core.video import write_video
+
+LINE = {"id": "a", "media": "a.png", "caption": "A man reads.", "references": ["a.png"]}
+
+
+def write(folder: Path, *lines: dict | str) -> Path:
+    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    return folder
+
+
+def gradient(frames: int, height: int, width: int) -> np.ndarray:
+    """Red grows to the right, green downwards, blue with time."""
+    clip = np.zeros((frames, height, width, 3), np.uint8)
+    clip[..., 0] = np.linspace(0, 255, width)
+    clip[..., 1] = np.linspace(0, 255, height)[:, None]
+    clip[..., 2] = np.linspace(0, 255, frames)[:, None, None]
+    return clip
+
+
+def picture(path: Path, height: int = 64, width: int = 64) -> None:
+    Image.fromarray(gradient(1, height, width)[0]).save(path)
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two people in three clips of 9 frames."""
+    folder = tmp_path_factory.mktemp("people")
+    render_dataset(folder, RenderSettings(first=0, stop=2, clips=3), processes=1)
+    return folder
+
+
+def check(folder: Path, frames: int = 1) -> Report:
+    return check_dataset(folder, width=64, height=64, frames=frames, check_caption=mark_identity)
+
+
+def test_a_manifest_reads_back(tmp_path: Path) -> None:
+    samples = read_manifest(write(tmp_path, LINE | {"person": "p"}, "", LINE | {"id": "b", "references": ["c.mp4@4"]}))
+    assert [(s.id, s.person, s.references) for s in samples] == [("a", "p", ("a.png",)), ("b", None, ("c.mp4@4",))]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "no JSON"),
+        ("[]", "no JSON object"),
+        (LINE | {"id": 3}, "id is 3"),
+        ({"id": "b"}, "missing media, references"),
+        (LINE | {"colour": "red"}, "unknown colour"),
+        (LINE | {"id": "b", "references": []}, "references is empty"),
+        (LINE | {"id": "b", "references": ["clip.mp4"]}, "clip.mp4@0"),
+        (LINE | {"id": "b", "references": [3]}, "is no picture"),
+        (LINE, "that of line 1 too"),
+        (LINE | {"id": "b", "media": "../a.png"}, "leads out"),
+        (LINE | {"id": "b", "media": "/a.png"}, "leads out"),
+        (LINE | {"id": "b", "media": "C:\\a.png"}, "leads out"),
+        (LINE | {"id": "b", "media": "a.gif"}, "'a.gif' is no"),
+        (LINE | {"id": "b", "media": "a.npz"}, "need one"),
+        (LINE | {"id": "b", "media": "a.mp4#1"}, "belongs to"),
+        (LINE | {"id": "b", "media": "a.png@1"}, "no frames"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path: Path, line: dict | str, said: str) -> None:
+    with pytest.raises(SettingError, match=f"line 2: .*{said}"):
+        read_manifest(write(tmp_path, LINE, line))
+
+
+def test_no_manifest_and_no_sample(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="There is no"):
+        read_manifest(tmp_path)
+    with pytest.raises(SettingError, match="no sample"):
+        read_manifest(write(tmp_path))
+
+
+def test_media_of_every_kind(tmp_path: Path, people: Path) -> None:
+    clip = gradient(9, 64, 64)
+    picture(tmp_path / "a.png")
+    write_video(tmp_path / "a.mp4", clip, 8, quality=100)
+    assert np.array_equal(read_media(tmp_path, "a.png")[0], clip[0])
+    assert np.abs(read_media(tmp_path, "a.mp4").astype(int) - clip).mean() < 3
+    assert len(read_media(tmp_path, "a.mp4", 5)) == 5
+    assert np.array_equal(read_picture(tmp_path, "a.mp4@4"), read_media(tmp_path, "a.mp4")[4])
+    shard = np.load(people / "people-00000000-00000002.npz")["frames"]
+    assert np.array_equal(read_media(people, "people-00000000-00000002.npz#4", 5), shard[4][:5])
+    assert np.array_equal(read_picture(people, "people-00000000-00000002.npz#4@8"), shard[4][8])
+    for path, kind in (
+        ("people-00000000-00000002.npz#6@0", "missing clip"),
+        ("people-00000000-00000002.npz#0@9", "missing frame"),
+        ("b.png", "missing file"),
+        ("people-00000000-00000002.npz#0", "no picture"),
+    ):
+        with pytest.raises(SampleError) as caught:
+            read_picture(people, path)
+        assert caught.value.kind == kind
+
+
+def test_larger_media_are_scaled_to_cover_and_cut_in_the_middle() -> None:
+    fitted = fit(gradient(2, 128, 256), 64, 64, "clip").astype(int)
+    assert fitted.shape == (2, 64, 64, 3)
+    columns = fitted[0, 32, :, 0]  # the middle half of the width, all of the height
+    assert abs(columns[0] - 64) < 4 and abs(columns[-1] - 191) < 4
+    assert fitted[0, 0, 0, 1] < 4 and fitted[0, -1, 0, 1] > 251
+    with pytest.raises(SampleError, match="64 x 63 px, less than the 64 x 64"):
+        fit(gradient(1, 63, 64), 64, 64, "clip")
+
+
+def test_everything_wrong_is_counted(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "large.png", 100, 150)
+    picture(tmp_path / "small.png", 32, 150)
+    whole = (tmp_path / "large.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "cut.mp4").write_bytes(b"no video")
+    np.savez(tmp_path / "empty.npz", frames=np.zeros((0, 9, 64, 64, 3), np.uint8))
+    (tmp_path / "cut.npz").write_bytes(b"PK")
+    media = ["large.png", "small.png", "cut.png", "cut.mp4", "empty.npz#0", "cut.npz#0", "none.png"]
+    lines = [LINE | {"id": f"m{i}", "media": name} for i, name in enumerate(media)]
+    lines += [LINE | {"id": "c1", "caption": ""}, {k: v for k, v in LINE.items() if k != "caption"} | {"id": "c2"}]
+    lines += [LINE | {"id": "c3", "caption": "A house."}, LINE | {"id": "r1", "references": ["cut.png"]}]
+    lines += [LINE | {"id": "r2", "references": ["none.png", "a.png"]}, LINE, LINE, "{"]
+    report = check(write(tmp_path, *lines))
+    assert report.usable == ["m0", "r2", "a"]
+    assert {kind: len(reasons) for kind, reasons in report.problems.items()} == {
+        "manifest": 2,
+        "too small": 1,
+        "corrupt file": 3,
+        "empty shard": 1,
+        "missing file": 1,
+        "no caption": 2,
+        "caption": 1,
+        "reference: corrupt file": 1,
+        "reference: missing file": 1,
+        "no usable reference": 1,
+    }
+    assert report.samples == len(lines) and len(report.scaled) == 1
+    assert "3 of 15 samples can be used" in str(report) and "line 2 (m1)" in str(report)
+    assert report.to_json()["problems"]["corrupt file"]["count"] == 3
+    assert json.loads(json.dumps(report.to_json()))["usable"] == report.usable
+
+
+def test_clips_that_are_too_short(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    for frames in (5, 9):
+        write_video(tmp_path / f"{frames}.mp4", gradient(frames, 64, 64), 8)
+        write_video(tmp_path / f"{frames}.webm", gradient(frames, 64, 64), 8, format="webm")
+    media = ["5.mp4", "9.mp4", "5.webm", "9.webm", "9.mp4@0", "a.png"]
+    report = check(write(tmp_path, *[LINE | {"id": name, "media": name} for name in media]), frames=9)
+    assert report.usable == ["9.mp4", "9.webm"]
+    assert len(report.problems["too few frames"]) == 4
+
+
+def test_rendered_people_as_a_data_set(people: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["manifest", "--out", str(people)]) == 0
+    assert main(["manifest", "--out", str(people), "--frames", "1"]) == 0
+    assert "images.jsonl: 12 samples" in capsys.readouterr().out
+    clips, pictures = read_manifest(people), read_manifest(people / "images.jsonl")
+    assert [sample.id for sample in clips] == ["0-0", "0-1", "0-2", "1-0", "1-1", "1-2"]
+    for sample in (*clips, *pictures):
+        own = sample.media.split("@")[0]
+        rows = {int(reference.split("#")[1].split("@")[0]) for reference in sample.references}
+        mine = {row for row in range(6) if row // 3 == int(sample.person)}
+        assert rows == mine - {int(own.split("#")[1])}
+    assert len({reference for sample in clips for reference in sample.references}) == 6
+    assert len({sample.media for sample in pictures}) == 12
+    assert check(people, frames=9).usable == [sample.id for sample in clips]
+    assert check(people / "images.jsonl").usable == [sample.id for sample in pictures]
+    before = (people / MANIFEST).read_bytes()
+    assert main(["manifest", "--out", str(people)]) == 0
+    assert (people / MANIFEST).read_bytes() == before
