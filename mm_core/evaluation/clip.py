@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..errors import MagicMirrorError
 from ..faces.analysis import Face, FaceAnalyzer, select_face
-from .flow import FlowMeter
+from .flow import FlowFunction, FlowMeter
 
 MIN_SIDE = 256  # pixels: smaller frames are enlarged before faces are looked for
 MAX_STEP = 1.0  # of the face's size: a face farther from where the person was is another one, or there was a cut
@@ -62,14 +62,16 @@ def read_frames(path: Path) -> Iterator[np.ndarray]:
         raise MagicMirrorError(f"cannot read the video {path}: {error}. Make or copy the file again") from error
 
 
-def analyse_clip(analyzer: FaceAnalyzer, frames: Iterable[np.ndarray]) -> ClipAnalysis:
-    """Follow the person through the frames, (H, W, 3) uint8 RGB each, all of one size.
+def analyse_clip(
+    analyzer: FaceAnalyzer, frames: Iterable[np.ndarray], flow_between: FlowFunction | None = None
+) -> ClipAnalysis:
+    """Follow the person through the frames, (H, W, 3) uint8 RGB each, all of one size. flow_between: DIS by default.
 
     Raises MagicMirrorError if there are no frames, or of different sizes.
     """
     faces: list[Face | None] = []
     last: Face | None = None
-    flow = FlowMeter()
+    flow = FlowMeter(flow_between)
     size = None
     for frame in frames:
         now = (frame.shape[1], frame.shape[0])

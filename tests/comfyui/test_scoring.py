@@ -26,7 +26,8 @@ def scored(server: ComfyServer, graph: Any, portrait: Callable[[str], Path]) -> 
     graph.add("22", "ImageBatch", image1=["23", 0], image2=["20", 0])
     graph.add(
         "30", SCORE, model=[graph.id("MagicMirrorLoader"), 0],
-        identity=[graph.id("MagicMirrorExtractFaceEmbedding"), 0], images=["20", 0], clips=1, threshold=0.5, on_fail="pass through",
+        identity=[graph.id("MagicMirrorExtractFaceEmbedding"), 0], images=["20", 0],
+        clips=1, threshold=0.5, on_fail="pass through",
     )  # fmt: skip
     graph.add("31", "PreviewAny", source=["30", 5])
     graph.add("32", "PreviewImage", images=["30", 0])
