@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -95,11 +96,9 @@ def best_of(
     """
     if not -1 <= threshold <= 1:
         raise SettingError(f"threshold is {threshold}: give a cosine from -1 to 1")
-    rows = []
-    for number, clip in enumerate(clips):
-        embeddings = _follow(analyzer, clip, lambda done, before=number * len(clip): on_frame(before + done))
-        rows.append(_similarity(embeddings, references, centre))
-    similarity = np.stack(rows)
+    done = count(1)
+    followed = [_follow(analyzer, clip, lambda: on_frame(next(done))) for clip in clips]
+    similarity = np.stack([_similarity(embeddings, references, centre) for embeddings in followed])
     found = ~np.isnan(similarity)
     scores = np.array([mean_found(row) if any(seen) else LOWEST for row, seen in zip(similarity, found)])
     shows = found.mean(axis=1) >= MIN_FACE_RATE
@@ -121,7 +120,7 @@ def centre_of(analyzer: FaceAnalyzer, photos: Sequence[np.ndarray]) -> np.ndarra
     return np.mean(faces, axis=0)
 
 
-def _follow(analyzer: FaceAnalyzer, clip: np.ndarray, on_frame: Callable[[int], None]) -> list[np.ndarray | None]:
+def _follow(analyzer: FaceAnalyzer, clip: np.ndarray, on_frame: Callable[[], None]) -> list[np.ndarray | None]:
     """The person's embedding in each frame, None without a face."""
     embeddings: list[np.ndarray | None] = []
     last: Face | None = None
@@ -129,7 +128,7 @@ def _follow(analyzer: FaceAnalyzer, clip: np.ndarray, on_frame: Callable[[int], 
         face = follow(find_faces(analyzer, frame), last)
         last = face or last
         embeddings.append(face and face.embedding)
-        on_frame(len(embeddings))
+        on_frame()
     return embeddings
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -60,7 +61,7 @@ def _draw_grid(pen: ImageDraw.ImageDraw, result: BestOf) -> None:
 
 def _draw_curve(pen: ImageDraw.ImageDraw, similarity: np.ndarray, colour: str, width: int) -> None:
     points = [(_x(index, len(similarity)), _y(value)) for index, value in enumerate(similarity)]
-    for before, now in zip(points, points[1:]):
+    for before, now in pairwise(points):
         if not np.isnan([before[1], now[1]]).any():
             pen.line((*before, *now), colour, width)
     for value, (x, y) in zip(similarity, points):

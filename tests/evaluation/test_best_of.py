@@ -9,6 +9,7 @@ import pytest
 
 from mm_core.errors import MagicMirrorError, SettingError
 from mm_core.evaluation.best_of import best_of, centre_of, split_clips
+from mm_core.evaluation.clip import find_faces
 from mm_core.evaluation.people import Person
 from mm_core.evaluation.picture import HEIGHT, LEFT, WIDTH, draw
 from mm_core.faces.analysis import FaceAnalyzer
@@ -50,7 +51,7 @@ def test_no_face_at_all(analyzer: FaceAnalyzer, person_a: Person, clips: np.ndar
 
 
 def test_centred(analyzer: FaceAnalyzer, person_a: Person, clips: np.ndarray, photos: dict[str, np.ndarray]) -> None:
-    others = [analyzer.detect(photos[name])[0].normed_embedding for name in ("impostor_1", "person_b_1")]
+    others = [find_faces(analyzer, photos[name])[0].normed_embedding for name in ("impostor_1", "person_b_1")]
     centre = centre_of(analyzer, [photos["impostor_1"], photos["person_b_1"]])
     centred = best_of(analyzer, clips, person_a.embeddings, threshold=0.25, centre=centre)
     references = [e / np.linalg.norm(e) - np.mean(others, axis=0) for e in person_a.embeddings]
