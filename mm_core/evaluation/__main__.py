@@ -94,9 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threshold", type=_cosine, default=MIN_SAME_PERSON, help="cosine from which a clip is of the person")
     add("--centre", type=Path, help="folder of many people's photos whose mean embedding is subtracted")
     add("--clip", type=Path, help="folder of a CLIPModel, to compare clips with <video>.txt or prompts.json")
-    add(
-        "--raft", type=Path, help="state dict of torchvision's raft_small or raft_large, for flow as in VBench"
-    )
+    add("--raft", type=Path, help="state dict of torchvision's raft_small or raft_large, for flow as in VBench")
     return parser
 
 
