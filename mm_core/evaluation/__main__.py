@@ -30,12 +30,19 @@ def evaluate_folder(args: argparse.Namespace) -> int:
 
     from ..faces.analysis import FaceAnalyzer
     from .people import mean_face
+    from .raft import Raft
     from .report import write_report
     from .run import evaluate
+    from .text import TextAlignment
 
     warnings.filterwarnings("ignore", "`estimate` is deprecated", FutureWarning)  # insightface's, in mid-progress
     analyzer = FaceAnalyzer(args.insightface_root, args.face_pack)
     centre = mean_face(analyzer, args.centre) if args.centre else None
+    options = {
+        "centre": centre,
+        "alignment": TextAlignment(args.clip) if args.clip else None,
+        "flow_between": Raft(args.raft) if args.raft else None,
+    }
     with tqdm(unit="video") as bar:
 
         def show(name: str, done: int, total: int) -> None:
@@ -43,11 +50,17 @@ def evaluate_folder(args: argparse.Namespace) -> int:
             bar.set_postfix_str(name)
 
         evaluation = evaluate(
-            analyzer, args.videos, args.references, threshold=args.threshold, centre=centre, on_video=show
+            analyzer, args.videos, args.references, threshold=args.threshold, on_video=show, **options
         )
         bar.n = bar.total
         bar.set_postfix_str("")
-    settings = {"face_pack": args.face_pack, "threshold": args.threshold, "centred": centre is not None}
+    settings = {
+        "face_pack": args.face_pack,
+        "threshold": args.threshold,
+        "centred": centre is not None,
+        "flow": args.raft.name if args.raft else "DIS",
+        "clip": args.clip.name if args.clip else None,
+    }
     for path in write_report(args.out, evaluation, settings):
         print(path)
     for left_out in evaluation.skipped:
@@ -80,6 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--face-pack", default="buffalo_l", help="insightface model pack; the numbers depend on it")
     add("--threshold", type=_cosine, default=MIN_SAME_PERSON, help="cosine from which a clip is of the person")
     add("--centre", type=Path, help="folder of many people's photos whose mean embedding is subtracted")
+    add("--clip", type=Path, help="folder of a CLIPModel, to compare clips with <video>.txt or prompts.json")
+    add("--raft", type=Path, help="state dict of torchvision's raft_small or raft_large, for flow as in VBench")
     return parser
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import MagicMirrorError
 from ..faces.analysis import Face, FaceAnalyzer
 from ..faces.tracking import find_faces, follow
-from .flow import FlowMeter
+from .flow import FlowFunction, FlowMeter
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,14 +41,16 @@ class ClipAnalysis:
         return ~np.isnan(self.boxes[:, 0])
 
 
-def analyse_clip(analyzer: FaceAnalyzer, frames: Iterable[np.ndarray]) -> ClipAnalysis:
-    """Follow the person through the frames, (H, W, 3) uint8 RGB each, all of one size.
+def analyse_clip(
+    analyzer: FaceAnalyzer, frames: Iterable[np.ndarray], flow_between: FlowFunction | None = None
+) -> ClipAnalysis:
+    """Follow the person through the frames, (H, W, 3) uint8 RGB each, all of one size. flow_between: DIS by default.
 
     Raises MagicMirrorError if there are no frames, or of different sizes.
     """
     faces: list[Face | None] = []
     last: Face | None = None
-    flow = FlowMeter()
+    flow = FlowMeter(flow_between)
     size = None
     for frame in frames:
         now = (frame.shape[1], frame.shape[0])

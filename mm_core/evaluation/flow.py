@@ -1,13 +1,17 @@
 """Optical flow by OpenCV's DIS, which needs no weights, reduced to two numbers as the frames come in.
 
-VBench measures with RAFT, a trained network: its numbers differ, see docs/evaluation.md.
+VBench measures with RAFT, a trained network: its numbers differ, see raft and docs/evaluation.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from .metrics import flow_consistency, flow_strength
+
+FlowFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]  # as `optical_flow`
 
 MIN_FLOW_SIDE = 16  # pixels: DIS compares patches of 8 px on at least two scales
 
@@ -18,7 +22,8 @@ class FlowMeter:
     strengths: pixels, from the second frame on. consistencies: 0 to 1, from the third. See metrics.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, flow_between: FlowFunction | None = None) -> None:
+        self._flow_between = flow_between or optical_flow
         self.strengths: list[float] = []
         self.consistencies: list[float] = []
         self._frame: np.ndarray | None = None
@@ -27,7 +32,7 @@ class FlowMeter:
     def add(self, frame: np.ndarray) -> None:
         """The next frame, (H, W, 3) uint8 RGB, of the same size as the ones before."""
         if self._frame is not None:
-            flow = optical_flow(self._frame, frame)
+            flow = self._flow_between(self._frame, frame)
             self.strengths.append(flow_strength(flow))
             if self._flow is not None:
                 self.consistencies.append(flow_consistency(self._flow, flow))

@@ -30,6 +30,7 @@ _HEADINGS = {
     "fm_inter_px": "FM_inter, px",
     "smoothness": "smoothness",
     "motion_px": "motion, px",
+    "text_alignment": "text alignment",
 }
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1320px; padding: 0 1em; color: #222 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,10 @@ from ..errors import MagicMirrorError
 from ..faces.analysis import FaceAnalyzer
 from ..video import read_frames
 from .clip import ClipAnalysis, analyse_clip
+from .flow import FlowFunction
 from .people import Person, find_references, find_videos, identity_of, load_person
 from .scores import ClipScores, frame_similarities, score_clip
+from .text import TextAlignment, find_prompts, sampled
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,11 +53,14 @@ def evaluate(
     *,
     threshold: float,
     centre: np.ndarray | None = None,
+    alignment: TextAlignment | None = None,
+    flow_between: FlowFunction | None = None,
     on_video: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> Evaluation:
     """Measure every video of a folder.
 
     threshold: cosine from which a clip counts as of the person. centre: as in `metrics.similarities`.
+    alignment: measures the videos that have a prompt, see text. flow_between: optical flow, DIS by default.
     on_video: called before each video with its name, how many are done, and how many there are.
 
     Raises MagicMirrorError if a folder is missing or empty; a video, or an identity's photos, that cannot be used only
@@ -63,6 +68,7 @@ def evaluate(
     """
     people = _People(analyzer, find_references(references))
     paths = find_videos(videos)
+    prompts = find_prompts(videos, paths) if alignment else {}
     clips: list[ClipResult] = []
     skipped: list[Skipped] = []
     for done, path in enumerate(paths):
@@ -70,12 +76,15 @@ def evaluate(
         on_video(name, done, len(paths))
         try:
             person = people[identity_of(path, videos, list(people.photos))]
-            analysis = analyse_clip(analyzer, read_frames(path))
+            analysis = analyse_clip(analyzer, read_frames(path), flow_between)
         except MagicMirrorError as error:
             skipped.append(Skipped(video=name, reason=str(error)))
             continue
         similarity = frame_similarities(analysis, person, centre)
         scores = score_clip(analysis, person, similarity, threshold)
+        if path in prompts:
+            text = alignment(sampled(read_frames(path), len(analysis)), prompts[path])
+            scores = replace(scores, text_alignment=text)
         clips.append(
             ClipResult(path=path, name=name, person=person, analysis=analysis, similarity=similarity, scores=scores)
         )

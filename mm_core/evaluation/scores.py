@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -28,6 +29,7 @@ class ClipScores:
     smoothness: mean flow consistency, 0 to 1. motion_px: mean flow of the fastest twentieth, in pixels.
     face_found: MIN_FACE_RATE of the frames have a face. dynamic: VBench's rule.
     identity_accepted: a face was found and id_similarity reaches the threshold.
+    text_alignment: CLIP's cosine of frames and prompt, -1 to 1; see text.
     """
 
     frames: int
@@ -44,6 +46,7 @@ class ClipScores:
     face_found: bool
     identity_accepted: bool
     dynamic: bool
+    text_alignment: float = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,10 @@ class Summary:
     success_motion: float
 
 
-MEANS = ("id_similarity", "id_decay", "fm_ref", "fm_ref_pose", "fm_inter", "fm_inter_px", "smoothness", "motion_px")
+MEANS = (
+    *("id_similarity", "id_decay", "fm_ref", "fm_ref_pose", "fm_inter", "fm_inter_px", "smoothness", "motion_px"),
+    "text_alignment",
+)
 
 
 def frame_similarities(clip: ClipAnalysis, person: Person, centre: np.ndarray | None = None) -> np.ndarray:

@@ -11,10 +11,10 @@ from diffusers import CogVideoXDDIMScheduler
 from torch import Tensor
 
 from ..checkpoints.adapter_file import Trained, load_adapter, save_adapter
-from ..errors import CheckpointError, SettingError
+from ..errors import SettingError
 from ..models.adapter import MagicMirrorAdapter
 from ..models.config import AdapterConfig
-from ..pipelines.base import BaseModel, FolderBase, TinyBase
+from ..pipelines.base import TinyBase
 from ..pipelines.conditioning import AdapterSettings
 from .arcface import DifferentiableArcFace
 from .config import ABLATIONS, StageConfig, TrainingConfig
@@ -22,6 +22,7 @@ from .diffusion import add_noise, alphas_bar, rotary_embedding
 from .features import Features
 from .loop import generator_for, shuffled
 from .losses import face_area
+from .precompute import base_of
 from .step import AdapterTraining, IdentityJudge
 from .validation import validate_clips
 
@@ -39,7 +40,7 @@ class AdapterTask:
     def __init__(self, config: TrainingConfig, stage: str, start: Path | None = None) -> None:
         self.config, self.name = config, stage
         self.stage: StageConfig = getattr(config, stage)
-        self.base = open_base(config)
+        self.base = base_of(config)
         self.features = Features.open(Path(self.stage.features))
         self.training, self.validation = split_people(self.features, config.validation_people)
         pipe = self.base.load(DTYPES[self.stage.loop.precision])
@@ -159,8 +160,12 @@ class AdapterTask:
         mine = {name.removeprefix("adapter."): tensor for name, tensor in weights.items()}
         whole = MagicMirrorAdapter(adapter.config)
         whole.load_state_dict(adapter.state_dict() | mine)
-        trained = Trained(stage=self.name, steps=step, data=self.features.description)
+        trained = Trained(stage=self.name, steps=step, data=self._data())
         save_adapter(whole, path / ADAPTER_FILE, base_model=self.base.name, trained=trained)
+
+    def _data(self) -> str:
+        """One line on the training data, for the header."""
+        return f"{len(self.training):,} samples of {Path(self.stage.data).name}"
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         return validate_clips(self, folder)
@@ -168,18 +173,6 @@ class AdapterTask:
 
 # What every sample has; the rest depends on whether it keeps its identity.
 _STACKED = ("clean", "noise", "timestep", "alpha_bar", "text", "slots", "has_text", "face_mask")
-
-
-def open_base(config: TrainingConfig) -> BaseModel:
-    """The base model a config names: `tiny`, or a diffusers folder."""
-    if config.base == TinyBase().name:
-        return TinyBase()
-    folder = Path(config.base)
-    if not folder.is_dir():
-        raise CheckpointError(f"There is no folder {config.base}: download the base model, and name its folder.")
-    base = FolderBase(folder)
-    base.check_complete()
-    return base
 
 
 def recogniser_file(config: TrainingConfig) -> Path:
@@ -193,7 +186,7 @@ def recogniser_file(config: TrainingConfig) -> Path:
 
 def split_people(features: Features, held_out: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows to train on and to validate with: the last people are kept apart."""
-    people = np.array([features.person(row) for row in range(len(features))])
+    people = np.array([entry["person"] or entry["id"] for entry in features.entries])
     known = list(dict.fromkeys(people.tolist()))
     apart = set(known[len(known) - held_out :]) if 0 < held_out < len(known) else set()
     is_apart = np.array([person in apart for person in people])

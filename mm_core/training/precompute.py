@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..checkpoints.photomaker import FILE_NAME, REPO, load_id_encoder
+from ..checkpoints.photomaker import FILE_NAME, REPO, load_id_encoder, read_id_encoder_config
 from ..data.check import Report, check_dataset
 from ..data.manifest import Sample, check_length, fit, manifest_path, read_manifest, read_media, read_picture
 from ..errors import CheckpointError, MagicMirrorError, NoFaceError, PromptError, SampleError, SettingError
@@ -51,15 +51,19 @@ Progress = Callable[[str, int, int], None]
 
 
 def base_of(config: TrainingConfig) -> BaseModel:
-    """The base model that a config names, not loaded yet."""
-    return TinyBase() if config.base == tiny.NAME else FolderBase(Path(config.base).expanduser())
+    """The base model that a config names, not loaded yet. Raises CheckpointError if its folder lacks files."""
+    if config.base == tiny.NAME:
+        return TinyBase()
+    base = FolderBase(Path(config.base).expanduser())
+    base.check_complete()
+    return base
 
 
 def id_encoder_of(config: TrainingConfig, dtype: torch.dtype) -> IDEncoder:
     """The ID encoder that a config names; `tiny` brings its own. Raises CheckpointError."""
     if config.id_encoder is not None:
         path = Path(config.id_encoder).expanduser()
-        return load_id_encoder(path, dtype=dtype, config=_id_encoder_config(config))
+        return load_id_encoder(path, dtype=dtype)
     if config.base == tiny.NAME:
         return tiny.build_id_encoder(dtype)
     raise CheckpointError(f"id_encoder is not set: give the path of {FILE_NAME}, of https://huggingface.co/{REPO}.")
@@ -262,7 +266,9 @@ def between(values: np.ndarray, at: Sequence[int], frames: int) -> np.ndarray:
 
 
 def _id_encoder_config(config: TrainingConfig) -> IDEncoderConfig:
-    return tiny.ID_ENCODER if config.base == tiny.NAME else PHOTOMAKER_V2
+    if config.id_encoder is None and config.base == tiny.NAME:
+        return tiny.ID_ENCODER
+    return PHOTOMAKER_V2 if config.id_encoder is None else read_id_encoder_config(Path(config.id_encoder).expanduser())
 
 
 def _tokens(base: BaseModel, encoder: IDEncoderConfig, caption: str) -> IdentityTokens:

@@ -30,7 +30,7 @@ def validate_clips(task: AdapterTask, folder: Path) -> dict[str, float]:
     """One clip for each validation person, from its own caption and one reference: how alike, how often a face."""
     config, features = task.config, task.features
     analyzer = FaceAnalyzer(Path(config.insightface_root).expanduser(), config.face_pack)
-    rows = {features.person(row): int(row) for row in task.validation}
+    rows = {features.entries[row]["person"]: int(row) for row in task.validation}
     scores, found = [], []
     for number, row in enumerate(rows.values()):
         sample = features.sample(row)

@@ -31,6 +31,11 @@ NODES = {
         "audio save_metadata",
         ["VIDEO", "STRING"],
     ),
+    "MagicMirrorScoreIdentity": (
+        "model identity images clips threshold on_fail",
+        "centre",
+        ["IMAGE", "IMAGE", "BOOLEAN", "INT", "FLOAT", "STRING"],
+    ),
 }
 COMBOS = {
     ("MagicMirrorLoader", "base_model"): ["tiny", "THUDM/CogVideoX-5b", "THUDM/CogVideoX-2b", "THUDM/CogVideoX1.5-5B"],
@@ -44,6 +49,7 @@ COMBOS = {
     ("MagicMirrorExtractFaceEmbedding", "on_no_face"): ["error", "no identity"],
     ("MagicMirrorCogVideoXSampler", "scheduler"): ["dpm", "ddim"],
     ("MagicMirrorVideoCombine", "format"): ["mp4", "webm", "webp", "gif"],
+    ("MagicMirrorScoreIdentity", "on_fail"): ["pass through", "stop"],
 }
 
 

@@ -78,7 +78,10 @@ def test_a_folder_end_to_end(folders, insightface_root, repository):
     assert clips["person_b/<wall>.mp4"]["scores"]["id_similarity"] is None
     assert results["summary"]["clips"] == 3
     assert results["summary"]["measured"]["id_similarity"] == 2
-    assert results["settings"] == {"face_pack": "buffalo_sc", "threshold": 0.25, "centred": False}
+    assert results["settings"] == {
+        "face_pack": "buffalo_sc", "threshold": 0.25, "centred": False, "flow": "DIS", "clip": None
+    }  # fmt: skip
+    assert clips["person_a_still.mp4"]["scores"]["text_alignment"] is None
 
     with (out / "results.csv").open(encoding="utf-8", newline="") as file:
         rows = {row["video"]: row for row in csv.DictReader(file)}

@@ -68,7 +68,8 @@ class RegressionTask:
 
 
 def config(**changes: object) -> LoopConfig:
-    settings = dict(steps=12, batch_size=8, learning_rate=1e-2, ema_decay=0.9, log_every=1, save_every=4, warmup_steps=2)
+    settings = dict(steps=12, batch_size=8, learning_rate=1e-2, warmup_steps=2)
+    settings |= dict(ema_decay=0.9, log_every=1, save_every=4)
     return LoopConfig(**(settings | changes))
 
 
@@ -199,7 +200,7 @@ def test_settings_are_checked(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="batch_size 8 does not divide into 1 process"):
         train(RegressionTask(), config(micro_batch=3), tmp_path / "batch")
     train(RegressionTask(), config(), tmp_path / "run")
-    with pytest.raises(SettingError, match="holds a run with learning_rate 0.01, not 0.02"):
+    with pytest.raises(SettingError, match=r"holds a run with learning_rate 0\.01, not 0\.02"):
         train(RegressionTask(), config(learning_rate=0.02), tmp_path / "run")
     with pytest.raises(SettingError, match="ema_decay is 1"):
         config(ema_decay=1)

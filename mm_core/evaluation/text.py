@@ -1,0 +1,95 @@
+"""Whether a clip shows what its prompt says: CLIP's cosine of frames and prompt, where the user has a CLIP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import CheckpointError, MagicMirrorError
+from ..faces.crop import whole_image
+from .metrics import sample_evenly
+
+SAMPLES = 8  # frames of a clip, evenly spaced
+PROMPTS_FILE = "prompts.json"
+
+
+class TextAlignment:
+    """A transformers CLIPModel from a folder, on the CPU; nothing is downloaded.
+
+    Raises CheckpointError if the folder does not hold one with its tokenizer.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import CLIPModel, CLIPTokenizer
+
+        try:
+            if not (folder / "config.json").is_file():  # transformers would take the name for one on the hub
+                raise OSError("it has no config.json")
+            self._model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+            self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder} holds no CLIP model: {error}. Give a folder with config.json, model.safetensors and the "
+                "tokenizer's files, such as a copy of openai/clip-vit-base-patch32"
+            ) from error
+
+    def __call__(self, frames: Iterable[np.ndarray], prompt: str) -> float:
+        """Mean over frames, (H, W, 3) uint8 RGB, of the cosine to the prompt, -1 to 1.
+
+        A prompt that is longer than CLIP's text, 77 tokens, is cut off. NaN without frames.
+        """
+        import torch
+        from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+        size = self._model.config.vision_config.image_size
+        crops = [whole_image(frame, size) for frame in frames]
+        if not crops:
+            return float("nan")
+        pixels = (np.stack(crops) / 255 - OPENAI_CLIP_MEAN) / OPENAI_CLIP_STD  # (N, size, size, 3)
+        length = self._model.config.text_config.max_position_embeddings
+        tokens = self._tokenizer([prompt], truncation=True, max_length=length, return_tensors="pt")
+        with torch.inference_mode():
+            found = self._model(
+                input_ids=tokens["input_ids"],
+                attention_mask=tokens["attention_mask"],
+                pixel_values=torch.from_numpy(pixels).permute(0, 3, 1, 2).float(),
+            )
+        return float((found.image_embeds @ found.text_embeds.T).mean())  # both have length 1
+
+
+def sampled(frames: Iterable[np.ndarray], count: int) -> list[np.ndarray]:
+    """At most SAMPLES of a clip's `count` frames, evenly spaced."""
+    wanted = set(sample_evenly(count, SAMPLES).tolist())
+    return [frame for index, frame in enumerate(frames) if index in wanted]
+
+
+def find_prompts(folder: Path, videos: list[Path]) -> dict[Path, str]:
+    """The prompts of those videos that have one: `<video>.txt` beside it, or its name in the folder's prompts.json.
+
+    The file maps paths below the folder, with or without ending, to prompts.
+    Raises MagicMirrorError for a prompts.json that does not.
+    """
+    listed = _read_prompts(folder / PROMPTS_FILE)
+    prompts = {}
+    for video in videos:
+        beside, name = video.with_suffix(".txt"), video.relative_to(folder)
+        if beside.is_file():
+            prompts[video] = beside.read_text(encoding="utf-8").strip()
+        else:
+            prompts[video] = listed.get(name.as_posix()) or listed.get(name.with_suffix("").as_posix()) or ""
+    return {video: prompt for video, prompt in prompts.items() if prompt}
+
+
+def _read_prompts(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        return {}
+    try:
+        prompts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MagicMirrorError(f"{path} is no JSON: {error}. Write it again as {{video: prompt}}") from error
+    if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
+        raise MagicMirrorError(f"{path} must hold one object of prompts by video, {{video: prompt}}: write it again")
+    return prompts

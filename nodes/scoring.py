@@ -1,0 +1,106 @@
+"""How much a clip resembles the person."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..mm_core.errors import MagicMirrorError, SettingError
+from . import catalog, runtime
+from .convert import image_from_photos, photos_from_images
+from .types import CATEGORY, IdentitySocket, Model, ModelSocket, Person, with_aliases
+
+PASS_THROUGH, STOP = "pass through", "stop"
+
+
+class MagicMirrorScoreIdentity(io.ComfyNode):
+    """Frames + identity -> the most alike clip, a score, a plot."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        schema = io.Schema(
+            node_id="MagicMirrorScoreIdentity",
+            display_name="Score Identity (MagicMirror)",
+            category=CATEGORY,
+            description="Compares the face in every frame with the person's photos: a gate for good clips, and the "
+            "best of several. Frames without a face are counted and left out.",
+            is_output_node=True,
+            inputs=[
+                ModelSocket.Input("model", tooltip="The one that the identity was extracted with."),
+                IdentitySocket.Input("identity", tooltip="From Extract Face Embedding."),
+                io.Image.Input("images", tooltip="Frames of one clip, or of several of one length in a row."),
+                io.Int.Input("clips", default=1, min=1, max=64, tooltip="How many clips the frames are of. 1 to 64."),
+                io.Float.Input(
+                    "threshold",
+                    default=0.25,
+                    min=-1.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Mean cosine to the photos, -1 to 1, from which a clip passes. Two photos of one person: "
+                    "0.5 to 0.8; of different people: below 0.15.",
+                ),
+                io.Combo.Input(
+                    "on_fail",
+                    options=[PASS_THROUGH, STOP],
+                    default=PASS_THROUGH,
+                    tooltip="When no clip passes: go on with the best one, or stop the workflow.",
+                ),
+                io.Image.Input(
+                    "centre",
+                    optional=True,
+                    tooltip="Pictures of many other people of the same kind (rendered, drawn): what all their faces "
+                    "have in common is not counted as likeness.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="best", tooltip="The frames of the most alike clip."),
+                io.Image.Output(display_name="plot", tooltip="Likeness over time, and the worst frame of each clip."),
+                io.Boolean.Output(display_name="passed", tooltip="The best clip reaches the threshold."),
+                io.Int.Output(display_name="best_index", tooltip="Counted from 0."),
+                io.Float.Output(display_name="score", tooltip="Of the best clip, -1 to 1; -1 if it shows no face."),
+                io.String.Output(display_name="report", tooltip="Every clip and frame, as JSON."),
+            ],
+        )
+        return with_aliases(schema, "likeness", "face similarity", "best of", "identity score", "arcface")
+
+    @classmethod
+    def execute(
+        cls,
+        model: Model,
+        identity: Person,
+        images: Tensor,
+        clips: int,
+        threshold: float,
+        on_fail: str,
+        centre: Tensor | None = None,
+    ) -> io.NodeOutput:
+        if identity.identity is None:
+            raise MagicMirrorError("The identity is of nobody: no face was found in its photos. Use another photo.")
+        with runtime.packages():
+            from ..mm_core.evaluation.best_of import best_of, centre_of, split_clips
+            from ..mm_core.evaluation.picture import draw
+            from ..mm_core.faces.analysis import FaceAnalyzer
+        batches = split_clips(np.stack(list(photos_from_images([images]))), clips)
+        analyzer = FaceAnalyzer(catalog.face_root(model.face_pack), model.face_pack, runtime.face_device())
+        result = best_of(
+            analyzer,
+            batches,
+            np.stack([reference.face.embedding for reference in identity.identity.references]),
+            threshold=threshold,
+            centre=None if centre is None else centre_of(analyzer, list(photos_from_images([centre]))),
+            on_frame=runtime.frame_callback(len(images)),
+        )
+        if on_fail == STOP and not result.passed:
+            raise SettingError(
+                f"No clip is alike enough: {result.summary}. Lower the threshold, try another seed, "
+                f'or set on_fail to "{PASS_THROUGH}".'
+            )
+        plot = image_from_photos(draw(result, batches)[None])
+        frames = len(images) // clips
+        best = images[result.best * frames : (result.best + 1) * frames]
+        shown = ui.PreviewImage(plot).as_dict() | runtime.show(result.summary, warn=not result.passed).as_dict()
+        report = json.dumps(result.to_json())
+        return io.NodeOutput(best, plot, result.passed, result.best, result.score, report, ui=shown)
