@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from torch import Tensor
 from mm_core.faces.analysis import Face, FaceAnalyzer, select_face
 from mm_core.faces.references import read_image
 from mm_core.training.arcface import DifferentiableArcFace
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @dataclass(frozen=True)

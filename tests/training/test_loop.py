@@ -46,7 +46,7 @@ class Regression(nn.Module):
 
 
 class RegressionTask:
-    """slow: seconds that each batch takes, for a test that kills. broken_from: the first sample that is not a number."""
+    """slow: seconds a batch takes, for tests that kill. broken_from: the first sample that is not a number."""
 
     def __init__(self, slow: float = 0.0, broken_from: int | None = None) -> None:
         self.model, self.slow, self.broken_from = Regression(), slow, broken_from

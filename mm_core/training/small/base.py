@@ -158,9 +158,12 @@ class BaseTask:
 
 def save_base(checkpoint: Path, vae: AutoencoderKLCogVideoX, folder: Path) -> None:
     """The finished model in diffusers' layout, as the published ones."""
+    text_encoder = T5EncoderModel.from_pretrained(checkpoint / "text_encoder")
+    # Older transformers tie the two, and would load whichever comes last; only the second is ever read.
+    text_encoder.shared.weight.data = text_encoder.encoder.embed_tokens.weight.data.clone()
     pipe = CogVideoXPipeline(
         tokenizer=tiny.build_tokenizer(),
-        text_encoder=T5EncoderModel.from_pretrained(checkpoint / "text_encoder"),
+        text_encoder=text_encoder,
         vae=vae,
         transformer=CogVideoXTransformer3DModel.from_pretrained(checkpoint / "transformer"),
         scheduler=CogVideoXDDIMScheduler(**tiny.SCHEDULER),

@@ -104,7 +104,8 @@ class EncoderTask:
         self.clips, self.faces, self.seed = clips, faces, seed
         persons = clips.persons[faces.found]
         self.by_person = [rows for rows in (np.flatnonzero(persons == p) for p in np.unique(persons)) if len(rows) > 1]
-        self.held_out, self.by_person = self.by_person[-64:], self.by_person[:-64]
+        apart = min(64, len(self.by_person) // 4)
+        self.held_out, self.by_person = self.by_person[-apart:], self.by_person[:-apart]
 
     def batch(self, samples: range) -> dict[str, Tensor]:
         pixels, embeddings = [], []
