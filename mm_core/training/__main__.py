@@ -14,7 +14,11 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from tqdm import tqdm
 
 from ..errors import MagicMirrorError, SettingError
 from .config import TrainingConfig, load_config
@@ -48,8 +52,12 @@ def check(config: TrainingConfig, args: argparse.Namespace) -> int:
     """Print what is wrong with the datasets of both stages."""
     from .precompute import check as check_stage
 
-    reports = [check_stage(config, stage) for stage in args.stage or STAGES]
-    print(*reports, sep="\n")
+    reports = []
+    for stage in args.stage or STAGES:
+        with progress() as on_progress:
+            report = check_stage(config, stage, lambda done, of: on_progress("samples", done, of))
+        reports.append(report)
+        print(report)
     return int(any(report.problems for report in reports))
 
 
@@ -58,7 +66,8 @@ def precompute(config: TrainingConfig, args: argparse.Namespace) -> None:
     from .precompute import precompute as precompute_stage
 
     for stage in args.stage or STAGES:
-        print(precompute_stage(config, stage))
+        with progress() as on_progress:
+            print(precompute_stage(config, stage, on_progress))
 
 
 def train(config: TrainingConfig, args: argparse.Namespace) -> None:
@@ -84,6 +93,22 @@ def train_stage(config: TrainingConfig, stage: str, start: Path | None = None) -
             )
         start = latest_checkpoint(output / "image") / ADAPTER_FILE
     return run(AdapterTask(config, stage, start), getattr(config, stage).loop, output / stage) / ADAPTER_FILE
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A function that shows what is being made, how many of it are done, and of how many, as a bar each."""
+    bars: dict[str, tqdm] = {}
+
+    def show(what: str, done: int, of: int) -> None:
+        bar = bars.setdefault(what, tqdm(desc=what, total=of, disable=None))
+        bar.update(done - bar.n)
+
+    try:
+        yield show
+    finally:
+        for bar in bars.values():
+            bar.close()
 
 
 def _setting(text: str) -> tuple[str, str]:

@@ -64,7 +64,7 @@ class LoopConfig:
     precision: str = "no"
     """accelerate's mixed precision: no, bf16 or fp16."""
     compile: bool = False
-    """Compile the model's forward with torch.compile."""
+    """Compile the model with torch.compile, as its own `compile` says."""
     seed: int = 0
     log_every: int = 10
     save_every: int = 500

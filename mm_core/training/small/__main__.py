@@ -134,10 +134,12 @@ class Recipe:
         save_base(last, vae, self.folder / "base")
 
     def features(self) -> None:
+        from ..__main__ import STAGES, progress
         from ..precompute import precompute
 
-        for stage in ("image", "video"):
-            precompute(self.config, stage)
+        for stage in STAGES:
+            with progress() as on_progress:
+                precompute(self.config, stage, on_progress)
 
     def adapter(self, stage: str) -> Path:
         from ..__main__ import train_stage
