@@ -35,7 +35,7 @@ from ..memory import (
 )
 from ..models.adapter import MagicMirrorAdapter
 from ..models.diffusers_block import attach
-from ..models.id_encoder import PHOTOMAKER_V2, IDEncoder
+from ..models.id_encoder import IDEncoder
 from . import tiny
 from .base import BaseModel, TinyBase
 from .conditioning import AdapterSettings, FaceConditioning, condition
@@ -160,7 +160,7 @@ class MagicMirror:
             return tiny.build_id_encoder(self.dtype)
         if self._id_encoder_path is None:
             raise CheckpointError(f"No ID encoder was chosen. It is {FILE_NAME} of https://huggingface.co/{REPO}.")
-        config = tiny.ID_ENCODER if isinstance(self.base, TinyBase) else PHOTOMAKER_V2
+        config = tiny.ID_ENCODER if isinstance(self.base, TinyBase) else None  # what the file says
         return load_id_encoder(self._id_encoder_path, dtype=self.dtype, config=config)
 
     @cached_property

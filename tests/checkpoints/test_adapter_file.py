@@ -345,23 +345,23 @@ def test_base_of_other_sizes(path: Path, tmp_path: Path) -> None:
     assert "hidden_size" not in str(error.value)
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
-    """No file can grow beyond 4 KiB, as on a full disk."""
+    """No file can grow beyond 4 KiB, as on a full disk; around no more than a call, since pytest's own output counts."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("old", [b"an older file", None], ids=["over a file", "new"])
-def test_failed_save_leaves_nothing(
-    adapter: MagicMirrorAdapter, path: Path, small_disk: None, old: bytes | None
-) -> None:
+def test_failed_save_leaves_nothing(adapter: MagicMirrorAdapter, path: Path, old: bytes | None) -> None:
     """When the disk is full there is neither a partial file nor a change to the one that was there."""
     if old is not None:
         path.write_bytes(old)
-    with pytest.raises(Exception, match="File too large"):
+    with pytest.raises(Exception, match="File too large"), small_disk():
         save_adapter(adapter, path, base_model="a/b", trained=TRAINED)
     assert [file.name for file in path.parent.iterdir()] == ([path.name] if old else [])
     assert old is None or path.read_bytes() == old
