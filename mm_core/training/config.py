@@ -107,7 +107,7 @@ ABLATIONS: dict[str, dict[str, bool]] = {
     "C": dict(face_modulation=False, can=False),
     "D": dict(can=False),
     "E": dict(face_modulation=False),
-    "F": dict(can=False),
+    "F": dict(face_modulation=False, can=False),
     "G": {},
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -347,7 +348,7 @@ def test_base_of_other_sizes(path: Path, tmp_path: Path) -> None:
 
 @contextmanager
 def small_disk() -> Iterator[None]:
-    """No file can grow beyond 4 KiB, as on a full disk; around no more than a call, since pytest's own output counts."""
+    """No file can grow beyond 4 KiB, as on a full disk. Around a call only: pytest's own output counts too."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
