@@ -26,12 +26,12 @@ from mm_core.data.people.render import render_clip
 from mm_core.data.people.scene import ClipDescription, sample_clip
 from mm_core.data.people.traits import HELD_OUT
 from mm_core.evaluation.metrics import largest_found, mean_found, motion_between
-from mm_core.evaluation.recognisers import Judge, all_judges, find_face
+from mm_core.evaluation.recognisers import all_judges, find_face
 from mm_core.faces.analysis import FaceAnalyzer, estimate_pose
 from mm_core.faces.references import analyse_references
 from mm_core.files import write_json
 from mm_core.pipelines.base import FolderBase, TinyBase
-from mm_core.pipelines.identity import Identity
+from mm_core.pipelines.conditioning import AdapterSettings
 from mm_core.pipelines.magic_mirror import ClipSettings, MagicMirror
 
 REFERENCE_CLIP, CEILING_CLIP, PROMPT_CLIPS = 0, 1, (2, 3)
@@ -57,38 +57,61 @@ class Row:
 
 def main() -> None:
     args = _parse()
-    analyzer = FaceAnalyzer(environment.face_models(), "buffalo_sc", device="cpu")
-    scorer = Scorer(all_judges(analyzer), analyzer, range(HELD_OUT, HELD_OUT + args.people))
+    scorer = Scorer(args.people)
     base = TinyBase() if args.base is None else FolderBase(args.base)
     mirror = MagicMirror(base, adapter=args.adapter, id_encoder=args.id_encoder, device=torch.device("cpu"))
     print(mirror.status)
-    for number, seed in enumerate(tqdm(scorer.people, unit="person")):
-        person = Person.from_seed(seed)
-        reference = render_clip(person, sample_clip(seed, REFERENCE_CLIP))[REFERENCE_FRAME]
-        identity = mirror.identity(analyse_references(analyzer, [reference]))
-        real = render_clip(person, sample_clip(seed, CEILING_CLIP))
-        scorer.score("real, another clip", number, real)
-        scorer.score("through the VAE", number, round_trip(mirror, real))
-        for clip in PROMPT_CLIPS:
-            description = sample_clip(seed, clip)
-            scorer.score("real, the prompt's clip", number, render_clip(person, description), description)
-            for name, who in (("base, no identity", None), ("ours", identity)):
-                frames = generate(mirror, caption(description), who, args, seed=1000 * number + clip)
-                scorer.score(name, number, frames, description)
+    score_real(scorer, mirror)
+    score_generated(scorer, "base, no identity", mirror, None, args.steps, args.guidance)
+    score_generated(scorer, "ours", mirror, AdapterSettings(), args.steps, args.guidance)
     report = scorer.report()
     print(tables(report))
     write_json(args.out, {"model": mirror.status, "people": args.people, "rows": report})
 
 
+def score_real(scorer: Scorer, mirror: MagicMirror) -> None:
+    """Rendered clips: the ceiling, the floor, what the VAE leaves of them, and what prompts look like when followed."""
+    for number, seed in enumerate(tqdm(scorer.people, desc="real", unit="person")):
+        person = Person.from_seed(seed)
+        real = render_clip(person, sample_clip(seed, CEILING_CLIP))
+        scorer.score("real, another clip", number, real)
+        scorer.score("through the VAE", number, round_trip(mirror, real))
+        for clip in PROMPT_CLIPS:
+            asked = sample_clip(seed, clip)
+            scorer.score("real, the prompt's clip", number, render_clip(person, asked), asked)
+
+
+def score_generated(
+    scorer: Scorer, name: str, mirror: MagicMirror, settings: AdapterSettings | None, steps: int, guidance: float
+) -> None:
+    """Clips of each person from two captions and one picture. settings: None leaves the identity out."""
+    for number, seed in enumerate(tqdm(scorer.people, desc=name, unit="person")):
+        identity = None
+        if settings is not None:
+            reference = render_clip(Person.from_seed(seed), sample_clip(seed, REFERENCE_CLIP))[REFERENCE_FRAME]
+            identity = mirror.identity(analyse_references(scorer.analyzer, [reference]))
+        for clip in PROMPT_CLIPS:
+            asked, limits = sample_clip(seed, clip), mirror.base.limits
+            wanted = ClipSettings(
+                prompt=caption(asked), width=limits.width, height=limits.height, num_frames=limits.num_frames,
+                steps=steps, guidance_scale=guidance, dynamic_guidance=False, scheduler="ddim",
+                seed=1000 * number + clip,
+            )  # fmt: skip
+            frames = mirror.generate(wanted, identity, settings).frames
+            scorer.score(name, number, (frames.numpy() * 255).round().astype(np.uint8), asked)
+
+
 class Scorer:
     """Knows each person by the mean of the frames of one real clip."""
 
-    def __init__(self, judges: list[Judge], analyzer: FaceAnalyzer, people: range) -> None:
-        self.judges, self.analyzer, self.people = judges, analyzer, people
+    def __init__(self, people: int) -> None:
+        self.analyzer = FaceAnalyzer(environment.face_models(), "buffalo_sc", device="cpu")
+        judges = self.judges = all_judges(self.analyzer)
+        self.people = range(HELD_OUT, HELD_OUT + people)
         self.rows: dict[str, Row] = {}
         centring = [self._of_person(seed, [REFERENCE_FRAME]) for seed in tqdm(range(CENTRING_PEOPLE), desc="centre")]
         self.centre = {j.name: np.mean([e[j.name].mean(0) for e in centring], axis=0) for j in judges}
-        known = [self._of_person(seed, [0, 4, 8]) for seed in tqdm(people, desc="known people")]
+        known = [self._of_person(seed, [0, 4, 8]) for seed in tqdm(self.people, desc="known people")]
         self.known = {
             j.name: _unit(np.stack([_unit(e[j.name] - self.centre[j.name]).mean(0) for e in known])) for j in judges
         }
@@ -153,17 +176,6 @@ def followed(asked: ClipDescription, landmarks: np.ndarray) -> Iterator[tuple[st
     begin, end = asked.expressions
     if end in SMILES and begin not in SMILES and not turn(asked):  # a turned mouth looks narrower
         yield "smile", bool(wider > WIDER)
-
-
-def generate(
-    mirror: MagicMirror, prompt: str, identity: Identity | None, args: argparse.Namespace, seed: int
-) -> np.ndarray:
-    limits = mirror.base.limits
-    clip = ClipSettings(
-        prompt=prompt, width=limits.width, height=limits.height, num_frames=limits.num_frames, seed=seed,
-        steps=args.steps, guidance_scale=args.guidance, dynamic_guidance=False, scheduler="ddim",
-    )  # fmt: skip
-    return (mirror.generate(clip, identity).frames.numpy() * 255).round().astype(np.uint8)
 
 
 @torch.no_grad()

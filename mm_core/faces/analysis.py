@@ -31,7 +31,7 @@ class Face:
     box: (4,) float32, x0 y0 x1 y1 in pixels of the picture; may reach outside it.
     landmarks: (5, 2) float32 x y in pixels: eye on the picture's left, eye on its right, nose tip, mouth corners.
     score: the detector's confidence, 0.5 to 1.
-    embedding: (512,) float32, ArcFace, NOT normalised (length about 25).
+    embedding: (512,) float32, ArcFace, NOT normalised (length about 25); (0,) where it was not asked for.
     yaw, pitch, roll: degrees. Positive: turned to the picture's right, up, tilted clockwise in the picture.
     size: larger side of the box in pixels.
     sharpness: variance of the Laplacian of the grey (0..255) face aligned to 112 px; higher is sharper.
@@ -71,22 +71,24 @@ class FaceAnalyzer:
         on_cuda = "CUDAExecutionProvider" in self._app.models["recognition"].session.get_providers()
         self.device = "cuda" if on_cuda else "cpu"
 
-    def detect(self, image: np.ndarray) -> list[Face]:
+    def detect(self, image: np.ndarray, recognise: bool = True) -> list[Face]:
         """All faces of a (H, W, 3) uint8 RGB picture, left to right by the centre of their boxes; [] if there is none.
 
         The detector misses faces that fill the picture, so a picture without a find gets a second look with a border.
+        recognise: without, faces are found only, which is faster: embeddings are empty, poses are estimates.
         """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"detect wants a (H, W, 3) uint8 RGB picture, not {image.shape} {image.dtype}")
-        faces = self._detect_with_border(image, 0)
+        faces = self._detect_with_border(image, 0, recognise)
         if not faces:
-            faces = self._detect_with_border(image, max(image.shape[:2]) // 2)
+            faces = self._detect_with_border(image, max(image.shape[:2]) // 2, recognise)
         return sorted(faces, key=lambda face: float(face.box[0] + face.box[2]))
 
-    def _detect_with_border(self, image: np.ndarray, border: int) -> list[Face]:
+    def _detect_with_border(self, image: np.ndarray, border: int, recognise: bool) -> list[Face]:
         # insightface wants BGR. The border is black, as is what insightface's own alignment puts outside a picture.
         bgr = np.pad(image[:, :, ::-1], ((border, border), (border, border), (0, 0)))
-        return [_describe(image, found, border) for found in self._app.get(bgr)]
+        found = self._app.get(bgr) if recognise else _find(self._app, bgr)
+        return [_describe(image, face, border) for face in found]
 
 
 def select_face(faces: list[Face], which: str | int) -> Face:
@@ -188,6 +190,14 @@ def _load_pack(folder: Path, device: str) -> Any:
     return app
 
 
+def _find(app: Any, bgr: np.ndarray) -> list[Any]:
+    """What `FaceAnalysis.get` begins with."""
+    from insightface.app.common import Face as Found
+
+    boxes, landmarks = app.det_model.detect(bgr, max_num=0, metric="default")
+    return [Found(bbox=box[:4], kps=kps, det_score=box[4]) for box, kps in zip(boxes, landmarks)]
+
+
 def _describe(image: np.ndarray, found: Any, border: int) -> Face:
     """A Face in coordinates of `image` (RGB) from insightface's find in the same picture with a border, in pixels."""
     box = (found.bbox - border).astype(np.float32)
@@ -200,7 +210,7 @@ def _describe(image: np.ndarray, found: Any, border: int) -> Face:
         box=box,
         landmarks=landmarks,
         score=float(found.det_score),
-        embedding=found.embedding.astype(np.float32),
+        embedding=np.zeros(0, np.float32) if found.embedding is None else found.embedding.astype(np.float32),
         yaw=yaw,
         pitch=pitch,
         roll=roll,

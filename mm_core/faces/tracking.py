@@ -14,7 +14,7 @@ MIN_SIDE = 256  # pixels: smaller frames are enlarged before faces are looked fo
 MAX_STEP = 1.0  # of the face's size: a face farther from where the person was is another one, or there was a cut
 
 
-def find_faces(analyzer: FaceAnalyzer, frame: np.ndarray) -> list[Face]:
+def find_faces(analyzer: FaceAnalyzer, frame: np.ndarray, recognise: bool = True) -> list[Face]:
     """`FaceAnalyzer.detect`, on a frame whose shorter side is at least MIN_SIDE: smaller ones are enlarged for it.
 
     The faces' boxes, landmarks and sizes are in pixels of the frame as it was given.
@@ -22,11 +22,11 @@ def find_faces(analyzer: FaceAnalyzer, frame: np.ndarray) -> list[Face]:
     height, width = frame.shape[:2]
     scale = math.ceil(MIN_SIDE / min(height, width))
     if scale == 1:
-        return analyzer.detect(frame)
+        return analyzer.detect(frame, recognise)
     enlarged = Image.fromarray(frame).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
     return [
         replace(face, box=face.box / scale, landmarks=face.landmarks / scale, size=face.size / scale)
-        for face in analyzer.detect(np.asarray(enlarged))
+        for face in analyzer.detect(np.asarray(enlarged), recognise)
     ]
 
 

@@ -239,7 +239,7 @@ class _Maker:
         looked_at = range(0, len(frames), FACE_EVERY)
         faces: list[Face] = []
         for number in looked_at:
-            face = follow(find_faces(self.analyzer, frames[number]), faces[-1] if faces else None)
+            face = follow(find_faces(self.analyzer, frames[number], recognise=False), faces[-1] if faces else None)
             if face is None:
                 raise SampleError("no face in the clip", f"{name} shows no face in frame {number}")
             faces.append(face)

@@ -94,6 +94,15 @@ def test_embedding_is_insightfaces_own_on_bgr(analyzer, photos, insightface_root
     assert np.abs(face.embedding - app.get(rgb)[0].embedding).max() > 1e-2  # the channel order does matter here
 
 
+def test_found_without_being_recognised(analyzer: FaceAnalyzer, photos: dict[str, np.ndarray]) -> None:
+    """Asked only where faces are, the analyzer finds the same ones in the same places."""
+    for image in photos.values():
+        face, found = only(analyzer.detect(image)), only(analyzer.detect(image, recognise=False))
+        assert np.array_equal(found.box, face.box) and np.array_equal(found.landmarks, face.landmarks)
+        assert (found.score, found.size, found.sharpness) == (face.score, face.size, face.sharpness)
+        assert found.embedding.shape == (0,)
+
+
 def test_faces_come_left_to_right_and_are_picked_by_name_or_index(analyzer, photos):
     a, b = photos["person_a_2"], resized(photos["person_b_1"], 0.5)
     alone_a, alone_b = only(analyzer.detect(a)), only(analyzer.detect(b))

@@ -1,0 +1,115 @@
+"""The paper's ablations (Tab. 3) on the small model, each trained anew, and convergence with and without CAN (Fig. 12).
+
+Every row runs both stages of tiny.yaml, shortened by --steps, on the base and features of a finished run of
+`python -m mm_core.training.small`, and is scored on held-out people as `score_tiny.py` does. Finished rows are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import environment
+import torch
+from PIL import Image, ImageDraw
+
+sys.path.insert(0, str(environment.ROOT))
+
+from score_tiny import Scorer, score_generated, tables
+
+from mm_core.files import write_json
+from mm_core.pipelines.base import FolderBase
+from mm_core.pipelines.conditioning import AdapterSettings
+from mm_core.pipelines.magic_mirror import MagicMirror
+from mm_core.training.__main__ import train_stage
+from mm_core.training.config import ABLATIONS, TrainingConfig
+from mm_core.training.loop import METRICS
+from mm_core.training.small.__main__ import Recipe
+
+COLOURS = {"ours": (31, 119, 180), "F": (214, 39, 40)}
+WIDTH, HEIGHT, MARGIN = 640, 360, 40
+
+
+def main() -> None:
+    args = _parse()
+    recipe = Recipe(args.folder, environment.face_models(), {})
+    scorer = Scorer(args.people)
+    for row in args.rows:
+        adapter = train_row(recipe.config, row, args)
+        base = FolderBase(Path(recipe.config.base))
+        encoder = Path(recipe.config.id_encoder)
+        mirror = MagicMirror(base, adapter=adapter, id_encoder=encoder, device=torch.device("cpu"))
+        score_generated(scorer, row, mirror, AdapterSettings(**ABLATIONS[row]), args.sampling_steps, args.guidance)
+    report = scorer.report()
+    print(tables(report))
+    out = args.folder / "ablations"
+    write_json(out / "ablations.json", report)
+    curves = {row: curve(out / row / "image" / METRICS) for row in ("ours", "F") if row in args.rows}
+    plot(curves).save(out / "convergence.png")
+    print(out)
+
+
+def train_row(config: TrainingConfig, row: str, args: argparse.Namespace) -> Path:
+    """Both stages, or the second alone for G, which gets the first one's steps as well."""
+    image = args.steps
+    video = args.steps // 2 + (args.steps if row == "G" else 0)
+    every = max(1, args.steps // 10)
+    shortened = {
+        name: replace(
+            getattr(config, name),
+            loop=replace(getattr(config, name).loop, steps=steps, validate_every=every, save_every=every),
+        )
+        for name, steps in (("image", image), ("video", video))
+    }
+    config = replace(config, ablation=row, output=str(args.folder / "ablations" / row), **shortened)
+    if row != "G":
+        train_stage(config, "image")
+    return train_stage(config, "video")
+
+
+def curve(metrics: Path) -> list[tuple[int, float]]:
+    """(step, identity similarity) of each validation."""
+    name = "validation/id_similarity"
+    lines = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
+    return [(line["step"], line[name]) for line in lines if name in line]
+
+
+def plot(curves: dict[str, list[tuple[int, float]]]) -> Image.Image:
+    """Identity similarity of validation clips over the steps of the image stage."""
+    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw = ImageDraw.Draw(picture)
+    last = max(step for points in curves.values() for step, _ in points)
+    low = min(value for points in curves.values() for _, value in points)
+    high = max(value for points in curves.values() for _, value in points)
+    draw.rectangle((MARGIN, MARGIN // 2, WIDTH - MARGIN // 2, HEIGHT - MARGIN), outline="grey")
+
+    def place(step: int, value: float) -> tuple[float, float]:
+        across = MARGIN + (WIDTH - 1.5 * MARGIN) * step / last
+        return across, HEIGHT - MARGIN - (HEIGHT - 1.5 * MARGIN) * (value - low) / max(high - low, 1e-6)
+
+    for number, (name, points) in enumerate(curves.items()):
+        draw.line([place(*point) for point in points], fill=COLOURS[name], width=2)
+        label = "with CAN" if name == "ours" else "without CAN"
+        draw.text((MARGIN + 10, MARGIN // 2 + 6 + 14 * number), label, fill=COLOURS[name])
+    for value in (low, high):
+        draw.text((4, place(0, value)[1] - 6), f"{value:.2f}", fill="black")
+    draw.text((WIDTH // 2 - 60, HEIGHT - MARGIN + 12), f"step, 0 to {last}", fill="black")
+    return picture
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/tiny"), help="of a finished run of the small model")
+    parser.add_argument("--rows", nargs="+", choices=list(ABLATIONS), default=list(ABLATIONS))
+    parser.add_argument("--steps", type=int, default=1500, help="of the image stage; the video stage has half as many")
+    parser.add_argument("--people", type=int, default=50)
+    parser.add_argument("--sampling-steps", type=int, default=25)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
