@@ -59,7 +59,7 @@ def test_a_clip_that_cannot_be_written_is_kept(
     (tmp_path / "clip.mp4").mkdir()
     assert main(arguments) == 2
     assert "The sampled clip is kept" in capsys.readouterr().err
-    assert load_file(tmp_path / "clip.latents.safetensors")["latents"].shape == (1, 16, 3, 8, 8)
+    assert load_file(tmp_path / "clip.latents.safetensors")["latents"].shape == (1, 16, 3, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_clip_that_cannot_be_written_is_kept(
     [
         (["--frames", "0"], "The clip has 0 frames; this model makes 1 (an image) to 9."),
         (["--frames", "8"], "The clip has 8 frames; this model makes 8 x N + 1 of them. Try 1 or 9."),
-        (["--width", "481"], "The width is 481 px; it must be a multiple of 16. Try 480."),
+        (["--width", "481"], "The width is 481 px; it must be a multiple of 8. Try 480."),
         (["--prompt", "A lighthouse at night"], "The prompt names no person."),
         (["--prompt", "stone " * 226 + "man img"], "ends at token"),
         (["--can-scale", "nan"], "can_scale is nan; it must be a number from 0 to 3."),

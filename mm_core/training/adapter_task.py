@@ -21,7 +21,7 @@ from .config import ABLATIONS, StageConfig, TrainingConfig
 from .diffusion import add_noise, alphas_bar, rotary_embedding
 from .features import Features
 from .loop import generator_for, shuffled
-from .losses import face_area
+from .losses import TEMPORAL_COMPRESSION, face_area
 from .precompute import base_of
 from .step import AdapterTraining, IdentityJudge
 from .validation import validate_clips
@@ -57,9 +57,11 @@ class AdapterTask:
             self._judge() if self.stage.identity_weight else None,
         )
         self.alphas_bar = alphas_bar(CogVideoXDDIMScheduler.from_config(pipe.scheduler.config))
-        shape = self.features.sample(0)["latents"].shape  # (F', C, H', W')
+        frames, _, height, width = self.features.sample(0)["latents"].shape
+        # CogVideoX 1.5 patches in time: a clip's first latent frame is repeated until they are whole.
+        self.padding = -frames % (pipe.transformer.config.patch_size_t or 1)
         self.cell = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-        self.rotary = rotary_embedding(pipe.transformer, shape[0], shape[2], shape[3])
+        self.rotary = rotary_embedding(pipe.transformer, self.padding + frames, height, width)
 
     def _adapter(self, start: Path | None) -> MagicMirrorAdapter:
         if start is not None:
@@ -107,9 +109,11 @@ class AdapterTask:
         dropped, area = torch.rand(2, generator=generator).tolist()
         no_text = dropped < stage.text_dropout + stage.both_dropout
         no_identity = stage.text_dropout <= dropped < stage.text_dropout + stage.both_dropout + stage.identity_dropout
-        clean = sample["latents"].float()
+        clean = self._padded(sample["latents"].float())
         frames, _, height, width = clean.shape
-        mask = face_area(sample["boxes"][None], height, width, self.cell)[0] if area < stage.face_area else None
+        mask = torch.ones(frames, 1, height, width)
+        if area < stage.face_area:
+            mask = self._padded(face_area(sample["boxes"][None], height, width, self.cell)[0])
         references = self._references(sample["references"], number, generator)
         return {
             "clean": clean,
@@ -119,14 +123,17 @@ class AdapterTask:
             "text": (self.features.empty[0] if no_text else sample["prompt_embeds"]).float(),
             "slots": sample["slots"].long(),
             "has_text": torch.tensor(not no_text),
-            "face_mask": torch.ones(frames, 1, height, width) if mask is None else mask,
+            "face_mask": mask,
             "keeps_identity": not no_identity,
             "id_tokens": torch.stack([r["id_tokens"] for r in references]).float(),
             "structure_tokens": torch.stack([r["structure_tokens"] for r in references]).float(),
             "target": torch.stack([r["embedding"] for r in references]).mean(dim=0),
             "landmarks": sample["landmarks"],
-            "judged_frame": torch.randint(frames, (), generator=generator),
+            "judged_frame": torch.randint(self.padding, frames, (), generator=generator),
         }
+
+    def _padded(self, frames: Tensor) -> Tensor:
+        return torch.cat([frames[:1].expand(self.padding, -1, -1, -1), frames])
 
     def _references(self, known: list[int], number: int, generator: torch.Generator) -> list[dict[str, Tensor]]:
         """Photos of the person. Their number is drawn for the whole step, so that the step's samples stack."""
@@ -146,7 +153,7 @@ class AdapterTask:
         ]  # fmt: skip
         chosen = [drawn[row] for row in rows]
         # A latent frame holds four frames, the first one only the first; decoded alone it shows the last it holds.
-        landmarks = [s["landmarks"][int(s["judged_frame"]) * 4] for s in chosen]
+        landmarks = [s["landmarks"][(int(s["judged_frame"]) - self.padding) * TEMPORAL_COMPRESSION] for s in chosen]
         return {
             "judged": torch.tensor(rows, dtype=torch.long),
             "judged_frame": torch.tensor([int(s["judged_frame"]) for s in chosen], dtype=torch.long),

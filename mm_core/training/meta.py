@@ -31,7 +31,7 @@ from ..pipelines import tiny
 from ..pipelines.base import FolderBase
 from ..pipelines.presets import PRESETS, T5_XXL, ClipLimits
 from .config import ABLATIONS, StageConfig, TrainingConfig
-from .losses import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, noise_loss, predict_clean
+from .losses import TEMPORAL_COMPRESSION, noise_loss, predict_clean
 
 _META = torch.device("meta")
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -131,7 +131,8 @@ class DryStep:
         patch_t = base.patch_size_t or 1
         frames = (stage.frames - 1) // TEMPORAL_COMPRESSION + 1
         frames += -frames % patch_t  # 1.5 pads to whole patches
-        rows, columns = config.height // SPATIAL_COMPRESSION, config.width // SPATIAL_COMPRESSION
+        cell = 2 ** (len(models.vae.config.block_out_channels) - 1)  # pixels of a latent
+        rows, columns = config.height // cell, config.width // cell
         self.latent_shape = (1, frames, base.in_channels, rows, columns)
         self.video_tokens = frames // patch_t * (rows // base.patch_size) * (columns // base.patch_size)
         self.alpha_bar = torch.tensor([_ALPHA_BAR])

@@ -132,6 +132,16 @@ def test_exported_adapter(config: TrainingConfig) -> None:
     assert adapter.state_dict().keys() == expected_tensors(header.config).keys()
 
 
+@pytest.mark.parametrize("kind", ["2b", "1.5"])
+def test_other_bases(config: TrainingConfig, tmp_path: Path, kind: str) -> None:
+    """A base without rotary positions; one that patches in time, whose single pictures are padded to a whole patch."""
+    task = AdapterTask(replace(config, base=str(save_tiny_folder(kind, tmp_path / kind))), "image")
+    batch = task.batch(range(4))
+    assert batch["clean"].shape[1] == (2 if kind == "1.5" else 1)
+    assert ("cos" in batch) == (kind == "1.5")
+    assert task.model(batch)["loss"].isfinite().all()
+
+
 def test_stages_hand_over_weights_not_optimizer(config: TrainingConfig) -> None:
     with pytest.raises(SettingError, match=r"The image stage in .* is not finished"):
         train_stage(config, "video")
