@@ -66,7 +66,7 @@ class RegressionTask:
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         self.validated.append(step)
-        return {"bias": float(self.model.trained.bias)}
+        return {"bias": self.model.trained.bias.item()}
 
 
 def config(**changes: object) -> LoopConfig:
@@ -183,7 +183,7 @@ def test_checkpoints_roll_and_validation_sees_the_average(tmp_path: Path) -> Non
     exported = load_file(latest_checkpoint(tmp_path) / "exported.safetensors")
     last = json.loads((tmp_path / METRICS).read_text(encoding="utf-8").splitlines()[-1])
     assert last["validation/bias"] == pytest.approx(float(exported["trained.bias"]))
-    assert float(task.model.trained.bias) != pytest.approx(last["validation/bias"])
+    assert task.model.trained.bias.item() != pytest.approx(last["validation/bias"])
 
 
 def test_what_is_measured(tmp_path: Path) -> None:

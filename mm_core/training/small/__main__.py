@@ -24,13 +24,12 @@ PEOPLE, CLIPS = 1600, 4
 
 # Single pictures first: most of what a VAE and a base model must learn is in them, at a fraction of the cost.
 VAE_PICTURES = LoopConfig(
-    steps=350, batch_size=16, learning_rate=2e-3, final_learning_rate=4e-4, warmup_steps=40, weight_decay=0,
-    ema_decay=0.98, save_every=100, validate_every=350, log_every=20,
+    steps=3000, batch_size=16, learning_rate=1.5e-3, final_learning_rate=1e-4, warmup_steps=40, weight_decay=0,
+    ema_decay=0.99, save_every=100, validate_every=500, log_every=20, compile=True,
 )  # fmt: skip
-# A clip is thousands of pixels of evidence: many small steps beat few large ones.
 VAE_CLIPS = LoopConfig(
-    steps=2600, batch_size=1, learning_rate=1.5e-3, final_learning_rate=5e-5, warmup_steps=20, weight_decay=0,
-    betas=(0.9, 0.99), ema_decay=0.997, save_every=200, validate_every=400, log_every=50, seed=2,
+    steps=3000, batch_size=2, learning_rate=1e-3, final_learning_rate=3e-5, warmup_steps=20, weight_decay=0,
+    betas=(0.9, 0.99), ema_decay=0.995, save_every=100, validate_every=500, log_every=20, seed=1,
 )  # fmt: skip
 ENCODER = LoopConfig(
     steps=600, batch_size=64, learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=30, weight_decay=0.05,
@@ -50,10 +49,13 @@ class Recipe:
     """The parts in order; each names its folder and is skipped when that is finished.
 
     folder: of the run; the config's paths begin with `runs/tiny`, which becomes this folder.
+    vae: a VAE that the training of one begins with, the later phase only.
     """
 
-    def __init__(self, folder: Path, insightface_root: Path, settings: Mapping[str, str]) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, insightface_root: Path, settings: Mapping[str, str], vae: Path | None = None
+    ) -> None:
+        self.folder, self.first_vae = folder, vae
         paths = {
             "base": folder / "base",
             "id_encoder": folder / "encoder" / "id_encoder.safetensors",
@@ -100,8 +102,10 @@ class Recipe:
         from .vae import VAETask
 
         folder = self.folder / "vae"
-        pictures = self._run(folder / "pictures", VAE_PICTURES, lambda: VAETask(self.clips, 1, 0))
-        return self._run(folder / "clips", VAE_CLIPS, lambda: VAETask(self.clips, 9, 2, start=pictures / "vae"))
+        start = self.first_vae
+        if start is None:
+            start = self._run(folder / "pictures", VAE_PICTURES, lambda: VAETask(self.clips, 1, 0)) / "vae"
+        return self._run(folder / "clips", VAE_CLIPS, lambda: VAETask(self.clips, 9, 1, start))
 
     def encoder(self) -> None:
         from ...faces.analysis import FaceAnalyzer
@@ -156,11 +160,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny"), help="of everything that is made")
     parser.add_argument("--insightface-root", type=Path, default=Path("~/.insightface"), help="holds models/buffalo_sc")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="replace settings of tiny.yaml")
+    parser.add_argument("--vae", type=Path, help="folder of a VAE to go on with, instead of a new one")
     parser.add_argument("--until", default="video", help="last part: people, vae, encoder, base, ...")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        recipe = Recipe(args.folder, args.insightface_root, dict(text.split("=", 1) for text in args.set))
+        settings = dict(text.split("=", 1) for text in args.set)
+        recipe = Recipe(args.folder, args.insightface_root, settings, args.vae)
         for name, part in recipe.parts.items():
             logging.info("%s", name)
             part()
