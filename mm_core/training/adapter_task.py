@@ -13,11 +13,9 @@ from torch import Tensor
 from ..checkpoints.adapter_file import Trained, load_adapter, save_adapter
 from ..errors import SettingError
 from ..models.adapter import MagicMirrorAdapter
-from ..models.config import AdapterConfig
-from ..pipelines.base import TinyBase
 from ..pipelines.conditioning import AdapterSettings
 from .arcface import DifferentiableArcFace
-from .config import ABLATIONS, StageConfig, TrainingConfig
+from .config import ABLATIONS, StageConfig, TrainingConfig, adapter_config
 from .diffusion import add_noise, alphas_bar, rotary_embedding
 from .features import Features
 from .loop import generator_for, shuffled
@@ -67,17 +65,7 @@ class AdapterTask:
         if start is not None:
             return load_adapter(start)[0].float()
         torch.manual_seed(self.stage.loop.seed)
-        return MagicMirrorAdapter(AdapterConfig.for_base(self.base.transformer_config, **self._sizes()))
-
-    def _sizes(self) -> dict[str, int]:
-        """The paper's sizes, or tiny's, with what the config says otherwise."""
-        if isinstance(self.base, TinyBase):
-            from ..pipelines import tiny
-
-            base = AdapterConfig.for_base(self.base.transformer_config)
-            sizes = {k: v for k, v in tiny.ADAPTER.to_dict().items() if getattr(base, k) != v and k != "adapted_layers"}
-            return sizes | dict(self.config.adapter)
-        return dict(self.config.adapter)
+        return MagicMirrorAdapter(adapter_config(self.config, self.base.name, self.base.transformer_config))
 
     def _judge(self) -> IdentityJudge:
         vae = self.pipe.vae.requires_grad_(False)

@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 
 from ..errors import SettingError
+from ..models.config import AdapterConfig
+from ..pipelines import tiny
 from .loop import LoopConfig
 
 
@@ -110,6 +112,19 @@ ABLATIONS: dict[str, dict[str, bool]] = {
     "F": dict(face_modulation=False, can=False),
     "G": {},
 }
+
+
+def adapter_config(config: TrainingConfig, name: str, transformer: Mapping[str, Any]) -> AdapterConfig:
+    """The adapter of a run: the paper's sizes, or tiny's own, with what the config says otherwise.
+
+    name, transformer: of the base model. Raises SettingError for unknown sizes, or sizes that do not fit.
+    """
+    try:
+        if name == tiny.NAME:
+            return dataclasses.replace(tiny.ADAPTER, **config.adapter)
+        return AdapterConfig.for_base(transformer, **config.adapter)
+    except (TypeError, ValueError) as error:  # the dataclass's own words
+        raise SettingError(f"The adapter sizes {dict(config.adapter)} do not fit {name}: {error}.") from error
 
 
 def load_config(path: Path, overrides: Mapping[str, str] | None = None) -> TrainingConfig:

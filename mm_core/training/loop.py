@@ -16,7 +16,7 @@ import signal
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -176,7 +176,6 @@ class _Run:
         folder.mkdir(parents=True, exist_ok=True)
         self._check_settings()
         self.names = [name for name, p in task.model.named_parameters() if p.requires_grad]
-        self.parameters = [p for p in task.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             _decay_groups(task.model, config.weight_decay), lr=config.learning_rate, betas=config.betas
         )
@@ -228,7 +227,7 @@ class _Run:
             batch = _to(self.task.batch(range(first, first + micro)), accelerator.device)
             # By the turn, not by accelerate's own count, which a resumed run would have to restore.
             accelerator.gradient_state._set_sync_gradients(turn == self.accumulation - 1)
-            with accelerator.no_sync(self.model) if turn < self.accumulation - 1 else _nothing():
+            with accelerator.no_sync(self.model) if turn < self.accumulation - 1 else nullcontext():
                 with accelerator.autocast():
                     values = self.model(batch)
                 loss = values["loss"].float().mean()
@@ -454,11 +453,6 @@ def _to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (list, tuple)):
         return type(batch)(_to(value, device) for value in batch)
     return batch
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -5,7 +5,6 @@ The models are the real classes, the loss is the real loss; only the face recogn
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,14 +22,13 @@ from transformers import T5Config, T5EncoderModel
 
 from ..errors import SettingError
 from ..models.adapter import MagicMirrorAdapter
-from ..models.config import AdapterConfig
 from ..models.diffusers_block import STATE, FaceState, attach, face_state
 from ..models.id_encoder import PHOTOMAKER_V2, FaceFeatures, IDEncoder, IDEncoderConfig
 from ..models.id_fusion import fuse_slots
 from ..pipelines import tiny
 from ..pipelines.base import FolderBase
 from ..pipelines.presets import PRESETS, T5_XXL, ClipLimits
-from .config import ABLATIONS, StageConfig, TrainingConfig
+from .config import ABLATIONS, StageConfig, TrainingConfig, adapter_config
 from .losses import TEMPORAL_COMPRESSION, noise_loss, predict_clean
 
 _META = torch.device("meta")
@@ -61,10 +59,7 @@ def build_models(config: TrainingConfig, precision: str) -> Models:
     """
     name, transformer, vae, text, id_encoder = _base_configs(config.base)
     try:
-        if name == tiny.NAME:
-            sizes = dataclasses.replace(tiny.ADAPTER, **config.adapter)
-        else:
-            sizes = AdapterConfig.for_base(transformer, **config.adapter)
+        sizes = adapter_config(config, name, transformer)
         with _META:
             models = Models(
                 name=name,
