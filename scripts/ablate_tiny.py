@@ -26,7 +26,7 @@ from mm_core.pipelines.conditioning import AdapterSettings
 from mm_core.pipelines.magic_mirror import MagicMirror
 from mm_core.training.__main__ import train_stage
 from mm_core.training.config import ABLATIONS, TrainingConfig
-from mm_core.training.loop import METRICS
+from mm_core.training.runs import METRICS
 from mm_core.training.small.__main__ import Recipe
 
 COLOURS = {"ours": (31, 119, 180), "F": (214, 39, 40)}

@@ -81,12 +81,12 @@ def train_stage(config: TrainingConfig, stage: str, start: Path | None = None) -
     start: the adapter to begin with. The video stage begins with the image stage's result, unless its ablation is G.
     """
     from .adapter_task import ADAPTER_FILE, AdapterTask
-    from .loop import is_finished, latest_checkpoint
     from .loop import train as run
+    from .runs import is_finished, latest_checkpoint
 
     output = Path(config.output)
     if start is None and stage == "video" and config.ablation != "G":
-        if not is_finished(output / "image", config.image.loop):
+        if not is_finished(output / "image", config.image.loop.steps):
             raise SettingError(
                 f"The image stage in {output / 'image'} is not finished: run it first, give --start ADAPTER, or leave "
                 "it out on purpose with ablation: G."

@@ -18,9 +18,9 @@ from .arcface import DifferentiableArcFace
 from .config import ABLATIONS, StageConfig, TrainingConfig, adapter_config
 from .diffusion import add_noise, alphas_bar, rotary_embedding
 from .features import Features
-from .loop import generator_for, shuffled
 from .losses import TEMPORAL_COMPRESSION, face_area
 from .precompute import base_of
+from .randomness import generator_for, shuffled
 from .step import AdapterTraining, IdentityJudge
 from .validation import validate_clips
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 import shutil
 import signal
 import threading
@@ -31,14 +30,21 @@ from tqdm import tqdm
 
 from ..errors import MagicMirrorError, SettingError
 from ..files import PARTIAL, append_lines, write_json
+from .runs import (
+    CHECKPOINTS,
+    METRICS,
+    SETTINGS,
+    check_settings,
+    checkpoint_of,
+    checkpoints,
+    forget_after,
+    latest_checkpoint,
+    step_of,
+)
 
 _log = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
-METRICS = "metrics.jsonl"
-SETTINGS = "settings.json"
 TRAINABLE = "trainable.safetensors"
-_STEP = re.compile(r"step-(\d{8})$")
 _TIMESTEP_BUCKETS = 10
 
 
@@ -122,33 +128,6 @@ class Task(Protocol):
         """Measure the model as it is (its weights are the average while this runs); files go into the folder."""
 
 
-def generator_for(seed: int, *numbers: int) -> torch.Generator:
-    """A random generator that depends on the numbers alone."""
-    mixed = seed
-    for number in numbers:
-        mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % (1 << 63)
-        mixed ^= mixed >> 29
-    return torch.Generator().manual_seed(mixed)
-
-
-def shuffled(sample: int, size: int, seed: int) -> int:
-    """Which of `size` items a run's sample is: each epoch is a new permutation of all of them."""
-    epoch, place = divmod(sample, size)
-    return int(_permutation(epoch, size, seed)[place])
-
-
-_permutations: dict[tuple[int, int, int], Tensor] = {}
-
-
-def _permutation(epoch: int, size: int, seed: int) -> Tensor:
-    key = (epoch, size, seed)
-    if key not in _permutations:
-        if len(_permutations) > 8:
-            _permutations.clear()
-        _permutations[key] = torch.randperm(size, generator=generator_for(seed, epoch, size))
-    return _permutations[key]
-
-
 def train(task: Task, config: LoopConfig, folder: Path) -> Path:
     """Train, or go on where a killed run stopped; returns the folder of the last checkpoint.
 
@@ -174,7 +153,10 @@ class _Run:
         self.accumulation = config.accumulation(self.accelerator.num_processes)
         self.accelerator.gradient_accumulation_steps = self.accumulation
         folder.mkdir(parents=True, exist_ok=True)
-        self._check_settings()
+        wanted = asdict(config)
+        check_settings(folder, wanted)
+        if self.accelerator.is_main_process:
+            write_json(folder / SETTINGS, wanted)
         self.names = [name for name, p in task.model.named_parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             _decay_groups(task.model, config.weight_decay), lr=config.learning_rate, betas=config.betas
@@ -313,7 +295,7 @@ class _Run:
 
     def _save(self, step: int) -> None:
         """A checkpoint, under its name only when it is whole; the oldest go."""
-        final = _checkpoint(self.folder, step)
+        final = checkpoint_of(self.folder, step)
         partial = final.with_name(f".{final.name}{PARTIAL}")
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
@@ -365,25 +347,8 @@ class _Run:
         if self.accelerator.is_main_process:
             for left_by_a_killed_run in (self.folder / CHECKPOINTS).glob(f".*{PARTIAL}"):
                 shutil.rmtree(left_by_a_killed_run)
-            _forget_after(self.folder / METRICS, start)
+            forget_after(self.folder / METRICS, start)
         return start
-
-    def _check_settings(self) -> None:
-        """A folder holds one run: what decides its numbers must not change between two starts."""
-        path = self.folder / SETTINGS
-        wanted = json.loads(json.dumps(asdict(self.config)))
-        if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            free = {"log_every", "save_every", "keep", "validate_every", "compile", "micro_batch"}
-            differing = [name for name in wanted if name not in free and found.get(name) != wanted[name]]
-            if differing:
-                name = differing[0]
-                raise SettingError(
-                    f"{self.folder} holds a run with {name} {found.get(name)}, not {wanted[name]}: use another folder, "
-                    "or the same setting to go on."
-                )
-        if self.accelerator.is_main_process:
-            write_json(path, wanted)
 
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:
@@ -398,31 +363,6 @@ class _Run:
         finally:
             for number, handler in zip(signals, before):
                 signal.signal(number, handler)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
-    return sorted(path for path in (folder / CHECKPOINTS).glob("step-*") if _STEP.search(path.name))
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    found = checkpoints(folder)
-    return found[-1] if found else None
-
-
-def step_of(checkpoint: Path) -> int:
-    """Steps done when it was written."""
-    return int(_STEP.search(checkpoint.name).group(1))
-
-
-def is_finished(folder: Path, config: LoopConfig) -> bool:
-    """Whether the run in the folder has done all its steps."""
-    last = latest_checkpoint(folder)
-    return last is not None and step_of(last) >= config.steps
-
-
-def _checkpoint(folder: Path, step: int) -> Path:
-    return folder / CHECKPOINTS / f"step-{step:08d}"
 
 
 def _add(sums: dict[str, list[float]], name: str, column: Tensor) -> None:
@@ -453,19 +393,3 @@ def _to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (list, tuple)):
         return type(batch)(_to(value, device) for value in batch)
     return batch
-
-
-def _forget_after(path: Path, step: int) -> None:
-    """Drop what a killed run measured after its last checkpoint: it will be measured again."""
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if _step_in(line) <= step]
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-
-def _step_in(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except ValueError:  # a line that the kill cut short
-        return math.inf

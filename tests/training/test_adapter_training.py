@@ -22,8 +22,9 @@ from mm_core.models.diffusers_block import STATE
 from mm_core.training.__main__ import main, train_stage
 from mm_core.training.adapter_task import ADAPTER_FILE, AdapterTask
 from mm_core.training.config import ABLATIONS, StageConfig, TrainingConfig
-from mm_core.training.loop import METRICS, LoopConfig, latest_checkpoint, train
+from mm_core.training.loop import LoopConfig, train
 from mm_core.training.losses import noise_loss
+from mm_core.training.runs import METRICS, latest_checkpoint
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,16 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mm_core.errors import MagicMirrorError, SettingError
-from mm_core.training.loop import (
-    METRICS,
-    LoopConfig,
-    checkpoints,
-    generator_for,
-    is_finished,
-    latest_checkpoint,
-    shuffled,
-    train,
-)
+from mm_core.training.loop import LoopConfig, train
+from mm_core.training.randomness import generator_for, shuffled
+from mm_core.training.runs import METRICS, checkpoints, is_finished, latest_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -138,7 +131,7 @@ def test_kill_at_any_moment(tmp_path: Path) -> None:
             time.sleep(0.005)
         process.kill()
         process.wait()
-    assert not is_finished(killed, config(steps=40))
+    assert not is_finished(killed, 40)
     train(RegressionTask(), config(steps=40), killed)
     assert losses(killed) == losses(whole)
     assert not list((killed / "checkpoints").glob(".*"))

@@ -17,7 +17,7 @@ from ...faces.crop import square_crop
 from ...files import whole_file, write_json
 from ...models.id_encoder import IDEncoder
 from ...pipelines import tiny
-from ..loop import generator_for, shuffled
+from ..randomness import generator_for, shuffled
 from .clips import Clips
 
 WEIGHTS = "id_encoder.safetensors"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...files import write_json
 from ...pipelines import tiny
-from ..loop import generator_for, shuffled
+from ..randomness import generator_for, shuffled
 from .clips import Clips, to_unit
 
 KL_WEIGHT = 1e-4
@@ -111,5 +111,3 @@ def save_sheet(pictures: Tensor, path: Path) -> None:
     n, rows, _, frames, height, width = pictures.shape
     grid = pictures.permute(1, 3, 4, 0, 5, 2).reshape(rows * frames * height, n * width, 3)
     Image.fromarray(((grid.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()).save(path)
-
-
