@@ -1,6 +1,7 @@
 """A training step at full size on the `meta` device: shapes, arithmetic, saved tensors, in seconds and without memory.
 
-The models are the real classes, the loss is the real loss; only the face recogniser, which reads values, is left out.
+The models are the real classes, the step is the one that trains; only the face recogniser, which reads values, is
+left out.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config, T5EncoderModel
 
+from ..checkpoints.photomaker import read_id_encoder_config
 from ..errors import SettingError
 from ..models.adapter import MagicMirrorAdapter
-from ..models.diffusers_block import STATE, FaceState, attach, face_state
-from ..models.id_encoder import PHOTOMAKER_V2, FaceFeatures, IDEncoder, IDEncoderConfig
-from ..models.id_fusion import fuse_slots
+from ..models.diffusers_block import STATE
+from ..models.id_encoder import PHOTOMAKER_V2, IDEncoder, IDEncoderConfig
 from ..pipelines import tiny
-from ..pipelines.base import FolderBase
+from ..pipelines.base import FolderBase, TinyBase
+from ..pipelines.conditioning import AdapterSettings
 from ..pipelines.presets import PRESETS, T5_XXL, ClipLimits
 from .config import ABLATIONS, StageConfig, TrainingConfig, adapter_config
-from .losses import TEMPORAL_COMPRESSION, noise_loss, predict_clean
+from .losses import TEMPORAL_COMPRESSION, predict_clean
+from .step import AdapterTraining, decode_frame
 
 _META = torch.device("meta")
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,6 +50,8 @@ class Models:
     text_encoder: T5EncoderModel
     id_encoder: IDEncoder
     adapter: MagicMirrorAdapter
+    training: AdapterTraining
+    """The step, with the two of them."""
     limits: ClipLimits
 
 
@@ -57,20 +62,23 @@ def build_models(config: TrainingConfig, precision: str) -> Models:
         SettingError: an unknown base, or an adapter with unknown sizes or sizes that are not the base's.
         CheckpointError: a folder that is no CogVideoX text-to-video model.
     """
-    name, transformer, vae, text, id_encoder = _base_configs(config.base)
+    name, transformer, vae, text = _base_configs(config.base)
+    id_encoder = _id_encoder_config(config)
     try:
         sizes = adapter_config(config, name, transformer)
         with _META:
+            adapted = CogVideoXTransformer3DModel.from_config(dict(transformer))
+            adapter = MagicMirrorAdapter(sizes)
             models = Models(
                 name=name,
-                transformer=CogVideoXTransformer3DModel.from_config(dict(transformer)),
+                transformer=adapted,
                 vae=AutoencoderKLCogVideoX.from_config(dict(vae)),
                 text_encoder=T5EncoderModel(text),
                 id_encoder=IDEncoder(id_encoder),
-                adapter=MagicMirrorAdapter(sizes),
+                adapter=adapter,
+                training=AdapterTraining(adapted, adapter, AdapterSettings(**ABLATIONS[config.ablation])),
                 limits=ClipLimits.from_config(transformer, vae),
             )
-        attach(models.transformer, models.adapter)
     except (TypeError, ValueError) as error:  # the dataclass's and the front end's own words
         raise SettingError(f"The adapter sizes {dict(config.adapter)} do not fit {name}: {error}.") from error
     for module in (models.transformer, models.vae, models.text_encoder, models.id_encoder):
@@ -78,22 +86,26 @@ def build_models(config: TrainingConfig, precision: str) -> Models:
     return models
 
 
-def _base_configs(base: str) -> tuple[str, Mapping[str, Any], Mapping[str, Any], T5Config, IDEncoderConfig]:
-    """Name, transformer, VAE, T5 and ID encoder of a base: `tiny`, a published name, or a folder."""
-    if base == tiny.NAME:
-        text = tiny.build_base(torch.float32).text_encoder.config
-        return base, {"patch_size_t": None} | tiny.TRANSFORMER, tiny.VAE, text, tiny.ID_ENCODER
+def _base_configs(base: str) -> tuple[str, Mapping[str, Any], Mapping[str, Any], T5Config]:
+    """Name, transformer, VAE and T5 of a base: `tiny`, a published name, or a folder."""
     for preset in PRESETS.values():
         if base in (preset.repo, preset.repo.split("/")[-1]):
             config = {"patch_size_t": None} | dict(preset.transformer)
-            return preset.repo, config, preset.vae, T5Config(**T5_XXL), PHOTOMAKER_V2
-    folder = Path(base).expanduser()
+            return preset.repo, config, preset.vae, T5Config(**T5_XXL)
+    folder = TinyBase().folder if base == tiny.NAME else Path(base).expanduser()
     if not folder.is_dir():
         raise SettingError(f"base is {base}; it must be tiny, one of {', '.join(PRESETS)}, or the folder of a model.")
     transformer = FolderBase(folder).transformer_config
     vae = AutoencoderKLCogVideoX.load_config(folder / "vae", local_files_only=True)
     text = T5Config.from_pretrained(folder / "text_encoder", local_files_only=True)
-    return folder.name, transformer, vae, text, PHOTOMAKER_V2
+    return base if base == tiny.NAME else folder.name, transformer, vae, text
+
+
+def _id_encoder_config(config: TrainingConfig) -> IDEncoderConfig:
+    """The sizes that the config's file names; a plan may come before the file, and takes PhotoMaker-V2's then."""
+    if config.id_encoder is None and config.base == tiny.NAME:
+        return tiny.ID_ENCODER
+    return PHOTOMAKER_V2 if config.id_encoder is None else read_id_encoder_config(Path(config.id_encoder).expanduser())
 
 
 def dry_run(config: TrainingConfig, stage: str) -> None:
@@ -120,7 +132,6 @@ class DryStep:
         self.models, self.stage = models, stage
         self.device = models.transformer.device
         self.height, self.width = config.height, config.width
-        self.ablation = ABLATIONS[config.ablation]
         self.dtype = _DTYPES[stage.loop.precision]
         base = models.transformer.config
         patch_t = base.patch_size_t or 1
@@ -130,7 +141,6 @@ class DryStep:
         rows, columns = config.height // cell, config.width // cell
         self.latent_shape = (1, frames, base.in_channels, rows, columns)
         self.video_tokens = frames // patch_t * (rows // base.patch_size) * (columns // base.patch_size)
-        self.alpha_bar = torch.tensor([_ALPHA_BAR])
 
     @contextmanager
     def fitting(self) -> Iterator[None]:
@@ -145,60 +155,42 @@ class DryStep:
 
     def noise_loss(self) -> Tensor:
         """() the noise loss, from the cached features on."""
-        clean, noise = self._empty(*self.latent_shape), self._empty(*self.latent_shape)
-        return noise_loss(self.predict(), clean, noise, self.alpha_bar).mean()
+        return self.models.training(self.batch())["loss"].mean()
 
-    def predict(self) -> Tensor:
-        """The adapted transformer's v, of the latents' shape."""
-        transformer, config = self.models.transformer, self.models.transformer.config
-        text, state = self._condition()
-        rotary = None
-        if config.use_rotary_positional_embeddings:
-            shape = (self.video_tokens, config.attention_head_dim)
-            rotary = tuple(torch.empty(shape, device=self.device) for _ in range(2))
-        return transformer(
-            hidden_states=self._empty(*self.latent_shape),
-            encoder_hidden_states=text,
-            timestep=torch.empty(1, device=self.device),
-            image_rotary_emb=rotary,
-            attention_kwargs={STATE: state},
-        ).sample
-
-    def predicted_clean(self) -> Tensor:
-        """One latent frame of x0: (1, 1, C, h, w)."""
-        prediction, noisy = self._empty(*self.latent_shape), self._empty(*self.latent_shape)
-        return predict_clean(prediction, noisy, self.alpha_bar)[:, :1]
-
-    def decode(self, clean: Tensor) -> Tensor:
-        """The identity loss up to the pixels, whose mean stands for the face recogniser: (1, 1, C, h, w) -> ()."""
-        vae = self.models.vae
-        latents = clean.transpose(1, 2).to(self.dtype) / vae.config.scaling_factor
-        frame = vae.decode(latents).sample  # (1, 3, 1, H, W)
-        if frame.shape != (1, 3, 1, self.height, self.width):
-            raise ValueError(f"the VAE decodes {tuple(frame.shape)}, not (1, 3, 1, {self.height}, {self.width})")
-        return frame.float().mean()
-
-    def _condition(self) -> tuple[Tensor, FaceState]:
-        """The prompt with the fused word, and what the blocks get, from features of the ID encoder's shapes."""
-        adapter, base, vision = self.models.adapter, self.models.transformer.config, self.models.id_encoder.config
-        perceiver = self.models.id_encoder.qformer_perceiver
+    def batch(self) -> dict[str, Tensor]:
+        """A sample as `AdapterTraining` takes it. No face mask: the loss reads its values, and `meta` has none."""
+        models, vision = self.models, self.models.id_encoder.config
+        perceiver = models.id_encoder.qformer_perceiver
         id_dim = perceiver.token_norm.normalized_shape[0]
         num_ids = perceiver.token_proj[-1].out_features // id_dim
         image_tokens = (vision.image_size // vision.patch_size) ** 2 + 1
-        references = self.stage.max_references
-        features = FaceFeatures(
-            id_tokens=self._empty(references, num_ids, id_dim),
-            structure_tokens=self._empty(references, image_tokens, vision.hidden_size),
-        )
-        id_tokens = features.id_tokens.mean(dim=0, keepdim=True)
-        text = self._empty(1, base.max_text_seq_length, self.models.text_encoder.config.d_model)
-        if self.ablation.get("id_branch", True):
-            slots = tuple(range(num_ids))
-            text = fuse_slots(text, adapter.id_fusion(text[:, slots, :], id_tokens), slots, 1.0)
-        face = adapter.face_tokens(features) if self.ablation.get("structure_branch", True) else None
-        timestep = torch.empty(1, device=self.device)
-        state = face_state(self.models.transformer, adapter, id_tokens=id_tokens, face_tokens=face, timestep=timestep)
-        return text, state
+        references, base = self.stage.max_references, models.transformer.config
+        batch = {name: self._empty(*self.latent_shape) for name in ("clean", "noise", "noisy")}
+        batch |= {
+            "timestep": torch.empty(1, device=self.device),
+            "alpha_bar": torch.tensor([_ALPHA_BAR]),
+            "text": self._empty(1, base.max_text_seq_length, models.text_encoder.config.d_model),
+            "slots": torch.arange(num_ids, device=self.device)[None],
+            "has_text": torch.ones(1, dtype=torch.bool, device=self.device),
+            "id_tokens": self._empty(1, references, num_ids, id_dim),
+            "structure_tokens": self._empty(1, references, image_tokens, vision.hidden_size),
+        }
+        if base.use_rotary_positional_embeddings:
+            shape = (self.video_tokens, base.attention_head_dim)
+            batch |= {name: torch.empty(shape, device=self.device) for name in ("cos", "sin")}
+        return batch
+
+    def predicted_clean(self) -> Tensor:
+        """One latent frame of x0: (1, C, h, w)."""
+        prediction, noisy = self._empty(*self.latent_shape), self._empty(*self.latent_shape)
+        return predict_clean(prediction, noisy, torch.tensor([_ALPHA_BAR]))[:, 0]
+
+    def decode(self, clean: Tensor) -> Tensor:
+        """The identity loss up to the pixels, whose mean stands for the face recogniser: (1, C, h, w) -> ()."""
+        frame = decode_frame(self.models.vae, clean)  # (1, 3, H, W)
+        if frame.shape != (1, 3, self.height, self.width):
+            raise ValueError(f"the VAE decodes {tuple(frame.shape)}, not (1, 3, {self.height}, {self.width})")
+        return frame.mean()
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)

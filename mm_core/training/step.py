@@ -55,7 +55,7 @@ class AdapterTraining(nn.Module):
             clean, noise, noisy: (B, F, C, H, W) latents. timestep, alpha_bar: (B,).
             text: (B, T, Dtxt). slots: (B, N). has_text: (B,) bool, whether the prompt was kept.
             id_tokens: (n, R, N, c) and structure_tokens: (n, R, S, clip) of R photos each.
-            face_mask: (B, F, 1, H, W), ones where the whole frame counts.
+            face_mask: (B, F, 1, H, W), ones where the whole frame counts; absent where it does for all samples.
             cos, sin: rotary positions, absent for a base without.
             For the identity loss, of the m samples it acts on: judged: (m,) rows; judged_frame: (m,) latent frame;
             landmarks: (m, 5, 2) px; target: (m, 512) raw ArcFace of the reference.
@@ -74,7 +74,7 @@ class AdapterTraining(nn.Module):
             attention_kwargs={} if state is None else {STATE: state},
             return_dict=False,
         )[0]
-        noise = noise_loss(prediction, batch["clean"], batch["noise"], batch["alpha_bar"], batch["face_mask"])
+        noise = noise_loss(prediction, batch["clean"], batch["noise"], batch["alpha_bar"], batch.get("face_mask"))
         plain = torch.arange(len(noise), device=noise.device) < len(noise) - rows
         nothing = torch.full_like(noise, torch.nan)
         values = {
@@ -126,9 +126,7 @@ class AdapterTraining(nn.Module):
         return identity_loss(frames, batch["landmarks"], batch["target"], judge.recogniser)
 
 
-def fuse_rows(
-    text: Tensor, slots: Tensor, has_text: Tensor, id_tokens: Tensor, adapter: MagicMirrorAdapter
-) -> Tensor:
+def fuse_rows(text: Tensor, slots: Tensor, has_text: Tensor, id_tokens: Tensor, adapter: MagicMirrorAdapter) -> Tensor:
     """Text fusion of the last n rows, each with slots of its own; rows whose prompt was dropped have none."""
     first = len(text) - len(id_tokens)
     rows = torch.arange(first, len(text), device=text.device)[:, None]  # (n, 1)
