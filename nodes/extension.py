@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from comfy_api.latest import ComfyExtension, io
 
 from . import runtime
@@ -9,6 +11,7 @@ from .identity import MagicMirrorApplyCANAdapter, MagicMirrorExtractFaceEmbeddin
 from .loaders import MagicMirrorLoader
 from .sampling import MagicMirrorCogVideoXSampler
 from .scoring import MagicMirrorScoreIdentity
+from .shots import MagicMirrorShots
 from .video import MagicMirrorVideoCombine
 
 
@@ -17,6 +20,9 @@ class MagicMirrorExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         runtime.register_model_folders()
+        native = []
+        if importlib.util.find_spec("comfy.ldm.cogvideo") is not None:  # cores before it run on diffusers alone
+            from .native import NODES as native
         return [
             MagicMirrorLoader,
             MagicMirrorExtractFaceEmbedding,
@@ -24,4 +30,6 @@ class MagicMirrorExtension(ComfyExtension):
             MagicMirrorCogVideoXSampler,
             MagicMirrorVideoCombine,
             MagicMirrorScoreIdentity,
+            MagicMirrorShots,
+            *native,
         ]

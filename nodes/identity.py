@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
 from comfy_api.latest import io, ui
@@ -12,6 +13,9 @@ from ..mm_core.errors import NoFaceError
 from . import catalog, runtime
 from .convert import image_from_photos, photos_from_images
 from .types import CATEGORY, IdentitySocket, Model, ModelSocket, Person, advanced, with_aliases
+
+if TYPE_CHECKING:
+    from ..mm_core.pipelines.conditioning import AdapterSettings
 
 BY_INDEX = "index"
 FACES = ["largest", "leftmost", "rightmost", BY_INDEX]
@@ -116,52 +120,62 @@ class MagicMirrorApplyCANAdapter(io.ComfyNode):
             inputs=[
                 ModelSocket.Input("model", tooltip="From Load MagicMirror; it stays as it is."),
                 IdentitySocket.Input("identity", tooltip="From Extract Face Embedding; replaces an earlier one."),
-                _strength("identity_scale", "How far the person's word in the prompt becomes this person."),
-                _strength("can_scale", "How strongly the identity shifts the statistics of each layer (CAN)."),
-                _strength("ip_scale", "How strongly the video attends to the face itself."),
-                _position("start_percent", 0.0, "Before this part of the steps the base model runs alone."),
-                _position("end_percent", 1.0, "After this part of the steps it does again."),
-                _switch("identity_in_negative", False, "Give the negative prompt's half the identity too."),
-                _switch("id_branch", True, "Ablation: the recogniser's embedding, in the prompt and in CAN."),
-                _switch("structure_branch", True, "Ablation: the face's structure, and the attention to it."),
-                _switch("face_modulation", True, "Ablation: the face stream's own modulation."),
-                _switch("can", True, "Ablation: conditioned adaptive normalization."),
+                *adapter_inputs(),
             ],
             outputs=[ModelSocket.Output(display_name="model", tooltip="For the sampler.")],
         )
         return with_aliases(schema, "can adapter", "apply identity", "magic mirror adapter")
 
     @classmethod
-    def execute(
-        cls,
-        model: Model,
-        identity: Person,
-        identity_scale: float,
-        can_scale: float,
-        ip_scale: float,
-        start_percent: float,
-        end_percent: float,
-        identity_in_negative: bool = False,
-        id_branch: bool = True,
-        structure_branch: bool = True,
-        face_modulation: bool = True,
-        can: bool = True,
-    ) -> io.NodeOutput:
-        with runtime.packages():
-            from ..mm_core.pipelines.conditioning import AdapterSettings
-        settings = AdapterSettings(
-            identity_scale=identity_scale,
-            can_scale=can_scale,
-            ip_scale=ip_scale,
-            start=start_percent,
-            end=end_percent,
-            in_negative=identity_in_negative,
-            id_branch=id_branch,
-            structure_branch=structure_branch,
-            face_modulation=face_modulation,
-            can=can,
-        )
+    def execute(cls, model: Model, identity: Person, **strengths: float | bool) -> io.NodeOutput:
+        settings = adapter_settings(**strengths)
         return io.NodeOutput(dataclasses.replace(model, identity=identity.identity, settings=settings))
+
+
+def adapter_inputs() -> list[io.Input]:
+    """How strongly, and when, the identity acts: for `adapter_settings`."""
+    return [
+        _strength("identity_scale", "How far the person's word in the prompt becomes this person."),
+        _strength("can_scale", "How strongly the identity shifts the statistics of each layer (CAN)."),
+        _strength("ip_scale", "How strongly the video attends to the face itself."),
+        _position("start_percent", 0.0, "Before this part of the steps the base model runs alone."),
+        _position("end_percent", 1.0, "After this part of the steps it does again."),
+        _switch("identity_in_negative", False, "Give the negative prompt's half the identity too."),
+        _switch("id_branch", True, "Ablation: the recogniser's embedding, in the prompt and in CAN."),
+        _switch("structure_branch", True, "Ablation: the face's structure, and the attention to it."),
+        _switch("face_modulation", True, "Ablation: the face stream's own modulation."),
+        _switch("can", True, "Ablation: conditioned adaptive normalization."),
+    ]
+
+
+def adapter_settings(
+    *,
+    identity_scale: float,
+    can_scale: float,
+    ip_scale: float,
+    start_percent: float,
+    end_percent: float,
+    identity_in_negative: bool = False,
+    id_branch: bool = True,
+    structure_branch: bool = True,
+    face_modulation: bool = True,
+    can: bool = True,
+) -> AdapterSettings:
+    """The values of `adapter_inputs`. Raises SettingError for one out of its range."""
+    with runtime.packages():
+        from ..mm_core.pipelines.conditioning import AdapterSettings
+    return AdapterSettings(
+        identity_scale=identity_scale,
+        can_scale=can_scale,
+        ip_scale=ip_scale,
+        start=start_percent,
+        end=end_percent,
+        in_negative=identity_in_negative,
+        id_branch=id_branch,
+        structure_branch=structure_branch,
+        face_modulation=face_modulation,
+        can=can,
+    )
 
 
 def _strength(name: str, purpose: str) -> io.Input:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,30 +45,19 @@ class BaseModel(Protocol):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
 
+    @property
+    def vae_config(self) -> Mapping[str, Any]:
+        """diffusers' config of the VAE."""
+
+    @property
+    def transformer_files(self) -> list[Path]:
+        """Where the transformer's weights are, under diffusers' key names."""
+
+    def load_text_encoder(self, dtype: torch.dtype) -> T5EncoderModel:
+        """The text encoder alone, on the CPU."""
+
     def load(self, dtype: torch.dtype) -> CogVideoXPipeline:
         """The pipeline with all weights, on the CPU."""
-
-
-@dataclass(frozen=True)
-class TinyBase:
-    """The built-in small model."""
-
-    name: str = tiny.NAME
-
-    @property
-    def transformer_config(self) -> Mapping[str, Any]:
-        return {"patch_size_t": None, "max_text_seq_length": 226} | tiny.TRANSFORMER
-
-    @property
-    def limits(self) -> ClipLimits:
-        return replace(ClipLimits.from_config(tiny.TRANSFORMER, tiny.VAE), num_frames=tiny.NUM_FRAMES)
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return tiny.build_tokenizer()
-
-    def load(self, dtype: torch.dtype) -> CogVideoXPipeline:
-        return tiny.build_base(dtype)
 
 
 @dataclass(frozen=True)
@@ -97,7 +86,19 @@ class FolderBase:
 
     @cached_property
     def limits(self) -> ClipLimits:
-        return ClipLimits.from_config(self.transformer_config, self._config("vae"))
+        return ClipLimits.from_config(self.transformer_config, self.vae_config)
+
+    @cached_property
+    def vae_config(self) -> Mapping[str, Any]:
+        return self._config("vae")
+
+    @property
+    def transformer_files(self) -> list[Path]:
+        return [self.folder / file for file in self._weights("transformer")]
+
+    def load_text_encoder(self, dtype: torch.dtype) -> T5EncoderModel:
+        encoder = T5EncoderModel.from_pretrained(self.folder / "text_encoder", local_files_only=True)
+        return encoder.to(dtype).requires_grad_(False).eval()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -117,13 +118,8 @@ class FolderBase:
     def missing_files(self) -> list[str]:
         """What the folder lacks, relative to it. Sharded weights count by shard."""
         wanted = ["model_index.json", "scheduler/scheduler_config.json"]
-        stems = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-        for part, stem in stems.items():
-            index = self.folder / part / f"{stem}.safetensors.index.json"
-            shards = [f"{stem}.safetensors"]
-            if index.is_file():
-                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            wanted += [f"{part}/{file}" for file in ("config.json", *shards)]
+        for part in ("transformer", "vae", "text_encoder"):
+            wanted += [f"{part}/config.json", *self._weights(part)]
         missing = [file for file in wanted if not (self.folder / file).is_file()]
         if not any((self.folder / "tokenizer" / file).is_file() for file in ("spiece.model", "tokenizer.json")):
             missing.append("tokenizer/spiece.model")
@@ -135,6 +131,15 @@ class FolderBase:
         if missing:
             raise CheckpointError(f"{self.folder} is incomplete, it lacks {', '.join(missing)}. Download it again.")
 
+    def _weights(self, part: str) -> list[str]:
+        """The files of a part's weights, relative to the folder."""
+        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        index = self.folder / part / f"{stem}.safetensors.index.json"
+        shards = [f"{stem}.safetensors"]
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [f"{part}/{file}" for file in shards]
+
     def _config(self, part: str) -> dict[str, Any]:
         path = self.folder / part / "config.json"
         if not path.is_file():
@@ -143,6 +148,25 @@ class FolderBase:
                 "text_encoder/, tokenizer/, transformer/ and vae/, as on the Hugging Face hub."
             )
         return json.loads(path.read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class TinyBase(FolderBase):
+    """The small model that comes with the pack; its folder holds its adapter and ID encoder too."""
+
+    folder: Path = tiny.WEIGHTS
+
+    @property
+    def name(self) -> str:
+        return tiny.NAME
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter.safetensors"
+
+    @property
+    def id_encoder(self) -> Path:
+        return self.folder / "id_encoder.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +205,20 @@ class FileBase:
     @property
     def limits(self) -> ClipLimits:
         return ClipLimits.from_config(self.preset.transformer, self.preset.vae)
+
+    @property
+    def vae_config(self) -> Mapping[str, Any]:
+        return self.preset.vae
+
+    @property
+    def transformer_files(self) -> list[Path]:
+        return [self.transformer]
+
+    def load_text_encoder(self, dtype: torch.dtype) -> T5EncoderModel:
+        with torch.device("meta"):
+            encoder = T5EncoderModel(T5Config(**T5_XXL))
+        _load_file(encoder, self.text_encoder, dtype)
+        return encoder.requires_grad_(False).eval()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -36,7 +36,6 @@ from ..memory import (
 from ..models.adapter import MagicMirrorAdapter
 from ..models.diffusers_block import attach
 from ..models.id_encoder import IDEncoder
-from . import tiny
 from .base import BaseModel, TinyBase
 from .conditioning import AdapterSettings, FaceConditioning, condition
 from .decode import decode
@@ -129,22 +128,22 @@ class MagicMirror:
         self.device = device or default_device()
         self.dtype = compute_dtype(precision, self.device)
         self._precision, self._offload, self._make_room = precision, offload, make_room
-        self._adapter_path, self._id_encoder_path = adapter, id_encoder
+        if isinstance(base, TinyBase):
+            adapter, id_encoder = adapter or base.adapter, id_encoder or base.id_encoder
+        self.adapter_path, self._id_encoder_path = adapter, id_encoder
         self._embeds: dict[str | tuple[int, ...], Tensor] = {}
         self.header = self._read_header()
 
     def _read_header(self) -> AdapterHeader | None:
         """The adapter's header, checked against the base; None without an adapter."""
-        if isinstance(self.base, TinyBase) and self._adapter_path is None:
-            return tiny.HEADER
-        if self._adapter_path is None:
+        if self.adapter_path is None:
             return None
-        header = read_header(self._adapter_path)
+        header = read_header(self.adapter_path)
         misfits = header.config.misfits(self.base.transformer_config)
         if misfits:
             differ = ", ".join(f"{name} {ours} instead of {theirs}" for name, ours, theirs in misfits)
             raise CheckpointError(
-                f"{self._adapter_path.name} was made for {header.base_model}, not for {self.base.name}: {differ}."
+                f"{self.adapter_path.name} was made for {header.base_model}, not for {self.base.name}: {differ}."
             )
         return header
 
@@ -155,13 +154,10 @@ class MagicMirror:
 
     @cached_property
     def id_encoder(self) -> IDEncoder:
-        """PhotoMaker-V2's encoder, or tiny's."""
-        if self._id_encoder_path is None and isinstance(self.base, TinyBase):
-            return tiny.build_id_encoder(self.dtype)
+        """PhotoMaker-V2's encoder, or one of another size."""
         if self._id_encoder_path is None:
             raise CheckpointError(f"No ID encoder was chosen. It is {FILE_NAME} of https://huggingface.co/{REPO}.")
-        config = tiny.ID_ENCODER if isinstance(self.base, TinyBase) else None  # what the file says
-        return load_id_encoder(self._id_encoder_path, dtype=self.dtype, config=config)
+        return load_id_encoder(self._id_encoder_path, dtype=self.dtype)
 
     @cached_property
     def pipeline(self) -> CogVideoXPipeline:
@@ -182,9 +178,7 @@ class MagicMirror:
     def adapter(self) -> MagicMirrorAdapter | None:
         if self.header is None:
             return None
-        if self._adapter_path is None:
-            return tiny.build_adapter(self.dtype)
-        return load_adapter(self._adapter_path, dtype=self.dtype)[0]
+        return load_adapter(self.adapter_path, dtype=self.dtype)[0]
 
     def unload(self) -> None:
         """Let go of all weights; they load again when they are asked for."""
@@ -208,6 +202,11 @@ class MagicMirror:
             self.base.limits.check(width=clip.width, height=clip.height, num_frames=clip.num_frames)
             return None
         tokens = self.check_prompt(clip, settings)
+        self.check_identity(identity)
+        return tokens
+
+    def check_identity(self, identity: Identity) -> None:
+        """Raise CheckpointError for an identity from another encoder."""
         config = self.header.config
         seen = (*identity.features.id_tokens.shape[1:], identity.features.structure_tokens.shape[-1])
         wanted = (config.num_id_tokens, config.id_token_dim, config.clip_hidden_size)
@@ -216,18 +215,21 @@ class MagicMirror:
                 f"The identity was extracted by another encoder: tokens of {seen}, where the adapter takes {wanted}. "
                 "Extract it again with this model."
             )
-        return tokens
 
     def check_prompt(self, clip: ClipSettings, settings: AdapterSettings) -> IdentityTokens | None:
         """The part of `check` that needs no photo yet."""
         self.base.limits.check(width=clip.width, height=clip.height, num_frames=clip.num_frames)
         if self.header is None:
             raise CheckpointError(f"An identity is given, but {self.base.name} was loaded without an adapter.")
+        return self.identity_tokens(clip.prompt, settings)
+
+    def identity_tokens(self, prompt: str, settings: AdapterSettings) -> IdentityTokens | None:
+        """The prompt's tokens with room for the identity; None where the settings leave the prompt as it is."""
         if settings.off or not settings.id_branch:
             return None
         return identity_tokens(
             self.base.tokenizer,
-            clip.prompt,
+            prompt,
             num_slots=self.header.config.num_id_tokens,
             max_length=self.base.transformer_config["max_text_seq_length"],
         )
@@ -299,6 +301,16 @@ class MagicMirror:
                 del self._embeds[next(iter(self._embeds))]
             self._embeds[text] = embeds.to("cpu", self.dtype)
         return self._embeds[text].to(self.device)
+
+    @torch.no_grad()
+    def encode_text(self, text: str | list[int]) -> Tensor:
+        """T5 embeddings of a prompt or of token ids, (1, T, Dtxt) on the CPU, without the rest of the base model."""
+        if isinstance(text, str):
+            length = self.base.transformer_config["max_text_seq_length"]
+            text = self.base.tokenizer(text, padding="max_length", max_length=length, truncation=True)["input_ids"]
+        encoder = self.base.load_text_encoder(self.dtype)
+        with on_device([encoder], self.device):
+            return encoder(torch.tensor([text], device=self.device))[0].cpu()
 
     @torch.no_grad()
     def _condition(

@@ -36,7 +36,21 @@ NODES = {
         "centre",
         ["IMAGE", "IMAGE", "BOOLEAN", "INT", "FLOAT", "STRING"],
     ),
+    "MagicMirrorShots": ("description shots seed", "", ["STRING", "INT"]),
 }
+NATIVE = {
+    "MagicMirrorNativeModel": ("magic_mirror", "", ["MODEL"]),
+    "MagicMirrorApplyNative": (
+        "model magic_mirror identity prompt identity_scale can_scale ip_scale start_percent end_percent",
+        "identity_in_negative id_branch structure_branch face_modulation can clip",
+        ["MODEL", "CONDITIONING"],
+    ),
+    "MagicMirrorEncodePrompt": ("magic_mirror text", "", ["CONDITIONING"]),
+    "MagicMirrorNativeSampling": ("model steps", "", ["SAMPLER", "SIGMAS"]),
+    "MagicMirrorNativeLatent": ("magic_mirror width height num_frames", "", ["LATENT"]),
+    "MagicMirrorDecode": ("magic_mirror samples", "", ["IMAGE"]),
+}
+"""Only where ComfyUI's core has CogVideoX."""
 COMBOS = {
     ("MagicMirrorLoader", "base_model"): ["tiny", "THUDM/CogVideoX-5b", "THUDM/CogVideoX-2b", "THUDM/CogVideoX1.5-5B"],
     ("MagicMirrorLoader", "adapter"): ["auto", "none"],
@@ -53,14 +67,22 @@ COMBOS = {
 }
 
 
-def test_no_other_nodes(any_server: ComfyServer) -> None:
-    assert {name for name in any_server.object_info() if name.startswith("MagicMirror")} == NODES.keys()
+def test_no_other_nodes(server: ComfyServer, old_server: ComfyServer) -> None:
+    for at, nodes in ((server, NODES | NATIVE), (old_server, NODES)):
+        assert {name for name in at.object_info() if name.startswith("MagicMirror")} == nodes.keys()
 
 
 @pytest.mark.parametrize("node", NODES)
 def test_names(any_server: ComfyServer, node: str) -> None:
-    info = any_server.object_info(node)
-    required, optional, outputs = NODES[node]
+    check_names(any_server.object_info(node), *NODES[node])
+
+
+@pytest.mark.parametrize("node", NATIVE)
+def test_names_of_native_nodes(server: ComfyServer, node: str) -> None:
+    check_names(server.object_info(node), *NATIVE[node])
+
+
+def check_names(info: dict, required: str, optional: str, outputs: list[str]) -> None:
     assert info["input_order"]["required"] == required.split()
     assert info["input_order"].get("optional", []) == optional.split()
     assert info["output"] == outputs
@@ -76,13 +98,22 @@ def test_choices(any_server: ComfyServer, node: str, name: str) -> None:
 
 @pytest.mark.parametrize("node", NODES)
 def test_every_input_is_explained(any_server: ComfyServer, node: str) -> None:
-    info = any_server.object_info(node)
+    check_explained(node, any_server.object_info(node))
+
+
+@pytest.mark.parametrize("node", NATIVE)
+def test_every_input_of_native_nodes_is_explained(server: ComfyServer, node: str) -> None:
+    check_explained(node, server.object_info(node))
+
+
+def check_explained(node: str, info: dict) -> None:
     assert info["description"] and info["display_name"] != node
     for section in ("required", "optional"):
         for name, (_, options) in info["input"].get(section, {}).items():
             assert options.get("tooltip"), name
-            assert bool(options.get("advanced")) == (section == "optional" and _is_expert(node, name)), name
+            expert = section == "optional" and name != "clip" and _is_expert(node, name)
+            assert bool(options.get("advanced")) == expert, name
 
 
 def _is_expert(node: str, name: str) -> bool:
-    return node in ("MagicMirrorLoader", "MagicMirrorApplyCANAdapter")
+    return node in ("MagicMirrorLoader", "MagicMirrorApplyCANAdapter", "MagicMirrorApplyNative")

@@ -1,0 +1,264 @@
+"""The identity on ComfyUI's own CogVideoX: its loaders, LoRA, samplers, offloading. Needs a core that has it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from comfy_api.latest import io
+
+from ..mm_core.errors import CheckpointError, SettingError
+from . import native_model, runtime
+from .identity import adapter_inputs, adapter_settings
+from .types import CATEGORY, IdentitySocket, Model, ModelSocket, Person, with_aliases
+
+if TYPE_CHECKING:
+    from ..mm_core.pipelines.magic_mirror import MagicMirror
+    from .native_model import ModelPatcher
+
+NATIVE = f"{CATEGORY}/native"
+_PROMPT = "A person img looks into the camera and smiles."
+
+
+class MagicMirrorNativeModel(io.ComfyNode):
+    """MAGICMIRROR_MODEL -> MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        schema = io.Schema(
+            node_id="MagicMirrorNativeModel",
+            display_name="CogVideoX Model (MagicMirror, native)",
+            category=NATIVE,
+            description="The base model that Load MagicMirror chose, as ComfyUI's own MODEL. Takes files with "
+            "diffusers' names, which core's loader does not; a MODEL from core's loader serves as well.",
+            inputs=[ModelSocket.Input("magic_mirror", tooltip="From Load MagicMirror.")],
+            outputs=[io.Model.Output(display_name="model")],
+        )
+        return with_aliases(schema, "cogvideox native", "diffusers to comfyui")
+
+    @classmethod
+    def execute(cls, magic_mirror: Model) -> io.NodeOutput:
+        return io.NodeOutput(native_model.core_model(magic_mirror.mirror))
+
+
+class MagicMirrorApplyNative(io.ComfyNode):
+    """MODEL + identity + prompt -> MODEL that makes this person, and the prompt's conditioning."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        schema = io.Schema(
+            node_id="MagicMirrorApplyNative",
+            display_name="Apply CAN Adapter (MagicMirror, native)",
+            category=NATIVE,
+            description="Gives ComfyUI's own CogVideoX a person's identity. Bypassed, the model is core's, unchanged.",
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="CogVideoX text-to-video, 1.0 or 1.5, from any loader; with LoRA or not."
+                ),
+                ModelSocket.Input("magic_mirror", tooltip="From Load MagicMirror: its adapter and tokenizer are used."),
+                IdentitySocket.Input("identity", tooltip="From Extract Face Embedding."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default=_PROMPT,
+                    tooltip='Write "img" after the word that stands for the person.',
+                ),
+                *adapter_inputs(),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="T5-XXL from core's Load CLIP (type cogvideox). Without: the base model's own encoder.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model"),
+                io.Conditioning.Output(display_name="positive", tooltip="The prompt, with the person in it."),
+            ],
+        )
+        return with_aliases(schema, "native can adapter", "apply identity", "cogvideox identity")
+
+    @classmethod
+    def execute(
+        cls, model: ModelPatcher, magic_mirror: Model, identity: Person, prompt: str, clip: Any = None, **strengths: Any
+    ) -> io.NodeOutput:
+        with runtime.packages():
+            from ..mm_core.pipelines.prompt import without_trigger
+        mirror, settings = magic_mirror.mirror, adapter_settings(**strengths)
+        transformer = native_model.transformer_of(model)
+        plain = _conditioning(_encode(mirror, clip, without_trigger(prompt)))
+        if identity.identity is None or settings.off:
+            return io.NodeOutput(model, plain)
+        _check_fits(mirror, transformer)
+        mirror.check_identity(identity.identity)
+        tokens = mirror.identity_tokens(prompt, settings)
+        encoded = _encode(mirror, clip, prompt) if tokens is None else _encode(mirror, clip, tokens.ids)
+        adapter = native_model.adapter_of(mirror, native_model.compute_dtype(model))
+        person = native_model.encode_native(
+            adapter, identity.identity, encoded, tokens.slots if tokens else (), settings
+        )
+        during = {"start_percent": settings.start, "end_percent": settings.end}
+        parts = [(person.prompt, during)]
+        if settings.start > 0:
+            parts.insert(0, (plain[0][0], {"start_percent": 0.0, "end_percent": settings.start}))
+        if settings.end < 1:
+            parts.append((plain[0][0], {"start_percent": settings.end, "end_percent": 1.0}))
+        positive = [[embeds, when] for embeds, when in parts]
+        return io.NodeOutput(native_model.with_identity(model, adapter, person, settings), positive)
+
+
+class MagicMirrorEncodePrompt(io.ComfyNode):
+    """Text -> CONDITIONING, by the base model's own text encoder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MagicMirrorEncodePrompt",
+            display_name="Encode Prompt (MagicMirror, native)",
+            category=NATIVE,
+            description="Text for ComfyUI's own CogVideoX from the base model's text encoder, for the negative prompt. "
+            "With T5-XXL from Load CLIP use core's CLIP Text Encode.",
+            inputs=[
+                ModelSocket.Input("magic_mirror", tooltip="From Load MagicMirror."),
+                io.String.Input("text", multiline=True, default="", tooltip="Usually what the clip should not show."),
+            ],
+            outputs=[io.Conditioning.Output(display_name="conditioning")],
+        )
+
+    @classmethod
+    def execute(cls, magic_mirror: Model, text: str) -> io.NodeOutput:
+        return io.NodeOutput(_conditioning(_encode(magic_mirror.mirror, None, text)))
+
+
+class MagicMirrorNativeSampling(io.ComfyNode):
+    """What SamplerCustom needs for CogVideoX."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        schema = io.Schema(
+            node_id="MagicMirrorNativeSampling",
+            display_name="CogVideoX DDIM (MagicMirror, native)",
+            category=NATIVE,
+            description="Sampler and noise levels for SamplerCustom and SamplerCustomAdvanced. KSampler does not fit "
+            "CogVideoX: it scales the noise by thousands.",
+            inputs=[
+                io.Model.Input("model", tooltip="CogVideoX; its noise levels are used."),
+                io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Denoising steps."),
+            ],
+            outputs=[io.Sampler.Output(display_name="sampler"), io.Sigmas.Output(display_name="sigmas")],
+        )
+        return with_aliases(schema, "cogvideox sampler", "ddim", "sigmas")
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, steps: int) -> io.NodeOutput:
+        native_model.transformer_of(model)
+        return io.NodeOutput(native_model.DDIM(), native_model.trailing_sigmas(model, steps))
+
+
+class MagicMirrorNativeLatent(io.ComfyNode):
+    """An empty LATENT of a base model's own shape."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        side = {"min": 16, "max": 1440, "step": 16}
+        return io.Schema(
+            node_id="MagicMirrorNativeLatent",
+            display_name="Empty CogVideoX Latent (MagicMirror, native)",
+            category=NATIVE,
+            description="An empty clip for the sampler, of a size that the base model can make.",
+            inputs=[
+                ModelSocket.Input("magic_mirror", tooltip="From Load MagicMirror; its limits are checked."),
+                io.Int.Input("width", default=720, **side, tooltip="Pixels, a multiple of 16."),
+                io.Int.Input("height", default=480, **side, tooltip="Pixels, a multiple of 16."),
+                io.Int.Input(
+                    "num_frames", default=49, min=1, max=161, step=8, tooltip="8 x N + 1 frames (1.5: 16 x N + 1)."
+                ),
+            ],
+            outputs=[io.Latent.Output(display_name="latent")],
+        )
+
+    @classmethod
+    def execute(cls, magic_mirror: Model, width: int, height: int, num_frames: int) -> io.NodeOutput:
+        base = magic_mirror.mirror.base
+        base.limits.check(width=width, height=height, num_frames=num_frames)
+        config = base.transformer_config
+        cell = 2 ** (len(base.vae_config["block_out_channels"]) - 1)
+        frames = (num_frames - 1) // 4 + 1
+        frames += -frames % (config["patch_size_t"] or 1)
+        return io.NodeOutput({"samples": torch.zeros(1, config["in_channels"], frames, height // cell, width // cell)})
+
+
+class MagicMirrorDecode(io.ComfyNode):
+    """LATENT -> IMAGE, by the base model's own VAE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MagicMirrorDecode",
+            display_name="Decode CogVideoX Latent (MagicMirror, native)",
+            category=NATIVE,
+            description="Frames from latents by the base model's own VAE, in tiles where memory is short. For the "
+            "published models core's VAE Decode does the same with less memory.",
+            inputs=[
+                ModelSocket.Input("magic_mirror", tooltip="From Load MagicMirror."),
+                io.Latent.Input("samples", tooltip="From a sampler."),
+            ],
+            outputs=[io.Image.Output(display_name="images")],
+        )
+
+    @classmethod
+    def execute(cls, magic_mirror: Model, samples: dict[str, Any]) -> io.NodeOutput:
+        mirror, latents = magic_mirror.mirror, samples["samples"]
+        if len(latents) != 1:
+            raise SettingError(f"There are {len(latents)} latents; one clip at a time is decoded.")
+        if latents.shape[2] % 2 == 0:  # 1.5 fills up to whole patches in front
+            latents = latents[:, :, 1:]
+        try:
+            frames = mirror.decode(latents * mirror.base.vae_config["scaling_factor"]).frames
+        finally:
+            runtime.release_memory()
+        return io.NodeOutput(frames)
+
+
+def _encode(mirror: MagicMirror, clip: Any, text: str | list[int]) -> torch.Tensor:
+    """(1, T, Dtxt) on the CPU, of a prompt or of token ids, by ComfyUI's CLIP or by the base model's own encoder."""
+    if clip is None:
+        return mirror.encode_text(text)
+    if isinstance(text, str):
+        tokens = clip.tokenize(text)
+    else:
+        (name,) = clip.tokenize("").keys()
+        tokens = {name: [[(token, 1.0) for token in text]]}
+    return clip.encode_from_tokens(tokens).cpu()
+
+
+def _conditioning(embeds: torch.Tensor) -> list:
+    return [[embeds, {}]]
+
+
+def _check_fits(mirror: MagicMirror, transformer: Any) -> None:
+    """Raise CheckpointError where MODEL and adapter are of different sizes."""
+    if mirror.header is None:
+        raise CheckpointError("Load MagicMirror has no adapter: choose one there.")
+    blocks = transformer.blocks
+    found = {
+        "num_attention_heads": transformer.num_attention_heads,
+        "attention_head_dim": transformer.attention_head_dim,
+        "num_layers": len(blocks),
+        "time_embed_dim": blocks[0].norm1.linear.in_features,
+        "text_embed_dim": transformer.patch_embed.text_proj.in_features,
+    }
+    misfits = mirror.header.config.misfits(found)
+    if misfits:
+        differ = ", ".join(f"{name} {ours} instead of {theirs}" for name, ours, theirs in misfits)
+        raise CheckpointError(f"The adapter was made for {mirror.header.base_model}, not for this MODEL: {differ}.")
+
+
+NODES = [
+    MagicMirrorNativeModel,
+    MagicMirrorApplyNative,
+    MagicMirrorEncodePrompt,
+    MagicMirrorNativeSampling,
+    MagicMirrorNativeLatent,
+    MagicMirrorDecode,
+]

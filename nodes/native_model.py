@@ -1,0 +1,288 @@
+"""The adapter on ComfyUI's own CogVideoX: its model patcher, wrappers and sampling. For core with `comfy.ldm.cogvideo`.
+
+Nothing of the model is changed for good: each adapted block's forward is an object patch of a clone, the adapter comes
+along as an additional model, and a wrapper hands over the identity in each forward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import uuid
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import comfy.ldm.cogvideo.model
+import comfy.model_management
+import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.samplers
+import comfy.supported_models
+import comfy.utils
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+from tqdm import trange
+
+from ..mm_core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from ..mm_core.models.adapter import MagicMirrorAdapter
+    from ..mm_core.pipelines.conditioning import AdapterSettings
+    from ..mm_core.pipelines.identity import Identity
+    from ..mm_core.pipelines.magic_mirror import MagicMirror
+
+ADDITIONAL = "magic_mirror"
+_CONFIG = (
+    "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "flip_sin_to_cos", "freq_shift",
+    "time_embed_dim", "text_embed_dim", "num_layers", "sample_width", "sample_height", "sample_frames", "patch_size",
+    "patch_size_t", "temporal_compression_ratio", "max_text_seq_length", "spatial_interpolation_scale",
+    "temporal_interpolation_scale", "use_rotary_positional_embeddings", "use_learned_positional_embeddings",
+    "patch_bias",
+)  # fmt: skip
+
+_adapters: weakref.WeakKeyDictionary[MagicMirror, dict[torch.dtype, ModelPatcher]] = weakref.WeakKeyDictionary()
+
+
+def core_model(mirror: MagicMirror) -> ModelPatcher:
+    """The base model of a mirror as ComfyUI's own MODEL, from files with diffusers' key names, of any size."""
+    from ..mm_core.models.core_block import core_key
+
+    base = mirror.base
+    weights = {}
+    for path in base.transformer_files:
+        weights |= {core_key(key): tensor for key, tensor in comfy.utils.load_torch_file(str(path)).items()}
+    config = {name: base.transformer_config[name] for name in _CONFIG if name in base.transformer_config}
+    detected = comfy.supported_models.CogVideoX_T2V({"image_model": "cogvideox"} | config)
+    detected.latent_format.scale_factor = base.vae_config["scaling_factor"]
+    device = comfy.model_management.get_torch_device()
+    offload = comfy.model_management.unet_offload_device()
+    stored = comfy.model_management.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(weights),
+        supported_dtypes=list(detected.supported_inference_dtypes),
+        weight_dtype=comfy.utils.weight_dtype(weights),
+    )
+    computed = comfy.model_management.unet_manual_cast(stored, device, detected.supported_inference_dtypes)
+    detected.set_inference_dtype(stored, computed)
+    model = detected.get_model(weights, "")
+    # Looked up now: core replaces this class as it starts.
+    patcher = comfy.model_patcher.CoreModelPatcher(model, load_device=device, offload_device=offload)
+    model.load_model_weights(weights, "", assign=patcher.is_dynamic())
+    return patcher
+
+
+def transformer_of(model: ModelPatcher) -> Any:
+    """Core's transformer. Raises CheckpointError for another model."""
+    transformer = model.model.diffusion_model
+    if not isinstance(transformer, comfy.ldm.cogvideo.model.CogVideoXTransformer3DModel):
+        raise CheckpointError(
+            f"The model is {type(transformer).__name__}, not CogVideoX: the adapter acts on CogVideoX text-to-video."
+        )
+    return transformer
+
+
+def compute_dtype(model: ModelPatcher) -> torch.dtype:
+    return model.model.manual_cast_dtype or model.model.get_dtype()
+
+
+def adapter_of(mirror: MagicMirror, dtype: torch.dtype) -> ModelPatcher:
+    """The mirror's adapter for ComfyUI to load and offload: read once, shared by all models that it is put on."""
+    from ..mm_core.checkpoints.adapter_file import load_adapter
+
+    loaded = _adapters.setdefault(mirror, {})
+    if dtype not in loaded:
+        loaded[dtype] = ModelPatcher(
+            load_adapter(mirror.adapter_path, dtype=dtype)[0],
+            load_device=comfy.model_management.get_torch_device(),
+            offload_device=comfy.model_management.unet_offload_device(),
+        )
+    return loaded[dtype]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NativeIdentity:
+    """What the blocks and the prompt get; on the CPU."""
+
+    id_embedding: Tensor
+    """(1, P)."""
+    face_tokens: Tensor | None
+    """(1, Q, D)."""
+    prompt: Tensor
+    """(1, T, Dtxt), the person's word fused."""
+
+
+@torch.no_grad()
+def encode_native(
+    adapter_patcher: ModelPatcher, identity: Identity, prompt: Tensor, slots: tuple[int, ...], settings: AdapterSettings
+) -> NativeIdentity:
+    """Run the parts of the adapter that depend on the person and the prompt only. prompt: (1, T, Dtxt)."""
+    from ..mm_core.models.id_fusion import fuse_slots
+
+    comfy.model_management.load_models_gpu([adapter_patcher])
+    adapter: MagicMirrorAdapter = adapter_patcher.model
+    device, dtype = adapter.id_proj.weight.device, adapter.id_proj.weight.dtype
+    features = type(identity.features)(*(tensor.to(device, dtype) for tensor in identity.features))
+    id_tokens = identity.id_tokens.to(device, dtype)
+    if not settings.id_branch:
+        id_tokens = torch.zeros_like(id_tokens)
+    if slots:
+        text = prompt.to(device, dtype)
+        fused = adapter.id_fusion(text[:, slots, :], id_tokens)
+        prompt = fuse_slots(text, fused, slots, settings.identity_scale).to(prompt.device, prompt.dtype)
+    face = adapter.face_tokens(features).cpu() if settings.structure_branch else None
+    return NativeIdentity(id_embedding=adapter.id_embedding(id_tokens).cpu(), face_tokens=face, prompt=prompt)
+
+
+def with_identity(
+    model: ModelPatcher, adapter_patcher: ModelPatcher, identity: NativeIdentity, settings: AdapterSettings
+) -> ModelPatcher:
+    """A clone of the model that makes this person; the model stays as it is."""
+    from ..mm_core.models.core_block import adapted_forward
+
+    transformer, adapter = transformer_of(model), adapter_patcher.model
+    model = model.clone()
+    key = f"{ADDITIONAL}.{uuid.uuid4()}"  # a later Apply finds no state of an earlier one
+    for layer in adapter.config.adapted_layers:
+        name = f"diffusion_model.blocks.{layer}.forward"
+        forward = adapted_forward(
+            transformer.blocks[layer],
+            adapter.blocks[str(layer)],
+            model.get_model_object(name),
+            key,
+            optimized_attention,
+            comfy.ldm.cogvideo.model.apply_rotary_emb,
+        )
+        model.add_object_patch(name, forward)
+    correct_rotary(model)
+    model.set_additional_models(ADDITIONAL, [adapter_patcher])
+    sampling = model.get_model_object("model_sampling")
+    wrapper = _Identity(
+        key=key,
+        identity=identity,
+        settings=settings,
+        sigmas=(sampling.percent_to_sigma(settings.start), sampling.percent_to_sigma(settings.end)),
+    )
+    kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+    model.remove_wrappers_with_key(kind, ADDITIONAL)
+    model.add_wrapper_with_key(kind, ADDITIONAL, wrapper)
+    return model
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Identity:
+    """Around the transformer: puts the rows that carry the identity last, and hands over the state."""
+
+    key: str
+    identity: NativeIdentity
+    settings: AdapterSettings
+    sigmas: tuple[float, float]
+
+    def __call__(
+        self,
+        executor: Any,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        ofs: Tensor | None = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        options = dict(transformer_options or {})
+        carried = self._rows(options, len(x))
+        if not carried:
+            return executor(x, timestep, context, ofs, options, **kwargs)
+        order = torch.tensor([row for row in range(len(x)) if row not in carried] + carried)
+        options[self.key] = self._state(len(carried), x)
+        here, there = order.to(x.device), order.argsort().to(x.device)
+        ofs = ofs[here] if ofs is not None and len(ofs) == len(x) else ofs
+        return executor(x[here], timestep[here], context[here], ofs, options, **kwargs)[there]
+
+    def _rows(self, options: dict[str, Any], batch: int) -> list[int]:
+        """Rows of the batch that get the identity: the positive prompts', while it acts."""
+        sigma, first, last = float(options["sigmas"].max()), *self.sigmas
+        if self.settings.off or not last < sigma <= first:
+            return []
+        halves = options["cond_or_uncond"]
+        size = batch // len(halves)
+        chosen = [number for number, half in enumerate(halves) if half == 0 or self.settings.in_negative]
+        return [row for number in chosen for row in range(number * size, (number + 1) * size)]
+
+    def _state(self, rows: int, x: Tensor) -> object:
+        from ..mm_core.models.core_block import CoreFaceState
+        from ..mm_core.pipelines.conditioning import ablate
+
+        def spread(tensor: Tensor) -> Tensor:
+            return tensor.to(x.device, x.dtype).expand(rows, *tensor.shape[1:])
+
+        face = self.identity.face_tokens
+        return CoreFaceState(
+            id_embedding=spread(self.identity.id_embedding),
+            face=None if face is None else spread(face),
+            can_scale=self.settings.can_scale,
+            ip_scale=self.settings.ip_scale,
+            ablate=functools.partial(ablate, settings=self.settings),
+        )
+
+
+def correct_rotary(model: ModelPatcher) -> None:
+    """Core stretches the positions of CogVideoX 1.0 by `spatial_interpolation_scale` (1.875), where the weights were
+    trained on diffusers' grid. 1.5 is right, and so is a core whose scale is 1 for sizes up to the trained one."""
+    transformer = transformer_of(model)
+    if not transformer.use_rotary_positional_embeddings or transformer.patch_size_t is not None:
+        return
+    model.add_object_patch("diffusion_model._get_rotary_emb", functools.partial(_rotary_of_1_0, transformer))
+
+
+def _rotary_of_1_0(transformer: Any, height: int, width: int, frames: int, device: torch.device) -> tuple:
+    """diffusers' positions for a clip of so many patches."""
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+    embed = transformer.patch_embed
+    trained = (embed.sample_width // transformer.patch_size, embed.sample_height // transformer.patch_size)
+    return get_3d_rotary_pos_embed(
+        embed_dim=transformer.attention_head_dim,
+        crops_coords=get_resize_crop_region_for_grid((height, width), *trained),
+        grid_size=(height, width),
+        temporal_size=frames,
+        device=device,
+    )
+
+
+class DDIM(comfy.samplers.Sampler):
+    """CogVideoX's DDIM (eta 0), in the space that it was trained in: latents of unit variance at every noise level.
+
+    KSampler multiplies the noise by the first sigma, 4,500 at zero terminal SNR, which CogVideoX never saw.
+    """
+
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Any,
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
+        x, ones = noise.float(), noise.new_ones([len(noise)], dtype=torch.float32)
+        options = {"model_options": extra_args.get("model_options", {}), "seed": extra_args.get("seed")}
+        for step in trange(len(sigmas) - 1, disable=disable_pbar):
+            sigma, following = sigmas[step], sigmas[step + 1]
+            clean = model_wrap(x, sigma * ones, **options)
+            if callback is not None:
+                callback(step, clean, x, len(sigmas) - 1)
+            alpha_bar, next_alpha_bar = 1 / (1 + sigma**2), 1 / (1 + following**2)
+            noise = (x - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt()
+            x = next_alpha_bar.sqrt() * clean + (1 - next_alpha_bar).sqrt() * noise
+        return x
+
+
+def trailing_sigmas(model: ModelPatcher, steps: int) -> Tensor:
+    """(steps + 1,), the noise levels of diffusers' `trailing` spacing, and 0."""
+    sigmas = model.get_model_object("model_sampling").sigmas
+    levels = len(sigmas)
+    timesteps = torch.arange(levels, 0, -levels / steps).round().long()[:steps] - 1
+    return torch.cat([sigmas[timesteps].float().cpu(), torch.zeros(1)])
