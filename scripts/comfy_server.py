@@ -64,8 +64,8 @@ class ComfyClient:
     def object_info(self, node: str | None = None) -> dict[str, Any]:
         """The description of all nodes by id, or of one node."""
         if node is None:
-            return self._get("/object_info")
-        found = self._get(f"/object_info/{quote(node)}")
+            return self.get("/object_info")
+        found = self.get(f"/object_info/{quote(node)}")
         if node not in found:
             raise KeyError(f"ComfyUI knows no node {node!r}: look for the pack's import error in the log.")
         return found[node]
@@ -98,11 +98,11 @@ class ComfyClient:
 
     def history(self, prompt_id: str) -> dict[str, Any] | None:
         """The record of a workflow that has ended, None while it waits or runs."""
-        return self._get(f"/history/{prompt_id}").get(prompt_id)
+        return self.get(f"/history/{prompt_id}").get(prompt_id)
 
     def is_running(self, prompt_id: str) -> bool:
         """Whether the workflow is being executed now."""
-        return any(item[1] == prompt_id for item in self._get("/queue")["queue_running"])
+        return any(item[1] == prompt_id for item in self.get("/queue")["queue_running"])
 
     def wait(self, prompt_id: str, timeout: float = 600) -> dict[str, Any]:
         """Wait until a workflow has ended; returns its history record, raises when it failed."""
@@ -141,7 +141,8 @@ class ComfyClient:
         """The ids of the nodes that were not executed because an earlier result could be used."""
         return {node for name, data in cls.events(entry) if name == "execution_cached" for node in data["nodes"]}
 
-    def _get(self, path: str) -> Any:
+    def get(self, path: str) -> Any:
+        """The JSON that ComfyUI answers with at a path."""
         return json.loads(self._request(path))
 
     def _post(self, path: str, content: Mapping[str, Any]) -> Any:
@@ -233,7 +234,7 @@ class ComfyServer(ComfyClient):
         while time.monotonic() < deadline:
             self._require_alive()
             try:
-                self._get("/system_stats")
+                self.get("/system_stats")
                 return
             except OSError:
                 time.sleep(POLL_SECONDS)

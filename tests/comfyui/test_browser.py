@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 from comfy_server import ComfyServer
 from playwright.sync_api import ConsoleMessage, Page, expect, sync_playwright
 
-WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "text_to_video_tiny.json"
+WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
+WORKFLOW = WORKFLOWS / "text_to_video_tiny.json"
 FLAGS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -82,3 +84,19 @@ def test_the_workflow_opens_runs_and_shows_its_video(page: Page, errors: list[st
     page.wait_for_timeout(1000)
     picture(page, "workflow.png")
     assert errors == []
+
+
+@pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)
+def test_what_the_canvas_sends_is_the_twin_in_api_format(page: Page, path: Path) -> None:
+    """Opened on the canvas, a workflow queues what its file in workflows/api says."""
+    wanted = json.loads(path.read_text(encoding="utf-8"))
+    page.set_input_files("#comfy-file-input", path)
+    page.wait_for_function(f"window.app.graph.id === '{wanted['id']}'", timeout=30_000)
+    page.wait_for_timeout(500)
+    sent = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    twin = json.loads((WORKFLOWS / "api" / path.name).read_text(encoding="utf-8"))
+    assert _bare(sent) == _bare(twin)
+
+
+def _bare(graph: dict[str, dict]) -> dict[str, tuple]:
+    return {number: (node["class_type"], node["inputs"]) for number, node in graph.items()}
