@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--base",
         default="tiny",
-        help="tiny (built in, untrained), a diffusers folder, a .safetensors file, or a hub name",
+        help="tiny (built in), a diffusers folder, a .safetensors file, or a hub name",
     )
     add("--text-encoder", type=Path, help="with a file as base: T5 encoder file")
     add("--vae", type=Path, help="with a file as base: VAE file")

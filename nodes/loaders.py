@@ -94,8 +94,9 @@ def _model_inputs() -> list[io.Input]:
             "base_model",
             options=catalog.base_models(),
             default=catalog.TINY,
-            tooltip="tiny: built in, UNTRAINED, to try the workflow. THUDM/...: the published models; diffusers "
-            "folders in models/CogVideo and models/diffusers; single files in models/diffusion_models.",
+            tooltip="tiny: built in, small, trained on rendered people, to try the workflow. THUDM/...: the published "
+            "models; diffusers folders in models/CogVideo and models/diffusers; single files in "
+            "models/diffusion_models.",
         ),
         io.Combo.Input(
             "adapter",

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from mm_core.__main__ import main
+from mm_core.pipelines.base import TinyBase
 
 STEPS = ("--steps", "2", "--frames", "9", "--face-pack", "buffalo_sc")
 
@@ -28,13 +29,13 @@ def arguments(photographs: Path, insightface_root: Path, tmp_path: Path) -> list
 
 
 def test_photos_and_a_prompt_become_a_video(arguments: list[str], photographs: Path, repository: Path) -> None:
-    """Two photos of one person; the last line is the video's path, and the untrained weights are named."""
+    """Two photos of one person; the last line is the video's path; what the weights are is said first."""
     arguments.insert(3, str(photographs / "person_b_1.jpg"))
     run = subprocess.run(
         [sys.executable, "-m", "mm_core", *arguments], cwd=repository, capture_output=True, text=True, check=True
     )
     lines = run.stdout.splitlines()
-    assert "UNTRAINED" in lines[0]
+    assert "tiny: trained: video stage" in lines[0]
     assert "similarity to the other photos" in run.stdout
     assert "2/2" in run.stderr
     with av.open(lines[-1]) as video:
@@ -91,10 +92,10 @@ def test_a_mistake_is_one_clear_line(
     tmp_path: Path,
 ) -> None:
     """Told before any model loads: there is no model to load, loading would fail the test."""
-    monkeypatch.setattr("mm_core.pipelines.tiny.build_base", lambda dtype: pytest.fail("the base model was loaded"))
+    monkeypatch.setattr(TinyBase, "load", lambda self, dtype: pytest.fail("the base model was loaded"))
     monkeypatch.setattr("mm_core.__main__.DOWNLOADS", tmp_path / "nothing")
     monkeypatch.setattr(
-        "mm_core.pipelines.tiny.build_id_encoder", lambda dtype: pytest.fail("the ID encoder was loaded")
+        "mm_core.pipelines.magic_mirror.load_id_encoder", lambda *_, **__: pytest.fail("the ID encoder was loaded")
     )
     assert main([*arguments, *extra]) == 2
     error = capsys.readouterr().err

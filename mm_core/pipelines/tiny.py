@@ -1,24 +1,25 @@
-"""The `tiny` preset: every real class at a small size, built in memory, so that the whole product runs anywhere.
+"""The `tiny` preset: every real class at a small size, so that the whole product runs anywhere.
 
-UNTRAINED: its weights are seeded noise, and so are its clips.
+Its trained weights are in WEIGHTS; the builders here make new ones from seeded noise, to train and to test with.
 """
 
 from __future__ import annotations
 
 import string
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from ..checkpoints.adapter_file import AdapterHeader, Trained
 from ..models.adapter import MagicMirrorAdapter
 from ..models.config import AdapterConfig
 from ..models.id_encoder import IDEncoder, IDEncoderConfig
 from .presets import SCHEDULER as COGVIDEOX_SCHEDULER
 
 NAME = "tiny"
+WEIGHTS = Path(__file__).parents[1] / "weights" / "tiny"
 _SEED = 0
 _TEXT_DIM = 128
 TEXT_TOKENS = 48
@@ -76,9 +77,6 @@ ADAPTER = AdapterConfig.for_base(
     perceiver_dim=128,
     perceiver_depth=2,
     perceiver_dim_head=32,
-)
-HEADER = AdapterHeader(
-    base_model=NAME, config=ADAPTER, trained=Trained(stage="untrained", steps=0, data="seeded noise")
 )
 # Whole words that captions of people use; any other is spelled letter by letter.
 _WORDS = """

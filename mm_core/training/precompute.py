@@ -33,7 +33,7 @@ from ..faces.references import Reference, analyse_references
 from ..faces.tracking import find_faces, follow
 from ..files import PARTIAL, whole_file, write_json
 from ..memory import compute_dtype, default_device, on_device
-from ..models.id_encoder import PHOTOMAKER_V2, IDEncoder, IDEncoderConfig
+from ..models.id_encoder import IDEncoder, IDEncoderConfig
 from ..pipelines import tiny
 from ..pipelines.base import BaseModel, FolderBase, TinyBase
 from ..pipelines.prompt import IdentityTokens, identity_tokens
@@ -61,11 +61,14 @@ def base_of(config: TrainingConfig) -> BaseModel:
 
 def id_encoder_of(config: TrainingConfig, dtype: torch.dtype) -> IDEncoder:
     """The ID encoder that a config names; `tiny` brings its own. Raises CheckpointError."""
+    return load_id_encoder(_id_encoder_path(config), dtype=dtype)
+
+
+def _id_encoder_path(config: TrainingConfig) -> Path:
     if config.id_encoder is not None:
-        path = Path(config.id_encoder).expanduser()
-        return load_id_encoder(path, dtype=dtype)
+        return Path(config.id_encoder).expanduser()
     if config.base == tiny.NAME:
-        return tiny.build_id_encoder(dtype)
+        return TinyBase().id_encoder
     raise CheckpointError(f"id_encoder is not set: give the path of {FILE_NAME}, of https://huggingface.co/{REPO}.")
 
 
@@ -266,9 +269,7 @@ def between(values: np.ndarray, at: Sequence[int], frames: int) -> np.ndarray:
 
 
 def _id_encoder_config(config: TrainingConfig) -> IDEncoderConfig:
-    if config.id_encoder is None and config.base == tiny.NAME:
-        return tiny.ID_ENCODER
-    return PHOTOMAKER_V2 if config.id_encoder is None else read_id_encoder_config(Path(config.id_encoder).expanduser())
+    return read_id_encoder_config(_id_encoder_path(config))
 
 
 def _tokens(base: BaseModel, encoder: IDEncoderConfig, caption: str) -> IdentityTokens:

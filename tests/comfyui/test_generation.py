@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import time
 import wave
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from comfy_server import ComfyServer
 from PIL import Image
 from safetensors.torch import load_file
 
+from mm_core.checkpoints.adapter_file import Trained, read_header, save_adapter
 from mm_core.faces.analysis import FaceAnalyzer
 from mm_core.faces.references import analyse_references, read_image
 from mm_core.pipelines import tiny
@@ -28,6 +30,7 @@ from mm_core.pipelines.magic_mirror import ClipSettings, MagicMirror
 SAMPLER, LOADER = "MagicMirrorCogVideoXSampler", "MagicMirrorLoader"
 EXTRACT, APPLY, COMBINE = "MagicMirrorExtractFaceEmbedding", "MagicMirrorApplyCANAdapter", "MagicMirrorVideoCombine"
 UNTRAINED = "tiny: UNTRAINED weights: the result will not resemble anybody"
+TRAINED = f"tiny: {read_header(TinyBase().adapter).trained}"
 CANVAS = {"nodes": [], "links": [], "version": 0.4}
 
 Run = Callable[..., np.ndarray]
@@ -67,9 +70,18 @@ def test_metadata_is_left_out_on_request(server: ComfyServer, graph: Any, saved:
 def test_what_the_nodes_show(server: ComfyServer, graph: Any) -> None:
     forget(server)
     outputs = server.run(graph)["outputs"]
-    assert outputs[graph.id(LOADER)]["text"] == outputs[graph.id(SAMPLER)]["text"] == [UNTRAINED]
+    assert outputs[graph.id(LOADER)]["text"] == outputs[graph.id(SAMPLER)]["text"] == [TRAINED]
     assert outputs[graph.id(EXTRACT)]["text"][0].startswith("photo 1: face 411 px across")
     assert len(outputs[graph.id(EXTRACT)]["images"]) == 1
+
+
+def test_untrained_weights_say_so(server: ComfyServer, graph: Any) -> None:
+    folder = server.base / "models" / "magic_mirror"
+    untrained = Trained(stage="untrained", steps=0, data="seeded noise")
+    save_adapter(tiny.build_adapter(torch.float32), folder / "noise.safetensors", base_model="tiny", trained=untrained)
+    graph.inputs(LOADER)["adapter"] = "noise.safetensors"
+    outputs = server.run(graph)["outputs"]
+    assert outputs[graph.id(LOADER)]["text"] == outputs[graph.id(SAMPLER)]["text"] == [UNTRAINED]
     assert f"[WARNING] MagicMirror: {UNTRAINED}" in server.log_text()
 
 
@@ -114,7 +126,7 @@ def test_the_same_as_the_core(
 def test_a_diffusers_folder(server: ComfyServer, graph: Any, run: Run) -> None:
     """The tiny model as a folder below models/CogVideo is offered, and makes the same clip."""
     folder = server.base / "models" / "CogVideo" / "somebody" / "small"
-    tiny.build_base(torch.float32).save_pretrained(folder)
+    shutil.copytree(TinyBase().folder, folder)
     choices = server.object_info(LOADER)["input"]["required"]["base_model"][1]["options"]
     assert "somebody/small" in choices
     graph.bypass_apply()

@@ -9,7 +9,7 @@ from ...errors import SettingError
 from .shards import SETTINGS_FILE, write_whole
 from .streams import stream
 
-PICTURES_PER_CLIP = 2
+PICTURES_PER_CLIP = 1
 
 
 def write_manifest(folder: Path, name: str, *, pictures: bool) -> int:

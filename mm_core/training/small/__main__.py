@@ -17,7 +17,8 @@ from pathlib import Path
 
 from ...errors import MagicMirrorError
 from ..config import TrainingConfig, load_config
-from ..loop import LoopConfig, is_finished, latest_checkpoint, train
+from ..loop import LoopConfig, train
+from ..runs import is_finished, latest_checkpoint
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 PEOPLE, CLIPS = 1600, 4
@@ -78,6 +79,7 @@ class Recipe:
             "features": self.features,
             "image": lambda: self.adapter("image"),
             "video": lambda: self.adapter("video"),
+            "pack": self.pack,
         }
 
     def people(self) -> None:
@@ -150,9 +152,16 @@ class Recipe:
 
         return train_stage(self.config, stage)
 
+    def pack(self) -> object:
+        from ..adapter_task import ADAPTER_FILE
+        from .pack import pack
+
+        adapter = latest_checkpoint(Path(self.config.output) / "video") / ADAPTER_FILE
+        return pack(Path(self.config.base), Path(self.config.id_encoder), adapter, self.folder / "packed")
+
     def _run(self, folder: Path, loop: LoopConfig, task: Callable[[], object]) -> Path:
         """The folder of the last checkpoint; trains only what is missing."""
-        return latest_checkpoint(folder) if is_finished(folder, loop) else train(task(), loop, folder)
+        return latest_checkpoint(folder) if is_finished(folder, loop.steps) else train(task(), loop, folder)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -161,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--insightface-root", type=Path, default=Path("~/.insightface"), help="holds models/buffalo_sc")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="replace settings of tiny.yaml")
     parser.add_argument("--vae", type=Path, help="folder of a VAE to go on with, instead of a new one")
-    parser.add_argument("--until", default="video", help="last part: people, vae, encoder, base, ...")
+    parser.add_argument("--until", default="pack", help="last part: people, vae, encoder, base, ...")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

@@ -5,7 +5,6 @@ It never sees who is in a clip. Trained on single pictures first, then on clips.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,12 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXP
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
-from ...files import PARTIAL, whole_file
+from ...files import whole_file, whole_folder
 from ...pipelines import tiny
 from ...pipelines.prompt import identity_tokens, without_trigger
 from ..diffusion import add_noise, alphas_bar, rotary_embedding
-from ..loop import generator_for, shuffled
 from ..losses import noise_loss
+from ..randomness import generator_for, shuffled
 from .clips import Clips, to_unit
 from .vae import save_sheet
 
@@ -168,11 +167,8 @@ def save_base(checkpoint: Path, vae: AutoencoderKLCogVideoX, folder: Path) -> No
         transformer=CogVideoXTransformer3DModel.from_pretrained(checkpoint / "transformer"),
         scheduler=CogVideoXDDIMScheduler(**tiny.SCHEDULER),
     )
-    partial = folder.with_name(f".{folder.name}{PARTIAL}")
-    shutil.rmtree(partial, ignore_errors=True)
-    pipe.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with whole_folder(folder) as temporary:
+        pipe.save_pretrained(temporary)
 
 
 def _initialise(transformer: CogVideoXTransformer3DModel) -> None:

@@ -1,0 +1,33 @@
+"""The finished small model as it ships: one folder, half precision, no paths of the machine that it was made on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from ...checkpoints.adapter_file import load_adapter, save_adapter
+from ...checkpoints.photomaker import load_id_encoder, read_id_encoder_config, save_id_encoder
+from ...files import whole_folder, write_json
+from ...pipelines import tiny
+from ...pipelines.base import FolderBase, TinyBase
+
+_MACHINE = ("_name_or_path", "name_or_path")
+
+
+def pack(base: Path, id_encoder: Path, adapter: Path, folder: Path) -> TinyBase:
+    """Write the folder that `TinyBase` reads.
+
+    base: in diffusers' layout. id_encoder, adapter: files trained with it. Raises CheckpointError if one is damaged.
+    """
+    weights, header = load_adapter(adapter, dtype=torch.float16)
+    with whole_folder(folder) as temporary:
+        packed = TinyBase(temporary)
+        FolderBase(base).load(torch.float16).save_pretrained(temporary)
+        save_id_encoder(load_id_encoder(id_encoder), packed.id_encoder, read_id_encoder_config(id_encoder))
+        save_adapter(weights, packed.adapter, base_model=tiny.NAME, trained=header.trained)
+        for path in temporary.rglob("*config.json"):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            write_json(path, {name: value for name, value in content.items() if name not in _MACHINE})
+    return TinyBase(folder)
