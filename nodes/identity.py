@@ -92,7 +92,7 @@ class MagicMirrorExtractFaceEmbedding(io.ComfyNode):
             if on_no_face == ERROR:
                 raise
             return cls._output(Person(identity=None), f"NO IDENTITY, the base model will run alone: {error}")
-        identity = model.mirror.identity(references)
+        identity = model.mirror.identity(references, model.face_pack)
         return cls._output(Person(identity=identity), identity.report)
 
     @classmethod

@@ -36,6 +36,8 @@ NODES = {
         "centre",
         ["IMAGE", "IMAGE", "BOOLEAN", "INT", "FLOAT", "STRING"],
     ),
+    "MagicMirrorSaveIdentity": ("identity filename_prefix", "", ["STRING"]),
+    "MagicMirrorLoadIdentity": ("model file", "", ["MAGICMIRROR_IDENTITY", "IMAGE", "STRING"]),
 }
 COMBOS = {
     ("MagicMirrorLoader", "base_model"): ["tiny", "THUDM/CogVideoX-5b", "THUDM/CogVideoX-2b", "THUDM/CogVideoX1.5-5B"],
