@@ -48,7 +48,7 @@ COMBOS = {
     ("MagicMirrorLoader", "offload"): ["auto", "none", "model", "group", "sequential"],
     ("MagicMirrorExtractFaceEmbedding", "face"): ["largest", "leftmost", "rightmost", "index"],
     ("MagicMirrorExtractFaceEmbedding", "crop"): ["face", "image"],
-    ("MagicMirrorExtractFaceEmbedding", "on_no_face"): ["error", "no identity"],
+    ("MagicMirrorExtractFaceEmbedding", "on_no_face"): ["error", "no identity", "skip photo"],
     ("MagicMirrorCogVideoXSampler", "scheduler"): ["dpm", "ddim"],
     ("MagicMirrorVideoCombine", "format"): ["mp4", "webm", "webp", "gif"],
     ("MagicMirrorScoreIdentity", "on_fail"): ["pass through", "stop"],
