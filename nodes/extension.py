@@ -8,6 +8,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import runtime
 from .identity import MagicMirrorApplyCANAdapter, MagicMirrorExtractFaceEmbedding
+from .identity_files import MagicMirrorLoadIdentity, MagicMirrorSaveIdentity
 from .loaders import MagicMirrorLoader
 from .sampling import MagicMirrorCogVideoXSampler
 from .scoring import MagicMirrorScoreIdentity
@@ -30,6 +31,8 @@ class MagicMirrorExtension(ComfyExtension):
             MagicMirrorCogVideoXSampler,
             MagicMirrorVideoCombine,
             MagicMirrorScoreIdentity,
+            MagicMirrorSaveIdentity,
+            MagicMirrorLoadIdentity,
             MagicMirrorShots,
             *native,
         ]

@@ -15,12 +15,14 @@ from .convert import image_from_photos, photos_from_images
 from .types import CATEGORY, IdentitySocket, Model, ModelSocket, Person, advanced, with_aliases
 
 if TYPE_CHECKING:
+    from ..mm_core.faces.references import Photo
     from ..mm_core.pipelines.conditioning import AdapterSettings
+    from ..mm_core.pipelines.identity import Identity
 
 BY_INDEX = "index"
 FACES = ["largest", "leftmost", "rightmost", BY_INDEX]
 CROPS = ["face", "image"]
-ERROR, NO_IDENTITY = "error", "no identity"
+ERROR, NO_IDENTITY, SKIP_PHOTO = "error", "no identity", "skip photo"
 
 _CROP_SIZE = 224
 
@@ -59,9 +61,10 @@ class MagicMirrorExtractFaceEmbedding(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "on_no_face",
-                    options=[ERROR, NO_IDENTITY],
+                    options=[ERROR, NO_IDENTITY, SKIP_PHOTO],
                     default=ERROR,
-                    tooltip="When a photo shows no face: stop, or go on with the base model alone.",
+                    tooltip="When a photo shows no face: stop, go on with the base model alone, or leave the photo "
+                    "out and stop only if none is left.",
                 ),
             ],
             outputs=[
@@ -87,24 +90,31 @@ class MagicMirrorExtractFaceEmbedding(io.ComfyNode):
     ) -> io.NodeOutput:
         with runtime.packages():
             from ..mm_core.faces.analysis import FaceAnalyzer
-            from ..mm_core.faces.references import analyse_references
+            from ..mm_core.faces.references import look_at, references_from, with_faces
         analyzer = FaceAnalyzer(catalog.face_root(model.face_pack), model.face_pack, runtime.face_device())
-        photos = list(photos_from_images([image, image_2, image_3, image_4]))
+        images = list(photos_from_images([image, image_2, image_3, image_4]))
+        photos = look_at(analyzer, images, which=face_index if face == BY_INDEX else face)
         try:
-            references = analyse_references(analyzer, photos, which=face_index if face == BY_INDEX else face, crop=crop)
+            references = references_from(with_faces(photos) if on_no_face == SKIP_PHOTO else photos, crop=crop)
         except NoFaceError as error:
-            if on_no_face == ERROR:
+            if on_no_face != NO_IDENTITY:
                 raise
-            return cls._output(Person(identity=None), f"NO IDENTITY, the base model will run alone: {error}")
-        identity = model.mirror.identity(references)
-        return cls._output(Person(identity=identity), identity.report)
+            return cls._output(photos, None, f"NO IDENTITY, the base model will run alone: {error}")
+        identity = model.mirror.identity(references, model.face_pack)
+        left_out = [f"{photo.name}: LEFT OUT, no face was found" for photo in photos if photo.taken is None]
+        return cls._output(photos, identity, "\n".join([identity.report, *left_out]))
 
     @classmethod
-    def _output(cls, person: Person, report: str) -> io.NodeOutput:
-        nobody = np.zeros((1, _CROP_SIZE, _CROP_SIZE, 3), dtype=np.uint8)
-        faces = image_from_photos(nobody if person.identity is None else person.identity.crops)
-        shown = ui.PreviewImage(faces).as_dict() | runtime.show(report).as_dict()
-        return io.NodeOutput(person, faces, report, ui=shown)
+    def _output(cls, photos: list[Photo], identity: Identity | None, report: str) -> io.NodeOutput:
+        """The node shows the photos with all faces framed, then the crops."""
+        with runtime.packages():
+            from ..mm_core.faces.drawing import draw_faces
+        crops = np.zeros((1, _CROP_SIZE, _CROP_SIZE, 3), dtype=np.uint8) if identity is None else identity.crops
+        faces = image_from_photos(crops)
+        framed = [image_from_photos(draw_faces(photo.image, photo.faces, photo.taken)[None]) for photo in photos]
+        pictures = ui.PreviewImage([picture for batch in (*framed, faces) for picture in batch])
+        shown = pictures.as_dict() | runtime.show(report).as_dict()
+        return io.NodeOutput(Person(identity=identity), faces, report, ui=shown)
 
 
 class MagicMirrorApplyCANAdapter(io.ComfyNode):

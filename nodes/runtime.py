@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from comfy_api.latest import io, ui
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ..mm_core.errors import CheckpointError, MagicMirrorError
+from ..mm_core.errors import CheckpointError, MagicMirrorError, SettingError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 BASE_MODELS = "CogVideo"
 ADAPTERS = "magic_mirror"
 FACE_MODELS = "insightface"
+IDENTITIES = "magic_mirror_identities"
 
 _PREVIEW_SIZE = 512
 
@@ -55,7 +57,7 @@ def packages() -> Iterator[None]:
 
 def register_model_folders() -> None:
     """Make this pack's kinds of models known to ComfyUI."""
-    for kind in (BASE_MODELS, ADAPTERS, FACE_MODELS):
+    for kind in (BASE_MODELS, ADAPTERS, FACE_MODELS, IDENTITIES):
         folder_paths.add_model_folder_path(kind, str(Path(folder_paths.models_dir) / kind))
 
 
@@ -160,6 +162,19 @@ def output_file(prefix: str, suffix: str, width: int = 0, height: int = 0) -> tu
     )
     file = f"{name}_{counter:05}_{suffix}"
     return Path(folder) / file, ui.SavedResult(file, subfolder, io.FolderType.output)
+
+
+def new_model_file(kind: str, prefix: str, suffix: str) -> Path:
+    """A path in the first folder of a kind of models that no file has yet.
+
+    Raises:
+        SettingError: the prefix leads out of that folder, or names no file.
+    """
+    root = Path(os.path.abspath(model_folders(kind)[0]))
+    if root not in Path(os.path.normpath(root / prefix)).parents:
+        raise SettingError(f"filename_prefix is {prefix!r}; it must name a file within {root}, such as people/anna.")
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, str(root))
+    return Path(folder) / f"{name}_{counter:05}_{suffix}"
 
 
 def workflow_metadata(hidden: io.HiddenHolder) -> dict[str, str]:

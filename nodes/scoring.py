@@ -11,7 +11,7 @@ from torch import Tensor
 from ..mm_core.errors import MagicMirrorError, SettingError
 from . import catalog, runtime
 from .convert import image_from_photos, photos_from_images
-from .types import CATEGORY, IdentitySocket, Model, ModelSocket, Person, with_aliases
+from .types import CATEGORY, NOBODY, IdentitySocket, Model, ModelSocket, Person, with_aliases
 
 PASS_THROUGH, STOP = "pass through", "stop"
 
@@ -78,7 +78,12 @@ class MagicMirrorScoreIdentity(io.ComfyNode):
         centre: Tensor | None = None,
     ) -> io.NodeOutput:
         if identity.identity is None:
-            raise MagicMirrorError("The identity is of nobody: no face was found in its photos. Use another photo.")
+            raise MagicMirrorError(NOBODY)
+        if identity.identity.face_pack != model.face_pack:
+            raise SettingError(
+                f"The identity was made with the face models {identity.identity.face_pack}, the model has "
+                f"{model.face_pack}: what two recognisers see cannot be compared. Choose the same face_pack."
+            )
         with runtime.packages():
             from ..mm_core.evaluation.best_of import best_of, centre_of, split_clips
             from ..mm_core.evaluation.picture import draw

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ..mm_core.pipelines.magic_mirror import MagicMirror
 
 CATEGORY = "MagicMirror"
+NOBODY = "The identity is of nobody: no face was found in its photos. Use another photo."
 
 ModelSocket = io.Custom("MAGICMIRROR_MODEL")
 IdentitySocket = io.Custom("MAGICMIRROR_IDENTITY")

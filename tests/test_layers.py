@@ -21,7 +21,10 @@ MAY_IMPORT = {
     "mm_core.evaluation": {"mm_core.faces", "mm_core.files", "mm_core.video"},
     "mm_core.checkpoints": {"mm_core.models", "mm_core.files"},
     "mm_core.memory": {"mm_core.models"},
-    "mm_core.pipelines": {"mm_core.models", "mm_core.faces", "mm_core.checkpoints", "mm_core.memory"},
+    "mm_core.pipelines": {
+        *("mm_core.models", "mm_core.faces", "mm_core.checkpoints", "mm_core.memory"),
+        "mm_core.files",
+    },
     "mm_core.training": {
         *("mm_core.models", "mm_core.checkpoints", "mm_core.data", "mm_core.pipelines", "mm_core.faces"),
         *("mm_core.files", "mm_core.memory", "mm_core.video"),

@@ -84,7 +84,7 @@ def read_header(path: Path) -> AdapterHeader:
     Raises:
         CheckpointError: the file is missing, damaged, not an adapter, or of another version.
     """
-    with _open(path) as file:
+    with open_safetensors(path) as file:
         return _parse_header(path, file.metadata() or {})
 
 
@@ -94,7 +94,7 @@ def load_adapter(path: Path, *, dtype: torch.dtype = torch.float32) -> tuple[Mag
     Raises:
         CheckpointError: as `read_header`, or tensors are missing, unexpected or misshapen; the message lists them.
     """
-    with _open(path) as file:
+    with open_safetensors(path) as file:
         header = _parse_header(path, file.metadata() or {})
         expected = expected_tensors(header.config)
         shapes = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118, not a dict
@@ -124,7 +124,12 @@ def check_tensors(path: Path, expected: Mapping[str, torch.Size], found: Mapping
         raise CheckpointError(f"{path.name} does not hold the tensors it should: " + "; ".join(problems) + ".")
 
 
-def _open(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
+    """`safetensors.safe_open` for torch, to be used in a `with`.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or a pickle.
+    """
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}.")
     try:
@@ -132,8 +137,8 @@ def _open(path: Path) -> Any:
     except (SafetensorError, OSError) as error:
         if _is_pickle(path):
             raise CheckpointError(
-                f"{path.name} is a pickle (.pt, .bin), which can run code when it is read. Adapters are .safetensors "
-                "files: ask for one, or convert it where you trust its source."
+                f"{path.name} is a pickle (.pt, .bin), which can run code when it is read. Only .safetensors files are "
+                "read here: ask for one, or convert it where you trust its source."
             ) from None
         raise CheckpointError(
             f"{path.name} is damaged or cut short ({path.stat().st_size:,} bytes): {error}. Download or copy it again."

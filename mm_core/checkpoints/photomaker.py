@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -80,6 +82,25 @@ def load_id_encoder(
     embeddings = encoder.vision_model.embeddings
     embeddings.position_ids = torch.arange(embeddings.num_positions)[None]
     return encoder.requires_grad_(False).eval()
+
+
+def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of an ID encoder's weights: names, shapes, and values in half precision.
+
+    So a copy of a file in another container, or in half precision, is the same encoder.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().half().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def read_fingerprint(path: Path) -> str:
+    """The fingerprint of the encoder in a file. Reads all of it. Raises CheckpointError as `load_id_encoder`."""
+    weights = _read(path)
+    weights.pop(_NOT_A_WEIGHT, None)
+    return fingerprint(weights)
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:

@@ -17,6 +17,11 @@ MODULES = ("detection", "recognition", "landmark_3d_68")
 DETECTION_SIZE = (640, 640)
 ALIGNED_SIZE = 112  # pixels: the aligned crop that ArcFace sees
 
+NO_FACE = (
+    "no face was found. Use an upright photo in which both eyes and the mouth are seen and the face is at least 20 px "
+    "across"
+)
+
 # Mean positions of the five landmarks, in eye distances: x right, y down, z towards the viewer. Across and down: half
 # way between ArcFace's alignment template and seven portraits, most of them smiling; depth: a mean head's.
 _MEAN_LANDMARKS = np.array(
@@ -97,10 +102,7 @@ def select_face(faces: list[Face], which: str | int) -> Face:
     Raises NoFaceError if `faces` is empty, FaceChoiceError if there is no such face.
     """
     if not faces:
-        raise NoFaceError(
-            "no face was found. Use an upright photo in which both eyes and the mouth are seen "
-            "and the face is at least 20 px across"
-        )
+        raise NoFaceError(NO_FACE)
     if which == "largest":
         return max(faces, key=lambda face: face.size)
     if which in ("leftmost", "rightmost"):

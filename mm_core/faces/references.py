@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import FaceChoiceError, MagicMirrorError, NoFaceError, SettingError
-from .analysis import Face, FaceAnalyzer, select_face
+from .analysis import NO_FACE, Face, FaceAnalyzer, select_face
 from .crop import square_crop, whole_image
 
 MIN_SIZE = 112  # pixels: ArcFace sees the face at 112 px, the image encoder's crop too; below, both are enlarged
@@ -57,6 +57,16 @@ class Reference:
     report: PhotoReport
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Photo:
+    """A photo, (H, W, 3) uint8 RGB, that was looked at: its faces from left to right, and the one taken, if any."""
+
+    name: str
+    image: np.ndarray
+    faces: tuple[Face, ...]
+    taken: Face | None
+
+
 def read_image(path: str | Path) -> np.ndarray:
     """A picture file as (H, W, 3) uint8 RGB: turned as its EXIF says, 16 bits reduced to 8, transparency over grey.
 
@@ -77,36 +87,75 @@ def analyse_references(
     crop: str = "face",
     names: Sequence[str] | None = None,
 ) -> list[Reference]:
-    """One Reference per photo of one person, in order.
-
-    images: (H, W, 3) uint8 RGB each, of any sizes. which: the face to take from each, as in `select_face`.
-    crop: "face" for a square of twice the face's size, "image" for the whole picture's centre.
-    names: one per image for messages; default "photo 1", "photo 2", ...
+    """One Reference per photo of one person, in order: `look_at`, then `references_from`.
 
     Raises MagicMirrorError without photos, NoFaceError and FaceChoiceError naming the photo, SettingError for `crop`.
     """
+    return references_from(look_at(analyzer, images, which=which, names=names), crop=crop)
+
+
+def look_at(
+    analyzer: FaceAnalyzer,
+    images: Sequence[np.ndarray],
+    *,
+    which: str | int = "largest",
+    names: Sequence[str] | None = None,
+) -> list[Photo]:
+    """Find the faces in photos of one person, and take one from each that shows any.
+
+    images: (H, W, 3) uint8 RGB each, of any sizes. which: the face to take from each, as in `select_face`.
+    names: one per image for messages; default "photo 1", "photo 2", ...
+
+    Raises MagicMirrorError without photos, FaceChoiceError naming the photo.
+    """
     if not images:
         raise MagicMirrorError("no reference photo was given: connect at least one photo of the person")
+    names = names or [f"photo {number}" for number in range(1, len(images) + 1)]
+    photos = []
+    for name, image in zip(names, images, strict=True):
+        faces = analyzer.detect(image)
+        try:
+            taken = select_face(faces, which) if faces else None
+        except FaceChoiceError as error:
+            raise FaceChoiceError(f"{_described(name, image)}: {error}") from error
+        photos.append(Photo(name=name, image=image, faces=tuple(faces), taken=taken))
+    return photos
+
+
+def with_faces(photos: Sequence[Photo]) -> list[Photo]:
+    """Those that show a face. Raises NoFaceError if none does."""
+    found = [photo for photo in photos if photo.taken is not None]
+    if not found:
+        described = ", ".join(_described(photo.name, photo.image) for photo in photos)
+        raise NoFaceError(f"{described}: {NO_FACE}")
+    return found
+
+
+def references_from(photos: Sequence[Photo], *, crop: str = "face") -> list[Reference]:
+    """One Reference per photo.
+
+    crop: "face" for a square of twice the face's size, "image" for the whole picture's centre.
+
+    Raises NoFaceError naming the photo that shows none, SettingError for `crop`.
+    """
     if crop not in ("face", "image"):
         raise SettingError(f"reference crop {crop!r} is unknown: choose 'face' or 'image'")
-    names = names or [f"photo {number}" for number in range(1, len(images) + 1)]
-    found = [analyzer.detect(image) for image in images]
-    chosen = []
-    for name, image, faces in zip(names, images, found, strict=True):
-        try:
-            chosen.append(select_face(faces, which))
-        except (NoFaceError, FaceChoiceError) as error:
-            raise type(error)(f"{name} ({image.shape[1]} x {image.shape[0]} px): {error}") from error
+    for photo in photos:
+        if photo.taken is None:
+            raise NoFaceError(f"{_described(photo.name, photo.image)}: {NO_FACE}")
+    similarities = _similarities([photo.taken for photo in photos])
     return [
         Reference(
-            face=face,
-            crop=square_crop(image, face.box) if crop == "face" else whole_image(image),
-            report=_report(name, face, faces, similarity),
+            face=photo.taken,
+            crop=square_crop(photo.image, photo.taken.box) if crop == "face" else whole_image(photo.image),
+            report=_report(photo.name, photo.taken, photo.faces, similarity),
         )
-        for name, image, faces, face, similarity in zip(
-            names, images, found, chosen, _similarities(chosen), strict=True
-        )
+        for photo, similarity in zip(photos, similarities, strict=True)
     ]
+
+
+def _described(name: str, image: np.ndarray) -> str:
+    return f"{name} ({image.shape[1]} x {image.shape[0]} px)"
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -127,7 +176,7 @@ def _similarities(faces: list[Face]) -> list[float | None]:
     return [float(own @ mean / np.linalg.norm(mean)) for own, mean in zip(embeddings, others, strict=True)]
 
 
-def _report(name: str, face: Face, faces: list[Face], similarity: float | None) -> PhotoReport:
+def _report(name: str, face: Face, faces: Sequence[Face], similarity: float | None) -> PhotoReport:
     warnings = []
     if len(faces) > 1:
         warnings.append(f"{len(faces)} faces found; number {faces.index(face)} was taken, counting from 0 at the left")

@@ -20,6 +20,10 @@ class Identity:
 
     features: FaceFeatures
     references: tuple[Reference, ...]
+    encoder: str | None = None
+    """The fingerprint of the ID encoder that made the features; None if it is not known."""
+    face_pack: str | None = None
+    """The name of the face models that made the references' embeddings; None if it is not known."""
 
     @property
     def id_tokens(self) -> Tensor:

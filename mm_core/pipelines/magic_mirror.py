@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checkpoints.adapter_file import AdapterHeader, load_adapter, read_header
-from ..checkpoints.photomaker import FILE_NAME, REPO, load_id_encoder
+from ..checkpoints.photomaker import FILE_NAME, REPO, fingerprint, load_id_encoder, read_fingerprint
 from ..errors import CheckpointError, SettingError
 from ..faces.references import Reference
 from ..memory import (
@@ -160,6 +160,13 @@ class MagicMirror:
         return load_id_encoder(self._id_encoder_path, dtype=self.dtype)
 
     @cached_property
+    def encoder_fingerprint(self) -> str:
+        """SHA-256 of the ID encoder's weights, the same at every precision. Raises CheckpointError without encoder."""
+        if self._id_encoder_path is None:
+            return fingerprint(self.id_encoder.state_dict())
+        return read_fingerprint(self._id_encoder_path)
+
+    @cached_property
     def pipeline(self) -> CogVideoXPipeline:
         """diffusers' pipeline with the adapter attached and the memory policy applied."""
         pipe = self.base.load(self.dtype)
@@ -186,9 +193,13 @@ class MagicMirror:
             vars(self).pop(part, None)  # cached properties
         self._embeds.clear()
 
-    def identity(self, references: list[Reference]) -> Identity:
-        """Encode photos of one person; see `faces.references.analyse_references`."""
-        return encode_identity(references, self.id_encoder, self.device)
+    def identity(self, references: list[Reference], face_pack: str | None = None) -> Identity:
+        """Encode photos of one person; see `faces.references.analyse_references`.
+
+        face_pack: the name of the face models that found them; an identity file tells it.
+        """
+        identity = encode_identity(references, self.id_encoder, self.device)
+        return replace(identity, encoder=self.encoder_fingerprint, face_pack=face_pack)
 
     def check(self, clip: ClipSettings, identity: Identity | None, settings: AdapterSettings) -> IdentityTokens | None:
         """Raise whatever would stop the clip, before the base model is loaded; returns the prompt's identity tokens.

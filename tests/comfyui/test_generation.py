@@ -72,7 +72,7 @@ def test_what_the_nodes_show(server: ComfyServer, graph: Any) -> None:
     outputs = server.run(graph)["outputs"]
     assert outputs[graph.id(LOADER)]["text"] == outputs[graph.id(SAMPLER)]["text"] == [TRAINED]
     assert outputs[graph.id(EXTRACT)]["text"][0].startswith("photo 1: face 411 px across")
-    assert len(outputs[graph.id(EXTRACT)]["images"]) == 1
+    assert len(outputs[graph.id(EXTRACT)]["images"]) == 2  # the photo with its face framed, the crop
 
 
 def test_untrained_weights_say_so(server: ComfyServer, graph: Any) -> None:
@@ -140,7 +140,7 @@ def test_several_photos_are_one_person(server: ComfyServer, graph: Any, portrait
     graph.inputs(EXTRACT)["image_3"] = ["20", 0]
     forget(server)
     shown = server.run(graph)["outputs"][graph.id(EXTRACT)]
-    assert len(shown["images"]) == 2
+    assert len(shown["images"]) == 4  # two photos, two crops
     assert shown["text"][0].count("similarity to the other photos 0.") == 2 and "warning" not in shown["text"][0]
 
 

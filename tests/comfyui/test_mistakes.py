@@ -91,6 +91,20 @@ def test_no_face_may_mean_no_identity(
     assert np.array_equal(run(server, graph), run(server, plain))
 
 
+def test_photos_without_a_face_may_be_left_out(server: ComfyServer, graph: Any, noise: str) -> None:
+    """The others are the person; with none left there is nobody to go on with."""
+    photo = graph.id("LoadImage")
+    graph.add("20", "LoadImage", image=noise)
+    graph.inputs(EXTRACT).update(image_2=["20", 0], on_no_face="skip photo")
+    shown = server.run(graph)["outputs"][graph.id(EXTRACT)]
+    (report,) = shown["text"]
+    assert report.startswith("photo 1: face 411 px across") and "photo 2: LEFT OUT" in report
+    assert len(shown["images"]) == 3  # both photos, one crop
+    graph[photo]["inputs"]["image"] = noise
+    message = failure(server, graph)
+    assert "NoFaceError" in message and "photo 1 (256 x 256 px), photo 2 (256 x 256 px): no face was found" in message
+
+
 @pytest.fixture
 def adapter_folder(server: ComfyServer) -> Path:
     folder = server.base / "models" / "magic_mirror"

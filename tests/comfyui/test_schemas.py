@@ -36,6 +36,8 @@ NODES = {
         "centre",
         ["IMAGE", "IMAGE", "BOOLEAN", "INT", "FLOAT", "STRING"],
     ),
+    "MagicMirrorSaveIdentity": ("identity filename_prefix", "", ["STRING"]),
+    "MagicMirrorLoadIdentity": ("model file", "", ["MAGICMIRROR_IDENTITY", "IMAGE", "STRING"]),
     "MagicMirrorShots": ("description shots seed", "", ["STRING", "INT"]),
 }
 NATIVE = {
@@ -60,7 +62,7 @@ COMBOS = {
     ("MagicMirrorLoader", "offload"): ["auto", "none", "model", "group", "sequential"],
     ("MagicMirrorExtractFaceEmbedding", "face"): ["largest", "leftmost", "rightmost", "index"],
     ("MagicMirrorExtractFaceEmbedding", "crop"): ["face", "image"],
-    ("MagicMirrorExtractFaceEmbedding", "on_no_face"): ["error", "no identity"],
+    ("MagicMirrorExtractFaceEmbedding", "on_no_face"): ["error", "no identity", "skip photo"],
     ("MagicMirrorCogVideoXSampler", "scheduler"): ["dpm", "ddim"],
     ("MagicMirrorVideoCombine", "format"): ["mp4", "webm", "webp", "gif"],
     ("MagicMirrorScoreIdentity", "on_fail"): ["pass through", "stop"],

@@ -9,12 +9,20 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image, ImageColor, ImageFilter
 
 from mm_core.errors import CheckpointError, FaceChoiceError, MagicMirrorError, NoFaceError, SettingError
 from mm_core.faces.analysis import Face, FaceAnalyzer, estimate_pose, select_face
 from mm_core.faces.crop import square_crop, whole_image
-from mm_core.faces.references import MIN_SHARPNESS, analyse_references, read_image
+from mm_core.faces.drawing import TAKEN, draw_faces
+from mm_core.faces.references import (
+    MIN_SHARPNESS,
+    analyse_references,
+    look_at,
+    read_image,
+    references_from,
+    with_faces,
+)
 
 PACK = "buffalo_sc"
 PHOTOS = ("person_a_1", "person_a_2", "person_b_1", "person_b_2", "impostor_1", "impostor_2")
@@ -281,3 +289,34 @@ def test_reference_errors_name_the_photo(analyzer, photos):
         analyse_references(analyzer, [photos["person_a_1"]], which=1, names=["me.jpg"])
     with pytest.raises(SettingError, match="'body'"):
         analyse_references(analyzer, [photos["person_a_1"]], crop="body")
+
+
+def test_several_faces_in_one_photo_are_framed_where_they_are(analyzer, photos):
+    """The number that the picture shows is the one that `which` takes."""
+    left, middle = photos["person_a_2"], resized(photos["person_b_1"], 0.5)
+    group = side_by_side(side_by_side(left, middle), photos["impostor_1"])
+    (shown,) = look_at(analyzer, [group], which=1)
+    assert len(shown.faces) == 3 and shown.taken is shown.faces[1]
+    (alone,) = references_from(look_at(analyzer, [middle]))
+    (reference,) = references_from([shown])
+    assert cosine(reference.face, alone.face) > 0.7
+    assert "3 faces found; number 1 was taken" in reference.report.warnings[0]
+
+    picture = draw_faces(group, shown.faces, shown.taken)
+    _, columns = np.nonzero((picture == ImageColor.getrgb(TAKEN)).all(axis=-1))
+    scale = picture.shape[1] / group.shape[1]
+    assert left.shape[1] * scale < columns.min() < columns.max() < (left.shape[1] + middle.shape[1]) * scale
+
+
+def test_photos_without_a_face_may_be_left_out(analyzer, photos):
+    looked = look_at(analyzer, [BLANK, photos["person_a_1"], BLANK])
+    assert [photo.taken is None for photo in looked] == [True, False, True]
+    assert [photo.name for photo in with_faces(looked)] == ["photo 2"]
+    (reference,) = references_from(with_faces(looked))
+    assert reference.report.name == "photo 2" and reference.report.similarity is None
+    with pytest.raises(NoFaceError, match=r"photo 1 \(640 x 480 px\): no face"):
+        references_from(looked)
+    with pytest.raises(NoFaceError, match=r"photo 1 .*, photo 3 \(640 x 480 px\): no face .* Use"):
+        with_faces([looked[0], looked[2]])
+    with pytest.raises(FaceChoiceError, match=r"photo 2 .*face 1 .* 1 found"):
+        look_at(analyzer, [BLANK, photos["person_a_1"]], which=1)
