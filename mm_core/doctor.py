@@ -190,7 +190,7 @@ def _base_model(name: str, folder: Path, *, link: str, licence: str) -> Finding:
     try:
         lacks = base.missing_files()
         problem = f"It lacks {', '.join(lacks)}. Download it again; what is there is kept." if lacks else ""
-        if "transformer/config.json" not in lacks:
+        if not lacks:
             _ = base.transformer_config  # raises for another kind of model
     except CheckpointError as error:
         problem = str(error)

@@ -41,7 +41,8 @@ def recognise(path: Path, part: str) -> str | None:
 def tensor_shapes(path: Path) -> Shapes | None:
     """Keys and shapes of a `.safetensors` file; None if it is damaged or cut short."""
     try:
-        with safe_open(path, framework="pt") as file:
+        # Not "pt": that maps the whole file writable, which a machine with less memory than the file may refuse.
+        with safe_open(path, framework="np") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError):
         return None
