@@ -5,8 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from . import runtime
+from .doctor import MagicMirrorModelDoctor
 from .identity import MagicMirrorApplyCANAdapter, MagicMirrorExtractFaceEmbedding
 from .loaders import MagicMirrorLoader
+from .prompting import MagicMirrorPromptHelper
 from .sampling import MagicMirrorCogVideoXSampler
 from .scoring import MagicMirrorScoreIdentity
 from .video import MagicMirrorVideoCombine
@@ -19,8 +21,10 @@ class MagicMirrorExtension(ComfyExtension):
         runtime.register_model_folders()
         return [
             MagicMirrorLoader,
+            MagicMirrorModelDoctor,
             MagicMirrorExtractFaceEmbedding,
             MagicMirrorApplyCANAdapter,
+            MagicMirrorPromptHelper,
             MagicMirrorCogVideoXSampler,
             MagicMirrorVideoCombine,
             MagicMirrorScoreIdentity,

@@ -64,10 +64,8 @@ def _describe(report: PromptReport) -> str:
     if report.word is None:
         lines.append("No word takes an identity: the model has no adapter, or its identity is off.")
     else:
-        places = " and ".join(str(slot + 1) for slot in report.slots)
-        lines.append(
-            f'The person: "{report.word}" ({" ".join(report.word_pieces)}); the identity takes token {places}.'
-        )
+        places = f"token{'s' * (len(report.slots) > 1)} {' and '.join(str(slot + 1) for slot in report.slots)}"
+        lines.append(f'The person: "{report.word}" ({" ".join(report.word_pieces)}); the identity takes {places}.')
     lines.append(f"CUT OFF, {report.cut_tokens} tokens: {report.cut}" if report.cut else "Nothing is cut off.")
     if report.unknown:
         lines.append(f"The model cannot read: {' '.join(report.unknown)}")

@@ -11,6 +11,8 @@ NODES = {
         "text_encoder vae",
         ["MAGICMIRROR_MODEL", "STRING"],
     ),
+    "MagicMirrorModelDoctor": ("", "check_hashes", ["STRING"]),
+    "MagicMirrorPromptHelper": ("model prompt", "", ["STRING", "STRING"]),
     "MagicMirrorExtractFaceEmbedding": (
         "model image face face_index crop on_no_face",
         "image_2 image_3 image_4",
@@ -85,4 +87,4 @@ def test_every_input_is_explained(any_server: ComfyServer, node: str) -> None:
 
 
 def _is_expert(node: str, name: str) -> bool:
-    return node in ("MagicMirrorLoader", "MagicMirrorApplyCANAdapter")
+    return node in ("MagicMirrorLoader", "MagicMirrorApplyCANAdapter", "MagicMirrorModelDoctor")
