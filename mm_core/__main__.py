@@ -1,4 +1,4 @@
-"""`python -m mm_core generate`: photos and a prompt become a video, without ComfyUI."""
+"""Without ComfyUI: `generate` makes a video of photos and a prompt, `doctor` lists the model files that are here."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from .pipelines.base import BaseModel
 
 DOWNLOADS = Path.home() / ".cache" / "magic-mirror-models"
+FACES = Path.home() / ".insightface"
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
-        generate(args)
+        args.run(args)
     except MagicMirrorError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -90,6 +91,26 @@ def generate(args: argparse.Namespace) -> None:
     print(output.absolute())
 
 
+def doctor(args: argparse.Namespace) -> None:
+    """Print what is found where `generate` looks, or in ComfyUI's folders."""
+    from tqdm import tqdm
+
+    from .doctor import add_hashes, find_models, report
+    from .folders import Folders
+
+    if args.models is None:
+        folders = Folders(base_models=(DOWNLOADS,), photomaker=(DOWNLOADS,), faces=(args.insightface_root,))
+    elif args.models.is_dir():
+        folders = Folders.in_comfyui(args.models)
+    else:
+        raise MagicMirrorError(f"There is no folder {args.models}; give ComfyUI's models folder.")
+    findings = find_models(folders)
+    if args.check_hashes:
+        with tqdm(total=sum(finding.size for finding in findings), unit="B", unit_scale=True) as bar:
+            findings = add_hashes(findings, lambda done: bar.update(done - bar.n))
+    print(report(findings))
+
+
 def _base(args: argparse.Namespace) -> BaseModel:
     """The base model that `--base` names: tiny, a folder, a file, or a model on the hub."""
     from .pipelines.base import FileBase, FolderBase, TinyBase, download_folder
@@ -155,9 +176,23 @@ def _save_latents(latents: Tensor, output: Path) -> Path:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m mm_core", description=__doc__)
-    command = parser.add_subparsers(dest="command", required=True).add_parser(
-        "generate", help="make a video of a person", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    show_defaults = argparse.ArgumentDefaultsHelpFormatter
+    _generate_arguments(commands.add_parser("generate", help="make a video of a person", formatter_class=show_defaults))
+    _doctor_arguments(commands.add_parser("doctor", help="list the model files", formatter_class=show_defaults))
+    return parser
+
+
+def _doctor_arguments(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=doctor)
+    add = command.add_argument
+    add("--models", type=Path, help="ComfyUI's models folder; without it, where generate puts what it downloads")
+    add("--insightface-root", type=Path, default=FACES, help="without --models: holds models/<pack>/*.onnx")
+    add("--check-hashes", action="store_true", help="read every file and show its SHA-256; takes minutes")
+
+
+def _generate_arguments(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=generate)
     add = command.add_argument
     add("--reference", type=Path, nargs="+", required=True, help="photos of one person")
     add("--prompt", required=True, help='names the person by a word, or marks one: "a man img reading"')
@@ -173,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokenizer", type=Path, help="with a file as base: folder of the T5 tokenizer")
     add("--adapter", type=Path, help="adapter file; tiny brings its own")
     add("--id-encoder", type=Path, help="photomaker-v2.bin; tiny brings its own")
-    add("--insightface-root", type=Path, default=Path.home() / ".insightface", help="holds models/<pack>/*.onnx")
+    add("--insightface-root", type=Path, default=FACES, help="holds models/<pack>/*.onnx")
     add("--face-pack", default="buffalo_l", help="insightface model pack")
     add(
         "--face",
@@ -195,7 +230,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--end", type=float, default=1.0, help="part of the schedule where it stops")
     add("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32", "fp8"))
     add("--offload", default="auto", choices=("auto", "none", "model", "group", "sequential"))
-    return parser
 
 
 if __name__ == "__main__":

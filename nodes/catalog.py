@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..mm_core.errors import CheckpointError, SettingError
-from ..mm_core.pipelines.presets import PRESETS
+from ..mm_core.folders import FACE_PACKS as FACE_PACKS
+from ..mm_core.folders import Folders, find_face_packs, find_folder, hub_folder, other_folders
+from ..mm_core.pipelines.presets import HUB_ADDRESS, PRESETS
 from . import runtime
 
 if TYPE_CHECKING:
@@ -17,9 +19,7 @@ TINY = "tiny"
 AUTO = "auto"
 NONE = "none"
 HUB = tuple(preset.repo for preset in PRESETS.values())
-FACE_PACKS = ("buffalo_l", "antelopev2", "buffalo_sc")
 
-_HUB_ADDRESS = "https://huggingface.co"
 _KINDS = {
     "base_model": "diffusion_models",
     "adapter": runtime.ADAPTERS,
@@ -32,14 +32,8 @@ _CONSENT = 'set "allow_download" to true'
 
 def base_models() -> list[str]:
     """tiny, the published models, diffusers folders, single files."""
-    published = {_hub_folder(repo) for repo in HUB}
-    folders = [
-        config.parent.parent.relative_to(root).as_posix()
-        for root in _diffusers_roots()
-        for config in sorted([*root.glob("*/transformer/config.json"), *root.glob("*/*/transformer/config.json")])
-        if config.parent.parent not in published
-    ]
-    return list(dict.fromkeys([TINY, *HUB, *folders, *runtime.model_files("diffusion_models", ".safetensors")]))
+    others = other_folders(_diffusers_roots())
+    return list(dict.fromkeys([TINY, *HUB, *others, *runtime.model_files("diffusion_models", ".safetensors")]))
 
 
 def adapters() -> list[str]:
@@ -52,13 +46,7 @@ def id_encoders() -> list[str]:
 
 def face_packs() -> list[str]:
     """insightface's usual packs, and those that are there."""
-    found = [
-        folder.name
-        for root in runtime.model_folders(runtime.FACE_MODELS)
-        for folder in sorted((root / "models").glob("*"))
-        if any(folder.glob("*.onnx")) or any(folder.glob(f"{folder.name}/*.onnx"))
-    ]
-    return list(dict.fromkeys([*FACE_PACKS, *found]))
+    return find_face_packs(runtime.model_folders(runtime.FACE_MODELS))
 
 
 def face_root(pack: str) -> Path:
@@ -86,7 +74,7 @@ def open_base(name: str, *, text_encoder: str, vae: str, allow_download: bool) -
 
     if name == TINY:
         return TinyBase()
-    folder = _published(name, allow_download) if name in HUB else _find_folder(name)
+    folder = _published(name, allow_download) if name in HUB else find_folder(_diffusers_roots(), name)
     if folder is not None:
         base = FolderBase(folder)
         base.check_complete()
@@ -142,7 +130,7 @@ def find_id_encoder(choice: str, base_model: str, adapter: str, allow_download: 
     if not allow_download:
         raise CheckpointError(
             f"The ID encoder is missing. Put {FILE_NAME} (1.8 GB) into {folder}, from "
-            f"{_HUB_ADDRESS}/{REPO}/resolve/main/{FILE_NAME}, or {_CONSENT}."
+            f"{HUB_ADDRESS}/{REPO}/resolve/main/{FILE_NAME}, or {_CONSENT}."
         )
     return download_id_encoder(folder)
 
@@ -156,38 +144,44 @@ def files_behind(choices: Mapping[str, object]) -> list[Path]:
             files += [Path(path) / name for path in runtime.model_folders(kind)]
     base = choices.get("base_model")
     if isinstance(base, str):
-        folder = _hub_folder(base) if base in HUB else _find_folder(base)
+        folder = hub_folder(_diffusers_roots(), base) if base in HUB else find_folder(_diffusers_roots(), base)
         if folder is not None:
             files += [*folder.glob("*/*.json"), *folder.glob("*/*.safetensors")]
     return [file for file in files if file.is_file()]
+
+
+def folders() -> Folders:
+    """Where all kinds of models are looked for, a kind's own folder before the older names that ComfyUI has for it."""
+
+    def of(kind: str) -> tuple[Path, ...]:
+        return tuple(sorted(runtime.model_folders(kind), key=lambda folder: folder.name != kind))
+
+    return Folders(
+        base_models=tuple(_diffusers_roots()),
+        diffusion_models=of("diffusion_models"),
+        text_encoders=of("text_encoders"),
+        vae=of("vae"),
+        photomaker=of("photomaker"),
+        adapters=of(runtime.ADAPTERS),
+        faces=of(runtime.FACE_MODELS),
+    )
 
 
 def _published(repo: str, allow_download: bool) -> Path:
     """The folder of a model of the hub, fetched where that is allowed."""
     with runtime.packages():
         from ..mm_core.pipelines.base import FolderBase, download_folder
-    folder = _hub_folder(repo)
+    folder = hub_folder(_diffusers_roots(), repo)
     missing = FolderBase(folder).missing_files()
     if not missing:
         return folder
     if not allow_download:
         state = f"{folder} lacks {', '.join(missing)}" if folder.is_dir() else f"there is no {folder}"
         raise CheckpointError(
-            f"{repo} is not on this machine: {state}. Download all of {_HUB_ADDRESS}/{repo} (about 20 GB) into that "
+            f"{repo} is not on this machine: {state}. Download all of {HUB_ADDRESS}/{repo} (about 20 GB) into that "
             f"folder, or {_CONSENT}; what is there already is kept."
         )
     return download_folder(repo, folder)
-
-
-def _hub_folder(repo: str) -> Path:
-    """Where a model of the hub is, or should be put."""
-    own_name = repo.rpartition("/")[2]
-    return _find_folder(repo) or _find_folder(own_name) or runtime.model_folders(runtime.BASE_MODELS)[0] / own_name
-
-
-def _find_folder(name: str) -> Path | None:
-    candidates = (root / name for root in _diffusers_roots())
-    return next((folder for folder in candidates if (folder / "transformer" / "config.json").is_file()), None)
 
 
 def _diffusers_roots() -> list[Path]:

@@ -7,9 +7,11 @@ import importlib.util
 from comfy_api.latest import ComfyExtension, io
 
 from . import runtime
+from .doctor import MagicMirrorModelDoctor
 from .identity import MagicMirrorApplyCANAdapter, MagicMirrorExtractFaceEmbedding
 from .identity_files import MagicMirrorLoadIdentity, MagicMirrorSaveIdentity
 from .loaders import MagicMirrorLoader
+from .prompting import MagicMirrorPromptHelper
 from .sampling import MagicMirrorCogVideoXSampler
 from .scoring import MagicMirrorScoreIdentity
 from .shots import MagicMirrorShots
@@ -26,8 +28,10 @@ class MagicMirrorExtension(ComfyExtension):
             from .native import NODES as native
         return [
             MagicMirrorLoader,
+            MagicMirrorModelDoctor,
             MagicMirrorExtractFaceEmbedding,
             MagicMirrorApplyCANAdapter,
+            MagicMirrorPromptHelper,
             MagicMirrorCogVideoXSampler,
             MagicMirrorVideoCombine,
             MagicMirrorScoreIdentity,

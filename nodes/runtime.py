@@ -135,15 +135,15 @@ def step_callback(steps: int) -> StepCallback:
     return on_step
 
 
-def frame_callback(frames: int) -> Callable[[int], None]:
-    """Progress bar and cancelling, once a frame."""
-    bar = comfy.utils.ProgressBar(frames)
+def progress_callback(total: int) -> Callable[[int], None]:
+    """Progress bar and cancelling; told how many of `total` frames, or bytes, are done."""
+    bar = comfy.utils.ProgressBar(total)
 
-    def on_frame(done: int) -> None:
+    def on_progress(done: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(done, frames)
+        bar.update_absolute(done, total)
 
-    return on_frame
+    return on_progress
 
 
 def show(text: str, *, warn: bool = False) -> ui.PreviewText:

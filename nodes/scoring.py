@@ -96,7 +96,7 @@ class MagicMirrorScoreIdentity(io.ComfyNode):
             np.stack([reference.face.embedding for reference in identity.identity.references]),
             threshold=threshold,
             centre=None if centre is None else centre_of(analyzer, list(photos_from_images([centre]))),
-            on_frame=runtime.frame_callback(len(images)),
+            on_frame=runtime.progress_callback(len(images)),
         )
         if on_fail == STOP and not result.passed:
             raise SettingError(

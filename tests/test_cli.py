@@ -1,7 +1,8 @@
-"""`python -m mm_core generate`, run as a user runs it."""
+"""`python -m mm_core`, run as a user runs it."""
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,28 @@ def test_a_mistake_is_one_clear_line(
     assert error.startswith("error: ")
     assert message in error
     assert "Traceback" not in error
+
+
+def test_the_doctor_looks_into_comfyui(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "magic_mirror").mkdir()
+    (tmp_path / "magic_mirror" / "mine.safetensors").write_bytes(b"nothing")
+    assert main(["doctor", "--models", str(tmp_path), "--check-hashes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "PROBLEM: adapter mine.safetensors, 7 bytes" in lines
+    assert any(hashlib.sha256(b"nothing").hexdigest() in line for line in lines)
+    assert f"    belongs into {tmp_path / 'photomaker' / 'photomaker-v2.bin'}" in lines
+
+
+def test_the_doctor_looks_where_generate_does(
+    insightface_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mm_core.__main__.DOWNLOADS", tmp_path)
+    assert main(["doctor", "--insightface-root", str(insightface_root)]) == 0
+    output = capsys.readouterr().out
+    assert "FOUND: face pack buffalo_sc" in output and "adapter *" not in output
+    assert f"belongs into {tmp_path / 'CogVideoX-5b'}" in output
+
+
+def test_the_doctor_needs_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--models", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere; give ComfyUI's models folder" in capsys.readouterr().err

@@ -25,11 +25,14 @@ MAY_IMPORT = {
         *("mm_core.models", "mm_core.faces", "mm_core.checkpoints", "mm_core.memory"),
         "mm_core.files",
     },
+    "mm_core.folders": {"mm_core.pipelines"},
+    "mm_core.doctor": {"mm_core.checkpoints", "mm_core.folders", "mm_core.pipelines"},
     "mm_core.training": {
         *("mm_core.models", "mm_core.checkpoints", "mm_core.data", "mm_core.pipelines", "mm_core.faces"),
         *("mm_core.files", "mm_core.memory", "mm_core.video"),
     },
     "nodes": {
+        *("mm_core.doctor", "mm_core.folders"),
         *("mm_core.pipelines", "mm_core.faces", "mm_core.checkpoints", "mm_core.memory", "mm_core.video"),
         *("mm_core.evaluation", "mm_core.models"),
     },

@@ -8,6 +8,8 @@ from typing import Any
 
 from ..errors import SettingError
 
+HUB_ADDRESS = "https://huggingface.co"
+
 _TRANSFORMER_5B = dict(
     num_attention_heads=48,
     attention_head_dim=64,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -45,6 +46,32 @@ class IdentityTokens:
     slots: tuple[int, ...]
     """Positions of the N slots."""
     word: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptReport:
+    """How the model reads a prompt."""
+
+    pieces: tuple[str, ...]
+    """The tokens that are read, as the tokenizer writes them ("▁" begins a word); without the end mark."""
+    max_length: int
+    """How many tokens the model reads, the end mark among them."""
+    word: str | None
+    """The word that the identity takes; None where the base model runs alone."""
+    word_pieces: tuple[str, ...]
+    """The tokens of that word; the last of them is repeated for the slots."""
+    slots: tuple[int, ...]
+    """Positions in `pieces`, from 0, that the identity takes."""
+    cut: str
+    """The end of the prompt that is not read; empty when all of it is."""
+    cut_tokens: int
+    unknown: tuple[str, ...]
+    """What of the read part the tokenizer has no token for."""
+
+    @property
+    def used(self) -> int:
+        """Tokens that are not padding, with the end mark."""
+        return len(self.pieces) + 1
 
 
 def mark_identity(prompt: str) -> MarkedPrompt:
@@ -98,7 +125,7 @@ def identity_tokens(
     marked = mark_identity(prompt)
     encoded = tokenizer(marked.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    index = max(i for i, (start, end) in enumerate(offsets) if start < marked.end and end > marked.start)
+    index = _word_tokens(offsets, marked)[-1]
     ids = ids[:index] + [ids[index]] * num_slots + ids[index + 1 :]
     last = index + num_slots - 1
     room = max_length - 1  # the end-of-sequence token takes the last place
@@ -110,3 +137,42 @@ def identity_tokens(
     ids = [*ids[:room], tokenizer.eos_token_id]
     ids += [tokenizer.pad_token_id] * (max_length - len(ids))
     return IdentityTokens(ids=ids, slots=tuple(range(index, index + num_slots)), word=marked.word)
+
+
+def explain_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, num_slots: int, max_length: int) -> PromptReport:
+    """What `identity_tokens` makes of a prompt, to be shown.
+
+    num_slots: 0 for the base model alone, which reads the prompt without its trigger and needs no person in it.
+    Raises PromptError as `identity_tokens`.
+    """
+    slots, marked = (), None
+    if num_slots:
+        slots = identity_tokens(tokenizer, prompt, num_slots=num_slots, max_length=max_length).slots
+        marked = mark_identity(prompt)
+    text = marked.text if marked else without_trigger(prompt)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    word = [pieces[index] for index in _word_tokens(offsets, marked)] if marked else []
+    # The end mark takes the last place, and all slots but the first are no tokens of the text.
+    read = min(len(ids), max_length - 1 - len(slots[1:]))
+    first = slots[0] if slots else 0
+    return PromptReport(
+        pieces=(*pieces[:first], *word[-1:] * len(slots[1:]), *pieces[first:read]),
+        max_length=max_length,
+        word=marked.word if marked else None,
+        word_pieces=tuple(word),
+        slots=slots,
+        cut=text[offsets[read][0] :].strip() if read < len(ids) else "",
+        cut_tokens=len(ids) - read,
+        unknown=tuple(
+            text[start:end].strip()
+            for token, (start, end) in zip(ids[:read], offsets[:read])
+            if token == tokenizer.unk_token_id
+        ),
+    )
+
+
+def _word_tokens(offsets: Sequence[tuple[int, int]], marked: MarkedPrompt) -> list[int]:
+    """Positions of the tokens that the marked word is made of."""
+    return [i for i, (start, end) in enumerate(offsets) if start < marked.end and end > marked.start]

@@ -11,6 +11,8 @@ NODES = {
         "text_encoder vae",
         ["MAGICMIRROR_MODEL", "STRING"],
     ),
+    "MagicMirrorModelDoctor": ("", "check_hashes", ["STRING"]),
+    "MagicMirrorPromptHelper": ("model prompt", "", ["STRING", "STRING"]),
     "MagicMirrorExtractFaceEmbedding": (
         "model image face face_index crop on_no_face",
         "image_2 image_3 image_4",
@@ -118,4 +120,5 @@ def check_explained(node: str, info: dict) -> None:
 
 
 def _is_expert(node: str, name: str) -> bool:
-    return node in ("MagicMirrorLoader", "MagicMirrorApplyCANAdapter", "MagicMirrorApplyNative")
+    expert = ("MagicMirrorLoader", "MagicMirrorApplyCANAdapter", "MagicMirrorApplyNative", "MagicMirrorModelDoctor")
+    return node in expert

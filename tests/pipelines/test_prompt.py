@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase, T5Tokenizer
 
 from mm_core.errors import PromptError
-from mm_core.pipelines.prompt import IDENTITY_WORDS, identity_tokens, mark_identity, without_trigger
+from mm_core.pipelines.prompt import IDENTITY_WORDS, explain_prompt, identity_tokens, mark_identity, without_trigger
 from mm_core.pipelines.tiny import build_tokenizer
 
 LENGTH = 226
@@ -73,17 +73,17 @@ def test_prompts_without_a_person(prompt: str, named: list[str]) -> None:
     assert [text for text in named if text not in str(error.value)] == []
 
 
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        "a man img reading",
-        "man img",
-        "the old man img.",
-        "the man's img, reading",
-        "a wizard img in the rain",
-        "old woman",
-    ],
-)
+PROMPTS = [
+    "a man img reading",
+    "man img",
+    "the old man img.",
+    "the man's img, reading",
+    "a wizard img in the rain",
+    "old woman",
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
 def test_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
     """But for the doubled token the ids are those of plain tokenisation, and the slots show the word."""
     tokens = identity_tokens(tokenizer, prompt, num_slots=2, max_length=LENGTH)
@@ -133,3 +133,50 @@ def test_slots_at_the_end(tokenizer: PreTrainedTokenizerBase) -> None:
         identity_tokens(tokenizer, "a " * 224 + "man", num_slots=2, max_length=LENGTH)
     for text in ('"man"', "token 226", "reads 226", "nearer to the beginning"):
         assert text in str(error.value)
+
+
+@pytest.mark.parametrize("prompt", [*PROMPTS, "a man" + " reading" * 400])
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_a_report_shows_what_is_read(tokenizer: PreTrainedTokenizerBase, prompt: str, slots: int) -> None:
+    """Its pieces are the ids that the model gets, up to the end mark."""
+    tokens = identity_tokens(tokenizer, prompt, num_slots=slots, max_length=LENGTH)
+    report = explain_prompt(tokenizer, prompt, num_slots=slots, max_length=LENGTH)
+    assert report.used == tokens.ids.index(tokenizer.eos_token_id) + 1
+    assert report.pieces == tuple(tokenizer.convert_ids_to_tokens(tokens.ids[: report.used - 1]))
+    assert (report.word, report.slots, report.max_length) == (tokens.word, tokens.slots, LENGTH)
+    assert {report.pieces[slot] for slot in report.slots} == {report.word_pieces[-1]}
+
+
+def test_a_report_of_a_split_word() -> None:
+    report = explain_prompt(t5_tokenizer(), "a wizard img reading", num_slots=2, max_length=LENGTH)
+    assert (report.word, report.word_pieces, report.slots) == ("wizard", ("▁wiz", "ard"), (2, 3))
+    assert report.pieces == ("▁a", "▁wiz", "ard", "ard", "▁reading")
+    assert (report.cut, report.cut_tokens, report.unknown) == ("", 0, ())
+
+
+def test_a_report_of_what_is_cut_off(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Two words and 400 more, and one more slot: 225 fit beside the end mark."""
+    report = explain_prompt(tokenizer, "a man" + " reading" * 400, num_slots=2, max_length=LENGTH)
+    assert (report.used, report.cut_tokens) == (LENGTH, 403 - 225)
+    assert report.cut.split() == ["reading"] * report.cut_tokens
+
+
+def test_a_report_without_an_identity(tokenizer: PreTrainedTokenizerBase) -> None:
+    """The base model alone reads the prompt without its trigger, and needs nobody in it."""
+    report = explain_prompt(tokenizer, "a wizard img reading", num_slots=0, max_length=LENGTH)
+    plain = tokenizer("a wizard reading").input_ids
+    assert (*report.pieces, "</s>") == tuple(tokenizer.convert_ids_to_tokens(plain))
+    assert (report.word, report.word_pieces, report.slots) == (None, (), ())
+    cut = explain_prompt(tokenizer, "reading in a man", num_slots=0, max_length=3)
+    assert (cut.pieces, cut.cut, cut.cut_tokens) == (("▁reading", "▁in"), "a man", 2)
+
+
+def test_a_report_names_what_the_tokenizer_does_not_know(tokenizer: PreTrainedTokenizerBase) -> None:
+    report = explain_prompt(tokenizer, "a man 読 reading", num_slots=2, max_length=LENGTH)
+    assert report.unknown == ("読",)
+
+
+@pytest.mark.parametrize("prompt", ["a wizard reading", "a " * 224 + "man"])
+def test_no_report_of_a_prompt_that_cannot_be_read(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+    with pytest.raises(PromptError):
+        explain_prompt(tokenizer, prompt, num_slots=2, max_length=LENGTH)

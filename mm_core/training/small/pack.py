@@ -27,7 +27,7 @@ def pack(base: Path, id_encoder: Path, adapter: Path, folder: Path) -> TinyBase:
         FolderBase(base).load(torch.float16).save_pretrained(temporary)
         save_id_encoder(load_id_encoder(id_encoder), packed.id_encoder, read_id_encoder_config(id_encoder))
         save_adapter(weights, packed.adapter, base_model=tiny.NAME, trained=header.trained)
-        for path in temporary.rglob("*config.json"):
+        for path in [temporary / "model_index.json", *temporary.rglob("*config.json")]:
             content = json.loads(path.read_text(encoding="utf-8"))
             write_json(path, {name: value for name, value in content.items() if name not in _MACHINE})
     return TinyBase(folder)

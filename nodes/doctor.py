@@ -1,0 +1,56 @@
+"""Which model files are here."""
+
+from __future__ import annotations
+
+import time
+
+from comfy_api.latest import io
+
+from . import catalog, runtime
+from .types import CATEGORY, advanced, with_aliases
+
+
+class MagicMirrorModelDoctor(io.ComfyNode):
+    """Looks into the model folders."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        schema = io.Schema(
+            node_id="MagicMirrorModelDoctor",
+            display_name="Model Doctor (MagicMirror)",
+            category=CATEGORY,
+            description="Lists every model file that this pack can use: found, missing or damaged, its size, the "
+            "folder it belongs into, where it comes from, its licence. Loads and downloads nothing.",
+            is_output_node=True,
+            inputs=[
+                advanced(
+                    io.Boolean.Input(
+                        "check_hashes",
+                        default=False,
+                        optional=True,
+                        tooltip="Read every file and show its SHA-256, compared with the published one where that is "
+                        "known. Takes minutes.",
+                    )
+                )
+            ],
+            outputs=[io.String.Output(display_name="report", tooltip="What is shown on the node.")],
+        )
+        return with_aliases(schema, "missing models", "check models", "diagnose", "sha256", "model folders")
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: object) -> int:
+        """Look again each time: files come and go without any input changing."""
+        return time.time_ns()
+
+    @classmethod
+    def execute(cls, check_hashes: bool = False) -> io.NodeOutput:
+        with runtime.packages():
+            from ..mm_core.doctor import PROBLEM, add_hashes, find_models, report
+
+            findings = find_models(catalog.folders())
+        if check_hashes:
+            total = sum(finding.size for finding in findings)
+            findings = add_hashes(findings, runtime.progress_callback(total))
+        text = report(findings)
+        ill = any(finding.state == PROBLEM for finding in findings)
+        return io.NodeOutput(text, ui=runtime.show(text, warn=ill))
