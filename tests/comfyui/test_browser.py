@@ -98,8 +98,11 @@ def language(request: pytest.FixtureRequest, page: Page) -> Iterator[str]:
 
 
 def wait_for_title(page: Page, node: str, title: str) -> None:
-    """Until the page has made its node types anew. It asks for them and for the language's texts at the same time, so they
-    are asked for again, as the R key does, when the texts are surely there."""
+    """Until the page has made its node types anew.
+
+    It asks for them and for the language's texts at the same time; so they are asked for again, as the R key does, when
+    the texts are there.
+    """
     page.wait_for_timeout(2000)
     page.evaluate("window.app.extensionManager.command.execute('Comfy.RefreshNodeDefinitions')")
     page.wait_for_function(
@@ -121,9 +124,7 @@ SHOWN = """node => {
 }"""
 
 
-def test_nodes_speak_the_language_of_the_page(
-    page: Page, errors: list[str], server: ComfyServer, language: str
-) -> None:
+def test_nodes_speak_the_pages_language(page: Page, errors: list[str], server: ComfyServer, language: str) -> None:
     """Titles, inputs and outputs; what is stored keeps its names."""
     texts: dict[str, Any] = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
     wait_for_title(page, "MagicMirrorLoader", texts["MagicMirrorLoader"]["display_name"])
