@@ -71,7 +71,7 @@ def files(part: str) -> list[Path]:
     return sorted((ROOT / part).rglob("*.py"))
 
 
-def test_the_languages_are_those_of_the_page() -> None:
+def test_the_languages() -> None:
     assert LANGUAGES == ["ar", "en", "es", "fr", "ja", "ko", "ru", "zh", "zh-TW"]
 
 
