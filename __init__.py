@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from comfy_api.latest import ComfyExtension
 
+WEB_DIRECTORY = "./web"  # the nodes' help pages, in docs/; no scripts
+
 
 async def comfy_entrypoint() -> ComfyExtension:
     """What ComfyUI asks for the pack's nodes."""

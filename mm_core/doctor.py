@@ -15,7 +15,6 @@ from .pipelines.presets import HUB_ADDRESS, PRESETS
 
 FOUND, MISSING, PROBLEM = "found", "missing", "problem"
 
-_TINY = Path(__file__).parent / "weights" / "tiny"
 _CHUNK = 2**23  # bytes read at a time for a hash
 # Only what the publishers' own pages on the hub name: by repository and file, or by the name of a single file.
 _PUBLISHED_SHA256 = {
@@ -138,15 +137,16 @@ def report(findings: Sequence[Finding]) -> str:
 
 
 def _tiny() -> Finding:
-    from .pipelines.base import FolderBase
+    from .pipelines.base import TinyBase
 
-    own = ("adapter.safetensors", "id_encoder.safetensors")
-    lacks = [*FolderBase(_TINY).missing_files(), *(name for name in own if not (_TINY / name).is_file())]
-    files = [*sorted(_TINY.glob("*/*.safetensors")), *(_TINY / name for name in own if name not in lacks)]
+    base = TinyBase()
+    own = (base.adapter, base.id_encoder)
+    lacks = [*base.missing_files(), *(path.name for path in own if not path.is_file())]
+    files = [*sorted(base.folder.glob("*/*.safetensors")), *(path for path in own if path.is_file())]
     return Finding(
         kind="built-in model",
         name="tiny",
-        path=_TINY,
+        path=base.folder,
         files=_describe(files),
         problem=f"It lacks {', '.join(lacks)}. Install the node pack again." if lacks else _damaged(files),
         detail="comes with this pack, with its own adapter and ID encoder",

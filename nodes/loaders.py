@@ -94,7 +94,7 @@ def _model_inputs() -> list[io.Input]:
             "base_model",
             options=catalog.base_models(),
             default=catalog.TINY,
-            tooltip="tiny: built in, small, trained on rendered people, to try the workflow. THUDM/...: the published "
+            tooltip="tiny: built in, trained on rendered people, 64 px, to try the workflow. THUDM/...: the published "
             "models; diffusers folders in models/CogVideo and models/diffusers; single files in "
             "models/diffusion_models.",
         ),

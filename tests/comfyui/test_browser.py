@@ -6,12 +6,14 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from comfy_server import ComfyServer
 from playwright.sync_api import ConsoleMessage, Page, expect, sync_playwright
 
-WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = ROOT / "workflows"
 WORKFLOW = WORKFLOWS / "text_to_video_tiny.json"
 FLAGS = (
     "--no-sandbox",
@@ -100,3 +102,55 @@ def test_what_the_canvas_sends_is_the_twin_in_api_format(page: Page, path: Path)
 
 def _bare(graph: dict[str, dict]) -> dict[str, tuple]:
     return {number: (node["class_type"], node["inputs"]) for number, node in graph.items()}
+
+
+@pytest.fixture(params=["zh", "fr"])
+def language(request: pytest.FixtureRequest, page: Page) -> Iterator[str]:
+    """Another language in the page's settings, and English again afterwards: the server stores them."""
+    switch = "language => window.app.extensionManager.setting.set('Comfy.Locale', language)"
+    page.evaluate(switch, request.param)
+    yield request.param
+    page.evaluate(switch, "en")
+    wait_for_title(page, "MagicMirrorLoader", "Load MagicMirror")
+
+
+def wait_for_title(page: Page, node: str, title: str) -> None:
+    """Until the page has made its node types anew.
+
+    It asks for them and for the language's texts at the same time; so they are asked for again, as the R key does, when
+    the texts are there.
+    """
+    page.wait_for_timeout(2000)
+    page.evaluate("window.app.extensionManager.command.execute('Comfy.RefreshNodeDefinitions')")
+    page.wait_for_function(
+        "([node, title]) => window.LiteGraph.registered_node_types[node].title === title",
+        arg=[node, title],
+        timeout=30_000,
+    )
+
+
+# What the page shows of a node, by the names that workflows store.
+SHOWN = """node => {
+    const made = window.LiteGraph.createNode(node);
+    const shown = (slots, text) => Object.fromEntries(slots.map(slot => [slot.name, text(slot)]));
+    return {
+        title: made.title,
+        inputs: {...shown(made.inputs, slot => slot.localized_name), ...shown(made.widgets ?? [], w => w.label)},
+        outputs: shown(made.outputs, slot => slot.localized_name),
+    };
+}"""
+
+
+def test_nodes_speak_the_pages_language(page: Page, errors: list[str], server: ComfyServer, language: str) -> None:
+    """Titles, inputs and outputs; what is stored keeps its names."""
+    texts: dict[str, Any] = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    wait_for_title(page, "MagicMirrorLoader", texts["MagicMirrorLoader"]["display_name"])
+    for node, expected in texts.items():
+        shown = page.evaluate(SHOWN, node)
+        assert shown["title"] == expected["display_name"]
+        inputs = {name: text["name"] for name, text in expected["inputs"].items()}
+        assert {name: text for name, text in shown["inputs"].items() if name in inputs} == inputs
+        outputs = server.object_info(node)["output_name"]
+        assert shown["outputs"] == {outputs[int(index)]: text["name"] for index, text in expected["outputs"].items()}
+    picture(page, f"language_{language}.png")
+    assert errors == []
