@@ -13,6 +13,7 @@ import av
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .errors import MagicMirrorError, SettingError
@@ -121,6 +122,15 @@ def write_video(
         else:
             _write_gif(temporary, pixels, rate)
     return path
+
+
+def write_picture(path: Path, frame: Tensor | np.ndarray, metadata: Mapping[str, str]) -> None:
+    """A frame, (H, W, 3) RGB as in `write_video`, as a PNG with text chunks; whole or not at all."""
+    text = PngInfo()
+    for key, value in metadata.items():
+        text.add_text(key, value)
+    with whole_file(path) as temporary:
+        Image.fromarray(_to_uint8(frame[None])[0]).save(temporary, format="PNG", pnginfo=text)
 
 
 def _check(fps: float | Fraction, format: str, quality: int, audio: Audio | None) -> None:

@@ -76,8 +76,9 @@ class MagicMirrorVideoCombine(io.ComfyNode):
         save_metadata: bool = True,
     ) -> io.NodeOutput:
         with runtime.packages():
-            from ..mm_core.video import write_video
+            from ..mm_core.video import write_picture, write_video
         path, result = runtime.output_file(filename_prefix, f".{format}", images.shape[2], images.shape[1])
+        metadata = runtime.workflow_metadata(cls.hidden) if save_metadata else None
         write_video(
             path,
             images[..., :3],
@@ -85,8 +86,10 @@ class MagicMirrorVideoCombine(io.ComfyNode):
             format=format,
             quality=quality,
             audio=None if audio is None else (audio["waveform"][0], audio["sample_rate"]),
-            metadata=runtime.workflow_metadata(cls.hidden) if save_metadata else None,
+            metadata=metadata,
         )
+        if format == "gif" and metadata:  # the page restores a workflow from many kinds of files, not from this
+            write_picture(path.with_suffix(".png"), images[0, ..., :3], metadata)
         rate = Fraction(frame_rate).limit_denominator(1001)
         return io.NodeOutput(
             InputImpl.VideoFromComponents(Types.VideoComponents(images=images, audio=audio, frame_rate=rate)),

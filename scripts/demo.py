@@ -1,4 +1,4 @@
-"""Make a video of the person in a photograph, in a real ComfyUI that this script sets up and drives.
+"""Make a video of the person in a photo, in a real ComfyUI that this script sets up and drives.
 
 The last line it prints is the path of the video.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import environment
 from comfy_server import ComfyError, ComfyServer
 
-DEFAULT_PHOTOGRAPH = "person_b_2.jpg"
+DEFAULT_PHOTO = environment.ROOT / "docs" / "person.png"
 DEFAULT_WORKFLOW = environment.ROOT / "workflows" / "api" / "text_to_video_tiny.json"
 IMAGE_NODE = "LoadImage"
 PROMPT_NODE = "MagicMirrorCogVideoXSampler"
@@ -29,9 +29,9 @@ def main() -> None:
     """Parse the command line, make the video, print where it is."""
     arguments = _parse_arguments()
     workflow = _read_workflow(arguments.workflow)
-    photo = arguments.photo or environment.photographs() / DEFAULT_PHOTOGRAPH
+    photo = arguments.photo
     if not photo.is_file():
-        raise SystemExit(f"There is no photograph {photo}.")
+        raise SystemExit(f"There is no photo {photo}.")
     if arguments.prompt is not None:
         _set_input(workflow, PROMPT_NODE, "prompt", arguments.prompt)
     comfyui, python, faces = environment.comfyui(), environment.python_environment(), environment.face_models()
@@ -47,7 +47,7 @@ def main() -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--photo", type=Path, help="the photograph of a person (default: one of the test photographs)")
+    parser.add_argument("--photo", type=Path, default=DEFAULT_PHOTO, help="of a person (default: a rendered one)")
     parser.add_argument("--prompt", help="what happens in the video (default: the workflow's own prompt)")
     parser.add_argument("--workflow", type=Path, default=DEFAULT_WORKFLOW, help="a workflow in API format")
     return parser.parse_args()

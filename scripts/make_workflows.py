@@ -1,10 +1,13 @@
 """Write the shipped workflows: each once for the canvas (workflows/) and once in API format (workflows/api/).
 
 What a workflow consists of stands below, once; a running ComfyUI says which inputs its nodes have and in which order.
+With --pictures it runs them too, and writes what they make as their thumbnails. Run it with the Python of the tests.
 """
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
 import tempfile
 import uuid
@@ -12,12 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import av
 import environment
+import numpy as np
 from comfy_server import ComfyServer
+from demo import DEFAULT_PHOTO
+from PIL import Image
 
 WORKFLOWS = environment.ROOT / "workflows"
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 COLUMN, GAP, TOP = 440, 40, 60
+THUMBNAIL = 256  # pixels of a picture in it
 TALL = {"LoadImage": 300, "MagicMirrorVideoCombine": 400, "MagicMirrorExtractFaceEmbedding": 220, "SaveImage": 260}
 NOTE = "MarkdownNote"
 LOADER, EXTRACT, APPLY = "MagicMirrorLoader", "MagicMirrorExtractFaceEmbedding", "MagicMirrorApplyCANAdapter"
@@ -298,19 +306,44 @@ def _depths(nodes: dict[str, Node]) -> dict[str, int]:
     return depths
 
 
+def thumbnail(server: ComfyServer, graph: dict[str, Any]) -> Image.Image:
+    """The photo and some frames of what a workflow makes of it."""
+    photo = server.upload_image(DEFAULT_PHOTO)
+    for node in graph.values():
+        if node["class_type"] == "LoadImage":
+            node["inputs"]["image"] = photo
+    outputs = server.run(graph)["outputs"]
+    saved = [f for output in outputs.values() for f in output.get("images", []) if f["type"] == "output"]
+    content = server.view(saved[0]["filename"], saved[0]["subfolder"])
+    with av.open(io.BytesIO(content)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    chosen = [frames[i] for i in np.linspace(0, len(frames) - 1, min(3, len(frames))).round().astype(int)]
+    pictures = [Image.open(DEFAULT_PHOTO).convert("RGB"), *map(Image.fromarray, chosen)]
+    sheet = Image.new("RGB", (THUMBNAIL * len(pictures), THUMBNAIL), "white")
+    for number, picture in enumerate(pictures):
+        picture = picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
+        sheet.paste(picture, (number * THUMBNAIL, 0))
+    return sheet
+
+
 def main() -> None:
     """Ask a ComfyUI for its nodes, write all files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", action="store_true", help="run the workflows, write their thumbnails")
+    arguments = parser.parse_args()
     comfyui, python, faces = environment.comfyui(), environment.python_environment(), environment.face_models()
     with (
         tempfile.TemporaryDirectory(prefix="magic-mirror-workflows-", ignore_cleanup_errors=True) as base,
         ComfyServer(comfyui, python, Path(base), environment.ROOT, insightface_root=faces) as server,
     ):
         info = server.object_info()
-    for name, (note, nodes) in workflows().items():
-        canvas, api = to_canvas(name, note, nodes, info), to_api(nodes, info)
-        for path, content in ((WORKFLOWS / f"{name}.json", canvas), (WORKFLOWS / "api" / f"{name}.json", api)):
-            path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            print(path)
+        for name, (note, nodes) in workflows().items():
+            canvas, api = to_canvas(name, note, nodes, info), to_api(nodes, info)
+            for path, content in ((WORKFLOWS / f"{name}.json", canvas), (WORKFLOWS / "api" / f"{name}.json", api)):
+                path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                print(path)
+            if arguments.pictures:
+                thumbnail(server, api).save(WORKFLOWS / f"{name}.jpg", quality=90)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -154,3 +155,31 @@ def test_nodes_speak_the_pages_language(page: Page, errors: list[str], server: C
         assert shown["outputs"] == {outputs[int(index)]: text["name"] for index, text in expected["outputs"].items()}
     picture(page, f"language_{language}.png")
     assert errors == []
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mp4 with sound", "webm", "webp", "gif", "identity"])
+def test_a_saved_file_restores_the_workflow(
+    page: Page, server: ComfyServer, graph: Any, queue: Callable[..., str], tmp_path: Path, kind: str
+) -> None:
+    """Dropped on the canvas, which takes files as its open dialog does. For a gif it is the picture beside it."""
+    canvas = json.loads(WORKFLOW.read_text(encoding="utf-8")) | {"id": str(uuid.uuid4())}
+    combine = graph.inputs("MagicMirrorVideoCombine")
+    combine["format"] = kind.split()[0] if kind != "identity" else "mp4"
+    if kind == "mp4 with sound":
+        graph.add("20", "EmptyAudio", duration=1.0, sample_rate=44100, channels=2)
+        combine["audio"] = ["20", 0]
+    if kind == "identity":
+        extract = graph.id("MagicMirrorExtractFaceEmbedding")
+        graph.add("20", "MagicMirrorSaveIdentity", identity=[extract, 0], filename_prefix="somebody")
+    entry = server.wait(queue(server, graph, extra_data={"extra_pnginfo": {"workflow": canvas}}))
+    if kind == "identity":
+        (path,) = entry["outputs"]["20"]["text"]
+        path = next(Path(word) for word in path.split() if word.endswith(".safetensors"))
+    else:
+        (file,) = entry["outputs"][graph.id("MagicMirrorVideoCombine")]["images"]
+        path = server.base / "output" / file["subfolder"] / file["filename"]
+        path = path.with_suffix(".png") if kind == "gif" else path
+    page.set_input_files("#comfy-file-input", WORKFLOWS / "portrait.json")
+    page.wait_for_function("window.app.graph.nodes.some(node => node.type === 'SaveImage')", timeout=30_000)
+    page.set_input_files("#comfy-file-input", path)
+    page.wait_for_function(f"window.app.graph.id === '{canvas['id']}'", timeout=30_000)

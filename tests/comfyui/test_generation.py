@@ -59,6 +59,10 @@ def test_an_animated_picture(
     if format == "webp":
         exif = Image.open(io.BytesIO(content)).getexif()
         assert exif[0x010F] == f"workflow:{json.dumps(CANVAS)}" and exif[0x0110].startswith("prompt:")
+    else:
+        file = saved(entry, graph)
+        beside = Image.open(io.BytesIO(server.view(**file | {"filename": Path(file["filename"]).stem + ".png"})))
+        assert json.loads(beside.text["workflow"]) == CANVAS and beside.size == (64, 64)
 
 
 def test_metadata_is_left_out_on_request(server: ComfyServer, graph: Any, saved: Callable[..., dict[str, str]]) -> None:
