@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from mm_core import doctor
 from mm_core.checkpoints.adapter_file import Trained, save_adapter
 from mm_core.doctor import FOUND, MISSING, PROBLEM, Finding, add_hashes, find_models, report
 from mm_core.folders import Folders
-from mm_core.pipelines import tiny
+from mm_core.pipelines import base, tiny
+from mm_core.pipelines.base import TinyBase
 from mm_core.pipelines.presets import PRESETS, T5_XXL
 
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -71,7 +73,7 @@ def test_the_built_in_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert finding.path / VAE in [file.path for file in finding.files]
     folder = save_tiny_folder("5b", tmp_path / "tiny")
     save_file({"x": torch.zeros(1)}, folder / "id_encoder.safetensors")
-    monkeypatch.setattr(doctor, "_TINY", folder)
+    monkeypatch.setattr(base, "TinyBase", partial(TinyBase, folder))
     (finding,) = find_models(Folders())
     assert (finding.state, len(finding.files), finding.licence) == (FOUND, 5, "Apache-2.0")
     (folder / "adapter.safetensors").unlink()

@@ -102,10 +102,11 @@ def _base_configs(base: str) -> tuple[str, Mapping[str, Any], Mapping[str, Any],
 
 
 def _id_encoder_config(config: TrainingConfig) -> IDEncoderConfig:
-    """The sizes that the config's file names; a plan may come before the file, and takes PhotoMaker-V2's then."""
-    if config.id_encoder is None and config.base == tiny.NAME:
-        return tiny.ID_ENCODER
-    return PHOTOMAKER_V2 if config.id_encoder is None else read_id_encoder_config(Path(config.id_encoder).expanduser())
+    """The sizes that the config's file names; a plan may come before the file: then the base's own."""
+    path = None if config.id_encoder is None else Path(config.id_encoder).expanduser()
+    if path is not None and path.is_file():
+        return read_id_encoder_config(path)
+    return tiny.ID_ENCODER if config.base == tiny.NAME else PHOTOMAKER_V2
 
 
 def dry_run(config: TrainingConfig, stage: str) -> None:
