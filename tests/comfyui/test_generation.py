@@ -80,11 +80,12 @@ def test_what_the_nodes_show(server: ComfyServer, graph: Any) -> None:
 
 
 def test_untrained_weights_say_so(server: ComfyServer, graph: Any) -> None:
-    folder = server.base / "models" / "magic_mirror"
+    path = server.base / "models" / "magic_mirror" / "noise.safetensors"
     untrained = Trained(stage="untrained", steps=0, data="seeded noise")
-    save_adapter(tiny.build_adapter(torch.float32), folder / "noise.safetensors", base_model="tiny", trained=untrained)
-    graph.inputs(LOADER)["adapter"] = "noise.safetensors"
+    save_adapter(tiny.build_adapter(torch.float32), path, base_model="tiny", trained=untrained)
+    graph.inputs(LOADER)["adapter"] = path.name
     outputs = server.run(graph)["outputs"]
+    path.unlink()
     assert outputs[graph.id(LOADER)]["text"] == outputs[graph.id(SAMPLER)]["text"] == [UNTRAINED]
     assert f"[WARNING] MagicMirror: {UNTRAINED}" in server.log_text()
 
