@@ -26,7 +26,14 @@ FLAGS = (
     "--disable-sync",
 )
 # The page asks for things that a server without internet and without a login does not have; they are not ours.
-NOT_OURS = ("Failed to load resource", "ERR_INTERNET_DISCONNECTED", "ERR_NAME_NOT_RESOLVED", "Google", "firebase")
+NOT_OURS = (
+    "Failed to load resource",
+    "core workflow templates",
+    "ERR_INTERNET_DISCONNECTED",
+    "ERR_NAME_NOT_RESOLVED",
+    "Google",
+    "firebase",
+)
 
 
 @pytest.fixture(scope="module")
