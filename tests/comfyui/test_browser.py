@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,12 +38,10 @@ NOT_OURS = (
 
 
 @pytest.fixture(scope="module")
-def page(browser: Path, server: ComfyServer, portrait: Callable[[str], Path]) -> Iterator[Page]:
-    """ComfyUI's page, past its greeting, with the photo that the workflow names in the input folder."""
-    photo = portrait("person_b_2")
-    example = photo.with_name("example.png")
-    example.write_bytes(photo.read_bytes())
-    server.upload_image(example)
+def page(browser: Path, server: ComfyServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """ComfyUI's page, past its greeting, with a photo under the name that the workflow has for it."""
+    example = shutil.copy(ROOT / "docs" / "person.png", tmp_path_factory.mktemp("photo") / "example.png")
+    server.upload_image(Path(example))
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=str(browser), args=FLAGS)
         page = chromium.new_page(viewport={"width": 1760, "height": 990})

@@ -25,11 +25,11 @@ PEOPLE, CLIPS = 1600, 4
 
 # Single pictures first: most of what a VAE and a base model must learn is in them, at a fraction of the cost.
 VAE_PICTURES = LoopConfig(
-    steps=3000, batch_size=16, learning_rate=1.5e-3, final_learning_rate=1e-4, warmup_steps=40, weight_decay=0,
+    steps=1100, batch_size=16, learning_rate=1.5e-3, final_learning_rate=1e-4, warmup_steps=40, weight_decay=0,
     ema_decay=0.99, save_every=100, validate_every=500, log_every=20, compile=True,
 )  # fmt: skip
 VAE_CLIPS = LoopConfig(
-    steps=3000, batch_size=2, learning_rate=1e-3, final_learning_rate=3e-5, warmup_steps=20, weight_decay=0,
+    steps=3250, batch_size=2, learning_rate=1e-3, final_learning_rate=3e-5, warmup_steps=20, weight_decay=0,
     betas=(0.9, 0.99), ema_decay=0.995, save_every=100, validate_every=500, log_every=20, seed=1,
 )  # fmt: skip
 ENCODER = LoopConfig(
