@@ -115,7 +115,7 @@ def person(photos: int = 1, base: str = "tiny", faces: str = "buffalo_sc") -> di
 def small_clip(**inputs: Any) -> dict[str, Any]:
     """The sampler's settings for tiny."""
     return (
-        dict(width=64, height=64, num_frames=9, steps=25, guidance_scale=4.0, dynamic_guidance=False, scheduler="ddim")
+        dict(width=64, height=64, num_frames=9, steps=25, guidance_scale=1.5, dynamic_guidance=False, scheduler="ddim")
         | inputs
     )
 
@@ -181,7 +181,7 @@ def native(prompt: str) -> dict[str, Node]:
         "noise": Node(type="RandomNoise", inputs=dict(noise_seed=42)),
         "guider": Node(
             type="CFGGuider",
-            inputs=dict(model=("apply", 0), positive=("apply", 1), negative=("negative", 0), cfg=4.0),
+            inputs=dict(model=("apply", 0), positive=("apply", 1), negative=("negative", 0), cfg=1.5),
         ),
         "sample": Node(type="SamplerCustomAdvanced", inputs=sampled),
         "decode": Node(type="MagicMirrorDecode", inputs=dict(magic_mirror=mirror, samples=("sample", 0))),
