@@ -50,40 +50,46 @@ Press **Run**: nothing is downloaded, and it runs on any machine. The tiny model
 ## One person from several photos
 
 Each photo adds to the likeness; the report says which one does not fit. Up to four inputs, each may be a batch.
+
+**Change first**: the photos, then the *prompt*.
 """
     + _BEYOND,
     "stylised": """
 ## A person in a style
 
-The prompt sets the style. If the likeness wins over it, lower *identity_scale* and *ip_scale*, or let the identity
-begin later (*start_percent* 0.1).
+**Change first**: the photo, then the style in the *prompt*. If the likeness wins over it, lower *identity_scale* and
+*ip_scale*, or let the identity begin later (*start_percent* 0.1).
 """
     + _BEYOND,
     "multi_shot": """
 ## Several shots of one person
 
-One line is one shot, with a seed of its own; *Rebatch Images* joins the clips into one video.
+**Change first**: the photo, then *description* and *shots*. One line is one shot, with a seed of its own; *Rebatch
+Images* joins the clips into one video.
 """
     + _BEYOND,
     "portrait": """
 ## An image of the person
 
 One frame is an image. Good to try prompts and strengths before a clip.
+
+**Change first**: the photo, then the *prompt*.
 """
     + _BEYOND,
     "best_of_three": """
 ## The best of three takes
 
-The same shot three times with three seeds; *Score Identity* keeps the one most like the photos. *clips* is the number
-of takes. Its *threshold* can stop a bad batch.
+**Change first**: the photo, then the *shots*, here the same one three times: a seed each, and *Score Identity* keeps
+the take most like the photos. *clips* is the number of takes. Its *threshold* can stop a bad batch.
 """
     + _BEYOND,
     "native": """
 ## On ComfyUI's own CogVideoX
 
-The model is core's: LoRA, quantised loaders, offloading and caching nodes go between *CogVideoX Model* and *Apply*, or
-take the model from *Load Diffusion Model* instead. With T5-XXL in *Load CLIP* (type cogvideox) connect *clip*. Sample
-with *SamplerCustomAdvanced*: KSampler does not fit CogVideoX.
+**Change first**: the photo, then the *prompt* in Apply. The model is core's: LoRA, quantised loaders, offloading and
+caching nodes go between *CogVideoX Model* and *Apply*, or take the model from *Load Diffusion Model* instead. With
+T5-XXL in *Load CLIP* (type cogvideox) connect *clip*. Sample with *SamplerCustomAdvanced*: KSampler does not fit
+CogVideoX.
 """,
 }
 

@@ -11,8 +11,11 @@ import pytest
 FOLDER = Path(__file__).resolve().parents[1] / "workflows"
 WORKFLOWS = sorted(path.stem for path in FOLDER.glob("*.json"))
 NOTES = ("Note", "MarkdownNote")
-# Values in `widgets_values` of the canvas that are no inputs: what LoadImage's button and the seed's control hold.
-NOT_INPUTS = {"LoadImage": ["image"], "MagicMirrorCogVideoXSampler": ["randomize"]}
+# Values in `widgets_values` of the canvas that are no inputs: what LoadImage's button and a seed's control hold.
+SEED = (["randomize"], ["fixed"])
+NOT_INPUTS = {
+    "LoadImage": (["image"],), "MagicMirrorCogVideoXSampler": SEED, "MagicMirrorShots": SEED, "RandomNoise": SEED,
+}  # fmt: skip
 
 
 def canvas(name: str) -> dict[str, Any]:
@@ -32,10 +35,9 @@ def as_api(workflow: dict[str, Any]) -> dict[str, Any]:
             continue
         links = {entry["name"]: sources[entry["link"]] for entry in node["inputs"] if entry["link"] is not None}
         names = [entry["name"] for entry in node["inputs"] if "widget" in entry]
-        extra = NOT_INPUTS.get(node["type"], [])
-        assert node["widgets_values"][len(names) :] == extra
+        assert node["widgets_values"][len(names) :] in NOT_INPUTS.get(node["type"], ([],))
         widgets = dict(zip(names, node["widgets_values"], strict=False))
-        nodes[str(node["id"])] = {"class_type": node["type"], "inputs": links | widgets}
+        nodes[str(node["id"])] = {"class_type": node["type"], "inputs": widgets | links}
     return nodes
 
 
