@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mm_core.checkpoints.photomaker import read_id_encoder_config
 from mm_core.faces.analysis import FaceAnalyzer
@@ -16,6 +17,7 @@ from mm_core.pipelines import tiny
 from mm_core.pipelines.base import TinyBase
 from mm_core.pipelines.conditioning import AdapterSettings
 from mm_core.pipelines.magic_mirror import ClipSettings, MagicMirror
+from mm_core.pipelines.preview import fit_latent_rgb, preview_image
 
 LIMIT = 40 * 10**6  # bytes
 PROMPT = "A person img looks towards the camera and smiles."
@@ -43,6 +45,18 @@ def test_its_sizes_are_those_that_are_trained() -> None:
     )
     config = json.loads((base.folder / "vae" / "config.json").read_text(encoding="utf-8"))
     assert config["scaling_factor"] != 1.0  # measured on its latents
+
+
+def test_the_preview_shows_the_picture() -> None:
+    """The linear map of the trained VAE's latents, on a picture that it was not fitted to."""
+    vae = TinyBase().load(torch.float32).vae
+    picture = Image.open(Path(__file__).parents[2] / "docs" / "person.png").convert("RGB").resize((64, 64))
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist.mean.permute(0, 2, 1, 3, 4) * vae.config.scaling_factor
+    preview = preview_image(latents, fit_latent_rgb(vae))
+    small = picture.resize(preview.size, Image.Resampling.BOX)
+    assert np.corrcoef(np.array(preview).ravel(), np.array(small).ravel())[0, 1] > 0.8
 
 
 @pytest.fixture(scope="module")
