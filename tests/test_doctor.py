@@ -75,7 +75,7 @@ def test_the_built_in_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     save_file({"x": torch.zeros(1)}, folder / "id_encoder.safetensors")
     monkeypatch.setattr(base, "TinyBase", partial(TinyBase, folder))
     (finding,) = find_models(Folders())
-    assert (finding.state, len(finding.files), finding.licence) == (FOUND, 5, "Apache-2.0")
+    assert (finding.state, len(finding.files)) == (FOUND, 5) and finding.licence.startswith("Apache-2.0")
     (folder / "adapter.safetensors").unlink()
     (finding,) = find_models(Folders())
     assert (finding.state, len(finding.files)) == (PROBLEM, 4)
