@@ -86,9 +86,8 @@ class MagicMirrorApplyNative(io.ComfyNode):
             from ..mm_core.pipelines.prompt import without_trigger
         mirror, settings = magic_mirror.mirror, adapter_settings(**strengths)
         transformer = native_model.transformer_of(model)
-        plain = _conditioning(_encode(mirror, clip, without_trigger(prompt)))
         if identity.identity is None or settings.off:
-            return io.NodeOutput(model, plain)
+            return io.NodeOutput(model, _conditioning(_encode(mirror, clip, without_trigger(prompt))))
         _check_fits(mirror, transformer)
         mirror.check_identity(identity.identity)
         tokens = mirror.identity_tokens(prompt, settings)
@@ -97,13 +96,12 @@ class MagicMirrorApplyNative(io.ComfyNode):
         person = native_model.encode_native(
             adapter, identity.identity, encoded, tokens.slots if tokens else (), settings
         )
-        during = {"start_percent": settings.start, "end_percent": settings.end}
-        parts = [(person.prompt, during)]
-        if settings.start > 0:
-            parts.insert(0, (plain[0][0], {"start_percent": 0.0, "end_percent": settings.start}))
-        if settings.end < 1:
-            parts.append((plain[0][0], {"start_percent": settings.end, "end_percent": 1.0}))
-        positive = [[embeds, when] for embeds, when in parts]
+        positive = [[person.prompt, {"start_percent": settings.start, "end_percent": settings.end}]]
+        if settings.start > 0 or settings.end < 1:  # elsewhere the base model reads the prompt alone
+            plain = _encode(mirror, clip, without_trigger(prompt))
+            for start, end in ((0.0, settings.start), (settings.end, 1.0)):
+                if start < end:
+                    positive.append([plain, {"start_percent": start, "end_percent": end}])
         return io.NodeOutput(native_model.with_identity(model, adapter, person, settings), positive)
 
 

@@ -228,18 +228,17 @@ class FileBase:
         with torch.device("meta"):
             transformer = CogVideoXTransformer3DModel(**self.preset.transformer)
             vae = AutoencoderKLCogVideoX(**self.preset.vae)
-            text_encoder = T5EncoderModel(T5Config(**T5_XXL))
         if not self.preset.transformer["use_rotary_positional_embeddings"]:
             # The sine table of 2B is computed, not stored: it must not stay on `meta`.
             embed = transformer.patch_embed
             table = embed._get_positional_embeddings(embed.sample_height, embed.sample_width, embed.sample_frames)
             embed.register_buffer("pos_embedding", table, persistent=False)
-        for module, path in ((transformer, self.transformer), (vae, self.vae), (text_encoder, self.text_encoder)):
+        for module, path in ((transformer, self.transformer), (vae, self.vae)):
             _load_file(module, path, dtype)
         return _freeze(
             CogVideoXPipeline(
                 tokenizer=self.tokenizer,
-                text_encoder=text_encoder,
+                text_encoder=self.load_text_encoder(dtype),
                 vae=vae,
                 transformer=transformer,
                 scheduler=CogVideoXDDIMScheduler(**self.preset.scheduler),
