@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from ..errors import MagicMirrorError, SettingError
 from ..files import PARTIAL, append_lines, write_json
+from .optimizer import OPTIMIZERS, parameter_groups
 from .runs import (
     CHECKPOINTS,
     METRICS,
@@ -62,6 +63,8 @@ class LoopConfig:
     """Reached at the last step, along a cosine."""
     warmup_steps: int = 0
     weight_decay: float = 1e-4
+    optimizer: str = "adamw"
+    """adamw, or muon for a model that begins from nothing."""
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = 1.0
     """Gradients are scaled down to this norm."""
@@ -90,6 +93,8 @@ class LoopConfig:
             raise SettingError(f"ema_decay is {self.ema_decay}; it must be from 0 (off) to below 1.")
         if self.precision not in ("no", "bf16", "fp16"):
             raise SettingError(f"precision is {self.precision!r}; choose no, bf16 or fp16.")
+        if self.optimizer not in OPTIMIZERS:
+            raise SettingError(f"optimizer is {self.optimizer!r}; choose {' or '.join(OPTIMIZERS)}.")
         object.__setattr__(self, "betas", tuple(self.betas))
 
     def learning_rate_at(self, step: int) -> float:
@@ -150,6 +155,8 @@ class _Run:
             # A process whose samples all dropped the identity has no gradient for the adapter.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)],
         )
+        if config.optimizer == "muon" and self.accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
+            raise SettingError("muon needs whole matrices on each device: with FSDP or DeepSpeed choose adamw.")
         self.accumulation = config.accumulation(self.accelerator.num_processes)
         self.accelerator.gradient_accumulation_steps = self.accumulation
         folder.mkdir(parents=True, exist_ok=True)
@@ -158,9 +165,8 @@ class _Run:
         if self.accelerator.is_main_process:
             write_json(folder / SETTINGS, wanted)
         self.names = [name for name, p in task.model.named_parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            _decay_groups(task.model, config.weight_decay), lr=config.learning_rate, betas=config.betas
-        )
+        groups = parameter_groups(task.model, config.weight_decay)
+        optimizer = OPTIMIZERS[config.optimizer](groups, lr=config.learning_rate, betas=config.betas)
         if config.compile:
             task.model.compile()
         self.model, self.optimizer = self.accelerator.prepare(task.model, optimizer)
@@ -374,15 +380,6 @@ def _add(sums: dict[str, list[float]], name: str, column: Tensor) -> None:
 def _part(name: str) -> str:
     """`adapter.blocks.4.can.linear_1.weight` -> `adapter.blocks.can`."""
     return ".".join(word for word in name.split(".")[:4] if not word.isdigit() and word not in ("weight", "bias"))
-
-
-def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases, norms and other vectors do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
 
 
 def _to(batch: Any, device: torch.device) -> Any:

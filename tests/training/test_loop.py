@@ -83,12 +83,13 @@ def test_a_run_learns_and_its_frozen_part_stays(tmp_path: Path) -> None:
     assert set(load_file(latest_checkpoint(tmp_path) / "exported.safetensors")) == {"trained.weight", "trained.bias"}
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("stop", [4, 8])
-def test_resume_equals_an_uninterrupted_run(tmp_path: Path, stop: int) -> None:
+def test_resume_equals_an_uninterrupted_run(tmp_path: Path, stop: int, optimizer: str) -> None:
     """A run whose later checkpoints are gone goes on from the last: same losses, gradients and weights, bit for bit."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train(RegressionTask(), config(keep=9), whole)
-    train(RegressionTask(), config(keep=9), cut)
+    train(RegressionTask(), config(keep=9, optimizer=optimizer), whole)
+    train(RegressionTask(), config(keep=9, optimizer=optimizer), cut)
     for checkpoint in checkpoints(cut):
         if checkpoint.name > f"step-{stop:08d}":
             for file in checkpoint.rglob("*"):
@@ -96,7 +97,7 @@ def test_resume_equals_an_uninterrupted_run(tmp_path: Path, stop: int) -> None:
             checkpoint.rmdir()
     with (cut / METRICS).open("a") as file:
         file.write('{"step": 13, "lo')  # what a kill in the middle of a line leaves
-    train(RegressionTask(), config(keep=9), cut)
+    train(RegressionTask(), config(keep=9, optimizer=optimizer), cut)
     assert losses(cut) == losses(whole)
     ours, theirs = (load_file(latest_checkpoint(f) / "exported.safetensors") for f in (cut, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -11,9 +11,9 @@ from .geometry import HeadGeometry, Material
 
 NECK_BELOW_EYES, NECK_BEHIND_EYES = 1.1, 1.05  # decimetres: what the head turns about
 NECK_FROM, NECK_TO = -0.55, 0.25  # about that point the neck's skin passes from the body's to the head's motion
-VIEW_WIDTH = 2.95  # decimetres across the picture at zoom 1
+VIEW_WIDTH = 2.4  # decimetres across the picture at zoom 1
 FOLLOW = 0.55  # how far the camera follows the eyes
-CAMERA_RAISED = 0.08  # decimetres: room for the hair
+CAMERA_RAISED = 0.0  # decimetres above that
 PERSPECTIVE = 0.06  # a decimetre nearer is that much larger
 EYES_HOLD = 0.3  # of the head's turn that the eyes undo, looking at the camera
 

@@ -79,7 +79,7 @@ class ClipDescription:
     tilted clockwise in the picture.
     expressions: names (keys of EXPRESSIONS) at the first and last frame; in between both are blended.
     clothes, background: names of COLOURS; *_colour: their sRGB in this clip, 0..1.
-    zoom: 1 shows 2.95 dm across. wording: chooses among the ways to say the same.
+    zoom: 1 shows 2.4 dm across. wording: chooses among the ways to say the same.
     """
 
     person: PersonTraits

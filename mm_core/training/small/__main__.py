@@ -101,13 +101,16 @@ class Recipe:
         return Clips.read(self.folder / "people")
 
     def vae(self) -> Path:
+        from ..adapter_task import recogniser_file
+        from ..arcface import DifferentiableArcFace
         from .vae import VAETask
 
-        folder = self.folder / "vae"
-        start = self.first_vae
+        folder, start = self.folder / "vae", self.first_vae
+        recogniser = DifferentiableArcFace(recogniser_file(self.config))
         if start is None:
-            start = self._run(folder / "pictures", VAE_PICTURES, lambda: VAETask(self.clips, 1, 0)) / "vae"
-        return self._run(folder / "clips", VAE_CLIPS, lambda: VAETask(self.clips, 9, 1, start))
+            pictures = folder / "pictures"
+            start = self._run(pictures, VAE_PICTURES, lambda: VAETask(self.clips, 1, recogniser, 0)) / "vae"
+        return self._run(folder / "clips", VAE_CLIPS, lambda: VAETask(self.clips, 9, recogniser, 1, start))
 
     def encoder(self) -> None:
         from ...faces.analysis import FaceAnalyzer

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...files import write_json
 from ...pipelines import tiny
+from ..arcface import ALIGNED_SIZE, DifferentiableArcFace
 from ..randomness import generator_for, shuffled
 from .clips import Clips, to_unit
 
@@ -23,46 +24,95 @@ EDGE_WEIGHT = 0.5
 COARSE_WEIGHT, COARSE = 1.0, 8
 """Means over so many pixels count too: group norms take a clip's own brightness and colours away, and a loss of single
 pixels is slow to bring them back."""
+FEATURES_WEIGHT = 1.0
+"""Of what a face recogniser's convolutions see. Pixels alone leave a face soft just where people differ."""
+FEATURES = (28, 14, 7)  # sides in px of the maps that are compared, of a picture of ALIGNED_SIZE
+SMOOTHED = 0.2
+"""Part of the samples whose latents are smoothed before they are decoded, to the clip smoothed alike: fine detail of
+the picture then lives in fine detail of the latents, and diffusion, which makes the coarse first, learns them sooner
+(Kouzelis et al. 2025, arXiv 2502.09509)."""
 MEASURED = 64  # clips that the scaling factor is measured on
 
 
 class _Reconstruction(nn.Module):
-    def __init__(self, vae: AutoencoderKLCogVideoX) -> None:
+    def __init__(self, vae: AutoencoderKLCogVideoX, recogniser: DifferentiableArcFace) -> None:
         super().__init__()
         self.vae = vae
+        # Not a submodule: frozen, and none of the trained model's state.
+        self._seen = (RecogniserFeatures(recogniser),)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """frames: (B, 3, F, H, W), -1..1; noise: (B, C, F', H', W')."""
-        frames = batch["frames"]
+        """frames: (B, 3, F, H, W), -1..1; noise: (B, C, F', H', W'); smoothed: (B,) bool; looked_at: (B,) frame."""
+        frames, smoothed = batch["frames"], batch["smoothed"][:, None, None, None, None]
         posterior = self.vae.encode(frames).latent_dist
-        decoded = self.vae.decode(posterior.mean + posterior.std * batch["noise"]).sample
+        latents = posterior.mean + posterior.std * batch["noise"]
+        decoded = self.vae.decode(torch.where(smoothed, smooth(latents), latents)).sample
+        frames = torch.where(smoothed, smooth(frames), frames)
         pixels = (decoded - frames).abs().flatten(1).mean(dim=1)
         edges = sum((decoded - frames).diff(dim=axis).abs().flatten(1).mean(dim=1) for axis in (-1, -2))
         coarse = F.avg_pool2d((decoded - frames).flatten(0, 2)[:, None], COARSE).abs().flatten(1).mean(dim=1)
         coarse = coarse.unflatten(0, (len(frames), -1)).mean(dim=1)
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).flatten(1).mean(dim=1)
+        rows = torch.arange(len(frames)), slice(None), batch["looked_at"]
+        features = self._seen[0].distance(decoded[rows], frames[rows])
         psnr = -10 * torch.log10((decoded.detach() - frames).square().flatten(1).mean(dim=1) / 4)
         return {
-            "loss": pixels + EDGE_WEIGHT * edges + COARSE_WEIGHT * coarse + KL_WEIGHT * kl,
+            "loss": pixels + EDGE_WEIGHT * edges + COARSE_WEIGHT * coarse + FEATURES_WEIGHT * features + KL_WEIGHT * kl,
             "pixels": pixels,
             "edges": edges,
             "coarse": coarse,
+            "features": features,
             "kl": kl,
             "psnr": psnr,
         }
 
 
+class RecogniserFeatures:
+    """The last map of each of FEATURES' sizes in a recogniser, compared position by position (as LPIPS does)."""
+
+    def __init__(self, recogniser: DifferentiableArcFace) -> None:
+        self.recogniser, self._maps = recogniser, {}
+        for module in recogniser.network.modules():
+            if not list(module.children()):
+                module.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: object, output: object) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4:
+            self._maps[output.shape[-1]] = output
+
+    def distance(self, pictures: Tensor, targets: Tensor) -> Tensor:
+        """(B, 3, H, W) twice, -1..1 -> (B,): mean squared distance of the maps' unit vectors, 0 to 4."""
+        with torch.no_grad():
+            wanted = self._look(targets)
+        pairs = zip(self._look(pictures), wanted)
+        return sum((a - b).square().sum(dim=1).flatten(1).mean(dim=1) for a, b in pairs) / len(FEATURES)
+
+    def _look(self, pictures: Tensor) -> list[Tensor]:
+        self.recogniser(F.interpolate(pictures / 2 + 0.5, ALIGNED_SIZE, mode="bilinear", align_corners=False))
+        maps = [F.normalize(self._maps[side], dim=1) for side in FEATURES]
+        self._maps.clear()
+        return maps
+
+
+def smooth(values: Tensor) -> Tensor:
+    """(..., H, W), the mean of each 2 x 2 in all four of its places."""
+    flat = values.flatten(0, -3)[:, None]
+    return F.interpolate(F.avg_pool2d(flat, 2), scale_factor=2, mode="nearest").view_as(values)
+
+
 class VAETask:
     """frames: 1 trains on single pictures, more on clips (much slower, and not needed until pictures are good)."""
 
-    def __init__(self, clips: Clips, frames: int, seed: int, start: Path | None = None) -> None:
+    def __init__(
+        self, clips: Clips, frames: int, recogniser: DifferentiableArcFace, seed: int, start: Path | None = None
+    ) -> None:
         torch.manual_seed(seed)
         vae = AutoencoderKLCogVideoX(**tiny.VAE) if start is None else AutoencoderKLCogVideoX.from_pretrained(start)
-        self.model = _Reconstruction(vae)
+        self.model = _Reconstruction(vae, recogniser)
         self.clips, self.frames, self.seed = clips, frames, seed
 
     def batch(self, samples: range) -> dict[str, Tensor]:
-        frames, noise = [], []
+        frames, noise, smoothed, looked_at = [], [], [], []
         for sample in samples:
             generator = generator_for(self.seed, sample)
             clip = self.clips.frames[shuffled(sample, len(self.clips.frames), self.seed)]
@@ -70,7 +120,14 @@ class VAETask:
             frames.append(mirrored(clip[first : first + self.frames], generator))
             latent = tiny.latent_shape(frames=self.frames, size=clip.shape[1])
             noise.append(torch.randn(latent, generator=generator))
-        return {"frames": to_unit(np.stack(frames)).permute(0, 4, 1, 2, 3).contiguous(), "noise": torch.stack(noise)}
+            smoothed.append(bool(torch.rand(1, generator=generator) < SMOOTHED))
+            looked_at.append(int(torch.randint(self.frames, (1,), generator=generator)))
+        return {
+            "frames": to_unit(np.stack(frames)).permute(0, 4, 1, 2, 3).contiguous(),
+            "noise": torch.stack(noise),
+            "smoothed": torch.tensor(smoothed),
+            "looked_at": torch.tensor(looked_at),
+        }
 
     def export(self, weights: Mapping[str, Tensor], path: Path, step: int) -> None:
         vae = AutoencoderKLCogVideoX(**tiny.VAE)

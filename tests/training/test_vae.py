@@ -1,0 +1,50 @@
+"""The small VAE's training: what its losses see."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mm_core.training.arcface import DifferentiableArcFace
+from mm_core.training.small.clips import Clips
+from mm_core.training.small.vae import RecogniserFeatures, VAETask, smooth
+
+
+def test_features_see_what_pixels_hardly_see(recogniser: DifferentiableArcFace) -> None:
+    """0 for the same picture; a face whose fine detail is gone is further away than one that is just darker."""
+    torch.manual_seed(0)
+    picture = torch.rand(2, 3, 64, 64) * 2 - 1
+    features = RecogniserFeatures(recogniser)
+    assert features.distance(picture, picture).abs().max() < 1e-6
+    blurred = torch.nn.functional.avg_pool2d(picture, 3, 1, 1)
+    assert (features.distance(blurred, picture) > 3 * features.distance(picture * 0.9, picture)).all()
+
+
+def test_gradients_reach_the_picture_and_not_the_recogniser(recogniser: DifferentiableArcFace) -> None:
+    picture = torch.zeros(1, 3, 64, 64, requires_grad=True)
+    RecogniserFeatures(recogniser).distance(picture, torch.rand(1, 3, 64, 64)).sum().backward()
+    assert picture.grad.abs().sum() > 0
+    assert all(p.grad is None for p in recogniser.parameters())
+
+
+def test_smooth_keeps_means_and_shape() -> None:
+    values = torch.arange(16.0).view(1, 1, 1, 4, 4)
+    assert smooth(values)[0, 0, 0].tolist() == [[2.5, 2.5, 4.5, 4.5]] * 2 + [[10.5, 10.5, 12.5, 12.5]] * 2
+
+
+@pytest.mark.parametrize("frames", [1, 9])
+def test_a_step(recogniser: DifferentiableArcFace, frames: int) -> None:
+    """Every weight has a gradient, and a batch is the same whenever it is asked for."""
+    clips = Clips(
+        frames=np.random.default_rng(0).integers(0, 256, (4, 9, 64, 64, 3), dtype=np.uint8),
+        persons=np.arange(4),
+        captions=[""] * 4,
+    )
+    task = VAETask(clips, frames, recogniser, 0)
+    first, again = task.batch(range(3, 5)), task.batch(range(3, 5))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    values = task.model(first)
+    assert all(value.shape == (2,) and value.isfinite().all() for value in values.values())
+    values["loss"].mean().backward()
+    assert all(p.grad is not None for p in task.model.parameters())
