@@ -246,10 +246,7 @@ def _check_fits(mirror: MagicMirror, transformer: Any) -> None:
         "time_embed_dim": blocks[0].norm1.linear.in_features,
         "text_embed_dim": transformer.patch_embed.text_proj.in_features,
     }
-    misfits = mirror.header.config.misfits(found)
-    if misfits:
-        differ = ", ".join(f"{name} {ours} instead of {theirs}" for name, ours, theirs in misfits)
-        raise CheckpointError(f"The adapter was made for {mirror.header.base_model}, not for this MODEL: {differ}.")
+    mirror.header.check_fits(found, adapter="The adapter", base="this MODEL")
 
 
 NODES = [

@@ -139,12 +139,7 @@ class MagicMirror:
         if self.adapter_path is None:
             return None
         header = read_header(self.adapter_path)
-        misfits = header.config.misfits(self.base.transformer_config)
-        if misfits:
-            differ = ", ".join(f"{name} {ours} instead of {theirs}" for name, ours, theirs in misfits)
-            raise CheckpointError(
-                f"{self.adapter_path.name} was made for {header.base_model}, not for {self.base.name}: {differ}."
-            )
+        header.check_fits(self.base.transformer_config, adapter=self.adapter_path.name, base=self.base.name)
         return header
 
     @property
