@@ -37,7 +37,8 @@ from ..models.adapter import MagicMirrorAdapter
 from ..models.diffusers_block import attach
 from ..models.id_encoder import IDEncoder
 from .base import BaseModel, TinyBase
-from .conditioning import AdapterSettings, FaceConditioning, condition
+from .conditioning import FaceConditioning, condition
+from .control import AdapterSettings
 from .decode import decode
 from .denoise import denoise
 from .identity import Identity, encode_identity
@@ -231,7 +232,7 @@ class MagicMirror:
 
     def identity_tokens(self, prompt: str, settings: AdapterSettings) -> IdentityTokens | None:
         """The prompt's tokens with room for the identity; None where the settings leave the prompt as it is."""
-        if settings.off or not settings.id_branch:
+        if not settings.fuses:
             return None
         return identity_tokens(
             self.base.tokenizer,
