@@ -38,7 +38,7 @@ def generate(args: argparse.Namespace) -> None:
 
     from .faces.analysis import FaceAnalyzer
     from .faces.references import analyse_references, read_image
-    from .pipelines.conditioning import AdapterSettings
+    from .pipelines.control import AdapterSettings
     from .pipelines.magic_mirror import ClipSettings, MagicMirror
     from .video import FORMATS, write_video
 

@@ -7,6 +7,7 @@ import importlib.util
 from comfy_api.latest import ComfyExtension, io
 
 from . import runtime
+from .control import MagicMirrorControl
 from .doctor import MagicMirrorModelDoctor
 from .identity import MagicMirrorApplyCANAdapter, MagicMirrorExtractFaceEmbedding
 from .identity_files import MagicMirrorLoadIdentity, MagicMirrorSaveIdentity
@@ -31,6 +32,7 @@ class MagicMirrorExtension(ComfyExtension):
             MagicMirrorModelDoctor,
             MagicMirrorExtractFaceEmbedding,
             MagicMirrorApplyCANAdapter,
+            MagicMirrorControl,
             MagicMirrorPromptHelper,
             MagicMirrorCogVideoXSampler,
             MagicMirrorVideoCombine,

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..mm_core.errors import NoFaceError
 from . import catalog, runtime
+from .control import adapter_inputs, adapter_settings, control_input
 from .convert import image_from_photos, photos_from_images
-from .types import CATEGORY, IdentitySocket, Model, ModelSocket, Person, advanced, with_aliases
+from .types import CATEGORY, IdentitySocket, Model, ModelSocket, Person, with_aliases
 
 if TYPE_CHECKING:
     from ..mm_core.faces.references import Photo
-    from ..mm_core.pipelines.conditioning import AdapterSettings
+    from ..mm_core.pipelines.control import AdapterSettings
     from ..mm_core.pipelines.identity import Identity
 
 BY_INDEX = "index"
@@ -131,70 +132,15 @@ class MagicMirrorApplyCANAdapter(io.ComfyNode):
                 ModelSocket.Input("model", tooltip="From Load MagicMirror; it stays as it is."),
                 IdentitySocket.Input("identity", tooltip="From Extract Face Embedding; replaces an earlier one."),
                 *adapter_inputs(),
+                control_input(),
             ],
             outputs=[ModelSocket.Output(display_name="model", tooltip="For the sampler.")],
         )
         return with_aliases(schema, "can adapter", "apply identity", "magic mirror adapter")
 
     @classmethod
-    def execute(cls, model: Model, identity: Person, **strengths: float | bool) -> io.NodeOutput:
-        settings = adapter_settings(**strengths)
+    def execute(
+        cls, model: Model, identity: Person, control: AdapterSettings | None = None, **strengths: float | bool
+    ) -> io.NodeOutput:
+        settings = adapter_settings(control, **strengths)
         return io.NodeOutput(dataclasses.replace(model, identity=identity.identity, settings=settings))
-
-
-def adapter_inputs() -> list[io.Input]:
-    """How strongly, and when, the identity acts: for `adapter_settings`."""
-    return [
-        _strength("identity_scale", "How far the person's word in the prompt becomes this person."),
-        _strength("can_scale", "How strongly the identity shifts the statistics of each layer (CAN)."),
-        _strength("ip_scale", "How strongly the video attends to the face itself."),
-        _position("start_percent", 0.0, "Before this part of the steps the base model runs alone."),
-        _position("end_percent", 1.0, "After this part of the steps it does again."),
-        _switch("identity_in_negative", False, "Give the negative prompt's half the identity too."),
-        _switch("id_branch", True, "Ablation: the recogniser's embedding, in the prompt and in CAN."),
-        _switch("structure_branch", True, "Ablation: the face's structure, and the attention to it."),
-        _switch("face_modulation", True, "Ablation: the face stream's own modulation."),
-        _switch("can", True, "Ablation: conditioned adaptive normalization."),
-    ]
-
-
-def adapter_settings(
-    *,
-    identity_scale: float,
-    can_scale: float,
-    ip_scale: float,
-    start_percent: float,
-    end_percent: float,
-    identity_in_negative: bool = False,
-    id_branch: bool = True,
-    structure_branch: bool = True,
-    face_modulation: bool = True,
-    can: bool = True,
-) -> AdapterSettings:
-    """The values of `adapter_inputs`. Raises SettingError for one out of its range."""
-    with runtime.packages():
-        from ..mm_core.pipelines.conditioning import AdapterSettings
-    return AdapterSettings(
-        identity_scale=identity_scale,
-        can_scale=can_scale,
-        ip_scale=ip_scale,
-        start=start_percent,
-        end=end_percent,
-        in_negative=identity_in_negative,
-        id_branch=id_branch,
-        structure_branch=structure_branch,
-        face_modulation=face_modulation,
-        can=can,
-    )
-
-
-def _strength(name: str, purpose: str) -> io.Input:
-    return io.Float.Input(name, default=1.0, min=0.0, max=3.0, step=0.05, tooltip=f"{purpose} 0 (off) to 3.")
-
-
-def _position(name: str, default: float, purpose: str) -> io.Input:
-    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=f"{purpose} 0 to 1.")
-
-
-def _switch(name: str, default: bool, purpose: str) -> io.Input:
-    return advanced(io.Boolean.Input(name, default=default, optional=True, tooltip=purpose))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,10 +10,11 @@ from comfy_api.latest import io
 
 from ..mm_core.errors import CheckpointError, SettingError
 from . import native_model, runtime
-from .identity import adapter_inputs, adapter_settings
+from .control import adapter_inputs, adapter_settings, control_input
 from .types import CATEGORY, IdentitySocket, Model, ModelSocket, Person, with_aliases
 
 if TYPE_CHECKING:
+    from ..mm_core.pipelines.control import AdapterSettings, Window
     from ..mm_core.pipelines.magic_mirror import MagicMirror
     from .native_model import ModelPatcher
 
@@ -70,6 +72,7 @@ class MagicMirrorApplyNative(io.ComfyNode):
                     optional=True,
                     tooltip="T5-XXL from core's Load CLIP (type cogvideox). Without: the base model's own encoder.",
                 ),
+                control_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="model"),
@@ -80,28 +83,35 @@ class MagicMirrorApplyNative(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: ModelPatcher, magic_mirror: Model, identity: Person, prompt: str, clip: Any = None, **strengths: Any
+        cls,
+        model: ModelPatcher,
+        magic_mirror: Model,
+        identity: Person,
+        prompt: str,
+        clip: Any = None,
+        control: AdapterSettings | None = None,
+        **strengths: float | bool,
     ) -> io.NodeOutput:
         with runtime.packages():
             from ..mm_core.pipelines.prompt import without_trigger
-        mirror, settings = magic_mirror.mirror, adapter_settings(**strengths)
+        mirror, settings = magic_mirror.mirror, adapter_settings(control, **strengths)
         transformer = native_model.transformer_of(model)
+
+        def plain() -> torch.Tensor:
+            return _encode(mirror, clip, without_trigger(prompt))
+
         if identity.identity is None or settings.off:
-            return io.NodeOutput(model, _conditioning(_encode(mirror, clip, without_trigger(prompt))))
+            return io.NodeOutput(model, _conditioning(plain()))
         _check_fits(mirror, transformer)
         mirror.check_identity(identity.identity)
         tokens = mirror.identity_tokens(prompt, settings)
-        encoded = _encode(mirror, clip, prompt) if tokens is None else _encode(mirror, clip, tokens.ids)
+        text, slots = (plain(), ()) if tokens is None else (_encode(mirror, clip, tokens.ids), tokens.slots)
         adapter = native_model.adapter_of(mirror, native_model.compute_dtype(model))
-        person = native_model.encode_native(
-            adapter, identity.identity, encoded, tokens.slots if tokens else (), settings
-        )
-        positive = [[person.prompt, {"start_percent": settings.start, "end_percent": settings.end}]]
-        if settings.start > 0 or settings.end < 1:  # elsewhere the base model reads the prompt alone
-            plain = _encode(mirror, clip, without_trigger(prompt))
-            for start, end in ((0.0, settings.start), (settings.end, 1.0)):
-                if start < end:
-                    positive.append([plain, {"start_percent": start, "end_percent": end}])
+        person = native_model.encode_native(adapter, identity.identity, text, slots, settings)
+        if tokens is None:
+            positive = _conditioning(person.prompt)
+        else:
+            positive = _in_window(person.prompt, settings.windows[0], plain)
         return io.NodeOutput(native_model.with_identity(model, adapter, person, settings), positive)
 
 
@@ -234,6 +244,14 @@ def _conditioning(embeds: torch.Tensor) -> list:
     return [[embeds, {}]]
 
 
+def _in_window(fused: torch.Tensor, window: Window, plain: Callable[[], torch.Tensor]) -> list:
+    """Conditioning with the fused prompt inside a window and the plain one, encoded only if there is one, outside."""
+    positive = [[fused, {"start_percent": window.start, "end_percent": window.end}]]
+    outside = [(start, end) for start, end in ((0.0, window.start), (window.end, 1.0)) if start < end]
+    embeds = plain() if outside else None
+    return positive + [[embeds, {"start_percent": start, "end_percent": end}] for start, end in outside]
+
+
 def _check_fits(mirror: MagicMirror, transformer: Any) -> None:
     """Raise CheckpointError where MODEL and adapter are of different sizes."""
     if mirror.header is None:
@@ -246,10 +264,7 @@ def _check_fits(mirror: MagicMirror, transformer: Any) -> None:
         "time_embed_dim": blocks[0].norm1.linear.in_features,
         "text_embed_dim": transformer.patch_embed.text_proj.in_features,
     }
-    misfits = mirror.header.config.misfits(found)
-    if misfits:
-        differ = ", ".join(f"{name} {ours} instead of {theirs}" for name, ours, theirs in misfits)
-        raise CheckpointError(f"The adapter was made for {mirror.header.base_model}, not for this MODEL: {differ}.")
+    mirror.header.check_fits(found, adapter="The adapter", base="this MODEL")
 
 
 NODES = [

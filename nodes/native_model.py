@@ -29,7 +29,7 @@ from ..mm_core.errors import CheckpointError
 
 if TYPE_CHECKING:
     from ..mm_core.models.adapter import MagicMirrorAdapter
-    from ..mm_core.pipelines.conditioning import AdapterSettings
+    from ..mm_core.pipelines.control import Acting, AdapterSettings, Window
     from ..mm_core.pipelines.identity import Identity
     from ..mm_core.pipelines.magic_mirror import MagicMirror
 
@@ -161,7 +161,7 @@ def with_identity(
         key=key,
         identity=identity,
         settings=settings,
-        sigmas=(sampling.percent_to_sigma(settings.start), sampling.percent_to_sigma(settings.end)),
+        sigmas={window: tuple(map(sampling.percent_to_sigma, window)) for window in settings.windows},
     )
     kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
     model.remove_wrappers_with_key(kind, ADDITIONAL)
@@ -176,7 +176,8 @@ class _Identity:
     key: str
     identity: NativeIdentity
     settings: AdapterSettings
-    sigmas: tuple[float, float]
+    sigmas: dict[Window, tuple[float, float]]
+    """The noise levels between which each window lies, from the larger."""
 
     def __call__(
         self,
@@ -189,37 +190,43 @@ class _Identity:
         **kwargs: Any,
     ) -> Tensor:
         options = dict(transformer_options or {})
-        carried = self._rows(options, len(x))
+        acting = self._acting(options)
+        carried = self._rows(options, len(x)) if acting.in_blocks else []
         if not carried:
             return executor(x, timestep, context, ofs, options, **kwargs)
         order = torch.tensor([row for row in range(len(x)) if row not in carried] + carried)
-        options[self.key] = self._state(len(carried), x)
+        options[self.key] = self._state(acting, len(carried), x)
         here, there = order.to(x.device), order.argsort().to(x.device)
         ofs = ofs[here] if ofs is not None and len(ofs) == len(x) else ofs
         return executor(x[here], timestep[here], context[here], ofs, options, **kwargs)[there]
 
+    def _acting(self, options: dict[str, Any]) -> Acting:
+        sigma = float(options["sigmas"].max())
+
+        def inside(window: Window) -> bool:
+            first, last = self.sigmas[window]
+            return last < sigma <= first
+
+        return self.settings.acting(inside)
+
     def _rows(self, options: dict[str, Any], batch: int) -> list[int]:
-        """Rows of the batch that get the identity: the positive prompts', while it acts."""
-        sigma, first, last = float(options["sigmas"].max()), *self.sigmas
-        if self.settings.off or not last < sigma <= first:
-            return []
+        """Rows of the batch that get the identity: the positive prompts', or all."""
         halves = options["cond_or_uncond"]
         size = batch // len(halves)
         chosen = [number for number, half in enumerate(halves) if half == 0 or self.settings.in_negative]
         return [row for number in chosen for row in range(number * size, (number + 1) * size)]
 
-    def _state(self, rows: int, x: Tensor) -> object:
+    def _state(self, acting: Acting, rows: int, x: Tensor) -> object:
         from ..mm_core.models.core_block import CoreFaceState
         from ..mm_core.pipelines.conditioning import ablate
 
         def spread(tensor: Tensor) -> Tensor:
             return tensor.to(x.device, x.dtype).expand(rows, *tensor.shape[1:])
 
-        face = self.identity.face_tokens
         return CoreFaceState(
             id_embedding=spread(self.identity.id_embedding),
-            face=None if face is None else spread(face),
-            can_scale=self.settings.can_scale,
+            face=spread(self.identity.face_tokens) if acting.face else None,
+            can_scale=acting.can_scale,
             ip_scale=self.settings.ip_scale,
             ablate=functools.partial(ablate, settings=self.settings),
         )

@@ -48,7 +48,7 @@ class MagicMirrorPromptHelper(io.ComfyNode):
             from ..mm_core.pipelines.prompt import explain_prompt
         mirror, settings = model.mirror, model.settings
         # Before Apply the prompt is shown as it will be read with an identity.
-        off = settings is not None and (model.identity is None or settings.off or not settings.id_branch)
+        off = settings is not None and (model.identity is None or not settings.fuses)
         report = explain_prompt(
             mirror.base.tokenizer,
             prompt,

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..mm_core.errors import DecodeError, SettingError
+from ..mm_core.pipelines.control import AdapterSettings
 from ..mm_core.pipelines.presets import PRESETS, ClipLimits
 from . import runtime
 from .convert import latent_from_samples
@@ -78,7 +79,6 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
         seed: int,
     ) -> io.NodeOutput:
         with runtime.packages():
-            from ..mm_core.pipelines.conditioning import AdapterSettings
             from ..mm_core.pipelines.magic_mirror import ClipSettings
         clip = ClipSettings(
             prompt=prompt,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 if TYPE_CHECKING:
-    from ..mm_core.pipelines.conditioning import AdapterSettings
+    from ..mm_core.pipelines.control import AdapterSettings
     from ..mm_core.pipelines.identity import Identity
     from ..mm_core.pipelines.magic_mirror import MagicMirror
 
@@ -17,6 +17,7 @@ NOBODY = "The identity is of nobody: no face was found in its photos. Use anothe
 
 ModelSocket = io.Custom("MAGICMIRROR_MODEL")
 IdentitySocket = io.Custom("MAGICMIRROR_IDENTITY")
+ControlSocket = io.Custom("MAGICMIRROR_CONTROL")  # carries AdapterSettings
 
 
 @dataclass(frozen=True, kw_only=True)

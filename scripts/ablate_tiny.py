@@ -22,7 +22,7 @@ from score_tiny import Scorer, score_generated, tables
 
 from mm_core.files import write_json
 from mm_core.pipelines.base import FolderBase
-from mm_core.pipelines.conditioning import AdapterSettings
+from mm_core.pipelines.control import AdapterSettings
 from mm_core.pipelines.magic_mirror import MagicMirror
 from mm_core.training.__main__ import train_stage
 from mm_core.training.config import ABLATIONS, TrainingConfig

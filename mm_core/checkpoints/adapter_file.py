@@ -62,6 +62,15 @@ class AdapterHeader:
             "trained": json.dumps(dataclasses.asdict(self.trained)),
         }
 
+    def check_fits(self, transformer: Mapping[str, Any], *, adapter: str, base: str) -> None:
+        """Raise CheckpointError, naming every size that differs, where the adapter was made for another transformer.
+
+        transformer: its config, under diffusers' names. adapter, base: what the message calls the two.
+        """
+        misfits = self.config.misfits(transformer)
+        if misfits:
+            raise CheckpointError(f"{adapter} was made for {self.base_model}, not for {base}: {misfits}.")
+
 
 def expected_tensors(config: AdapterConfig) -> dict[str, torch.Size]:
     """Every key of the format and its shape, for these sizes."""

@@ -81,10 +81,11 @@ class AdapterConfig:
         )
         return cls(**(sizes | overrides))
 
-    def misfits(self, base: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-        """(name, ours, base's) of each size in which a CogVideoX transformer config is not the base of this."""
+    def misfits(self, base: Mapping[str, Any]) -> str:
+        """In which sizes a CogVideoX transformer config is not the base of this, as "num_layers 42 instead of 30": ours
+        before the base's. Empty where it fits."""
         sizes = [(name, getattr(self, name), size) for name, size in base_sizes(base).items()]
-        return [(name, ours, theirs) for name, ours, theirs in sizes if ours != theirs]
+        return ", ".join(f"{name} {ours} instead of {theirs}" for name, ours, theirs in sizes if ours != theirs)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"adapted_layers": list(self.adapted_layers)}

@@ -93,8 +93,7 @@ def check_fits(transformer: CogVideoXTransformer3DModel, adapter: MagicMirrorAda
     """Raise ValueError, naming every size that differs, when the adapter was made for another base."""
     misfits = adapter.config.misfits(transformer.config)
     if misfits:
-        differ = "; ".join(f"{name}: adapter {ours}, base {theirs}" for name, ours, theirs in misfits)
-        raise ValueError(f"The adapter was made for another base model: {differ}")
+        raise ValueError(f"The adapter was made for another base model: {misfits}.")
 
 
 def _forward(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,63 +9,14 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor
 
-from ..errors import SettingError
 from ..memory import on_device
 from ..models.adapter import MagicMirrorAdapter
 from ..models.block import video_shift
 from ..models.diffusers_block import FaceState, take_apart, time_embedding
 from ..models.id_fusion import fuse_slots
 from ..models.modulation import BlockFactors
+from .control import Acting, AdapterSettings
 from .identity import Identity
-
-MAX_STRENGTH = 3.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterSettings:
-    """How strongly, and when, the identity acts."""
-
-    identity_scale: float = 1.0
-    """Text fusion: how far the person's word becomes the person. 0 to 3."""
-    can_scale: float = 1.0
-    """CAN's residuals on the modulation of video and text. 0 to 3."""
-    ip_scale: float = 1.0
-    """The decoupled cross-attention to the face tokens. 0 to 3."""
-    start: float = 0.0
-    """Part of the schedule, 0 to 1, before which the base model runs alone."""
-    end: float = 1.0
-    """Part of the schedule after which it does again."""
-    in_negative: bool = False
-    """Give the unconditional half of guidance the face stream and CAN too."""
-    id_branch: bool = True
-    """Ablation (Tab. 3): the ArcFace branch, that is text fusion and the identity that CAN sees."""
-    structure_branch: bool = True
-    """Ablation: the face stream and the cross-attention."""
-    face_modulation: bool = True
-    """Ablation: the face stream's own factors; without, it passes each block unmodulated, gates open."""
-    can: bool = True
-    """Ablation: CAN's residuals."""
-
-    def __post_init__(self) -> None:
-        for name in ("identity_scale", "can_scale", "ip_scale"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or not 0 <= value <= MAX_STRENGTH:
-                raise SettingError(f"{name} is {value}; it must be a number from 0 to {MAX_STRENGTH:g}.")
-        for name in ("start", "end"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or not 0 <= value <= 1:
-                raise SettingError(f"{name} is {value}; it must be from 0 (first step) to 1 (last step).")
-        if self.start > self.end:
-            raise SettingError(f"start ({self.start}) is after end ({self.end}); swap them.")
-
-    @property
-    def off(self) -> bool:
-        """All strengths 0: the plain base model runs, without a face stream."""
-        return self.identity_scale == self.can_scale == self.ip_scale == 0
-
-    def acts_at(self, step: int, num_steps: int) -> bool:
-        """Whether the identity acts at a step: those whose position step / num_steps is in [start, end)."""
-        return not self.off and self.start <= step / num_steps < self.end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,21 +32,26 @@ class FaceConditioning:
     settings: AdapterSettings
     device: torch.device
 
+    def acting(self, step: int) -> Acting:
+        """What acts at a step."""
+        position = step / next(iter(self.factors.values())).can.shape[0]
+        return self.settings.acting(lambda window: window.start <= position < window.end)
+
     def state(self, step: int) -> FaceState | None:
-        """What the blocks need at a step; None where the identity does not act."""
-        num_steps = next(iter(self.factors.values())).can.shape[0]
-        if not self.settings.acts_at(step, num_steps):
+        """What the blocks need at a step; None where they are the base's own."""
+        acting = self.acting(step)
+        if not acting.in_blocks:
             return None
         rows = 2 if self.settings.in_negative else 1
         factors = {
             layer: BlockFactors(*(f[step, None].to(self.device).expand(rows, -1, -1) for f in block))
             for layer, block in self.factors.items()
         }
-        face = None if self.face_tokens is None else self.face_tokens.expand(rows, -1, -1)
+        face = self.face_tokens.expand(rows, -1, -1) if acting.face else None
         return FaceState(
             factors=factors,
             streams=dict.fromkeys(factors, face),
-            can_scale=self.settings.can_scale,
+            can_scale=acting.can_scale,
             ip_scale=self.settings.ip_scale,
         )
 
@@ -116,7 +71,7 @@ def condition(
 
     Args:
         prompt_embeds: (1, T, Dtxt) T5 embeddings of the prompt with its slots made.
-        slots: positions of the slots.
+        slots: positions of the slots; none where the settings never fuse.
         timesteps: (steps,) the schedule.
     """
     dtype = prompt_embeds.dtype
@@ -127,7 +82,7 @@ def condition(
     with on_device([adapter.face_perceiver, adapter.face_proj, adapter.id_fusion, adapter.id_proj], device):
         face_tokens = adapter.face_tokens(features) if settings.structure_branch else None
         id_embedding = adapter.id_embedding(id_tokens)
-        if settings.id_branch:
+        if settings.fuses:
             prompt_embeds = prompt_embeds.to(device)
             fused = adapter.id_fusion(prompt_embeds[:, slots, :], id_tokens)
             prompt_embeds = fuse_slots(prompt_embeds, fused, tuple(slots), settings.identity_scale)

@@ -37,12 +37,13 @@ def denoise(
     attention_kwargs: dict[str, Any] = {}
 
     def prepare(step: int) -> Tensor:
-        state = face.state(step) if face is not None and step < clip.steps else None
         attention_kwargs.pop(STATE, None)
-        if state is None:
+        if face is None or step == clip.steps:
             return prompt
-        attention_kwargs[STATE] = state
-        return face.prompt_embeds.to(prompt)
+        state = face.state(step)
+        if state is not None:
+            attention_kwargs[STATE] = state
+        return face.prompt_embeds.to(prompt) if face.acting(step).fused else prompt
 
     def on_step_end(pipe: CogVideoXPipeline, step: int, timestep: Tensor, tensors: dict[str, Tensor]) -> dict:
         on_step(step + 1)

@@ -37,7 +37,8 @@ from ..models.adapter import MagicMirrorAdapter
 from ..models.diffusers_block import attach
 from ..models.id_encoder import IDEncoder
 from .base import BaseModel, TinyBase
-from .conditioning import AdapterSettings, FaceConditioning, condition
+from .conditioning import FaceConditioning, condition
+from .control import AdapterSettings
 from .decode import decode
 from .denoise import denoise
 from .identity import Identity, encode_identity
@@ -139,12 +140,7 @@ class MagicMirror:
         if self.adapter_path is None:
             return None
         header = read_header(self.adapter_path)
-        misfits = header.config.misfits(self.base.transformer_config)
-        if misfits:
-            differ = ", ".join(f"{name} {ours} instead of {theirs}" for name, ours, theirs in misfits)
-            raise CheckpointError(
-                f"{self.adapter_path.name} was made for {header.base_model}, not for {self.base.name}: {differ}."
-            )
+        header.check_fits(self.base.transformer_config, adapter=self.adapter_path.name, base=self.base.name)
         return header
 
     @property
@@ -236,7 +232,7 @@ class MagicMirror:
 
     def identity_tokens(self, prompt: str, settings: AdapterSettings) -> IdentityTokens | None:
         """The prompt's tokens with room for the identity; None where the settings leave the prompt as it is."""
-        if settings.off or not settings.id_branch:
+        if not settings.fuses:
             return None
         return identity_tokens(
             self.base.tokenizer,

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checkpoints.adapter_file import Trained, load_adapter, save_adapter
 from ..errors import SettingError
 from ..models.adapter import MagicMirrorAdapter
-from ..pipelines.conditioning import AdapterSettings
+from ..pipelines.control import AdapterSettings
 from .arcface import DifferentiableArcFace
 from .config import ABLATIONS, StageConfig, TrainingConfig, adapter_config
 from .diffusion import add_noise, alphas_bar, rotary_embedding

@@ -28,7 +28,7 @@ from ..models.diffusers_block import STATE
 from ..models.id_encoder import PHOTOMAKER_V2, IDEncoder, IDEncoderConfig
 from ..pipelines import tiny
 from ..pipelines.base import FolderBase, TinyBase
-from ..pipelines.conditioning import AdapterSettings
+from ..pipelines.control import AdapterSettings
 from ..pipelines.presets import PRESETS, T5_XXL, ClipLimits
 from .config import ABLATIONS, StageConfig, TrainingConfig, adapter_config
 from .losses import TEMPORAL_COMPRESSION, predict_clean

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..models.adapter import MagicMirrorAdapter
 from ..models.diffusers_block import STATE, attach, face_state
-from ..pipelines.conditioning import AdapterSettings, ablate
+from ..pipelines.conditioning import ablate
+from ..pipelines.control import AdapterSettings
 from .arcface import DifferentiableArcFace
 from .losses import identity_loss, noise_loss, predict_clean
 

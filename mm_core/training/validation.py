@@ -13,7 +13,8 @@ from ..faces.analysis import FaceAnalyzer
 from ..files import write_json
 from ..memory import on_device
 from ..models.id_encoder import FaceFeatures
-from ..pipelines.conditioning import AdapterSettings, condition
+from ..pipelines.conditioning import condition
+from ..pipelines.control import AdapterSettings
 from ..pipelines.decode import decode
 from ..pipelines.denoise import denoise
 from ..pipelines.identity import Identity

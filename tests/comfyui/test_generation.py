@@ -24,7 +24,7 @@ from mm_core.faces.analysis import FaceAnalyzer
 from mm_core.faces.references import analyse_references, read_image
 from mm_core.pipelines import tiny
 from mm_core.pipelines.base import TinyBase
-from mm_core.pipelines.conditioning import AdapterSettings
+from mm_core.pipelines.control import AdapterSettings
 from mm_core.pipelines.magic_mirror import ClipSettings, MagicMirror
 
 SAMPLER, LOADER = "MagicMirrorCogVideoXSampler", "MagicMirrorLoader"

@@ -20,13 +20,26 @@ from mm_core.faces.references import analyse_references, read_image
 from mm_core.models.adapter import MagicMirrorAdapter
 from mm_core.pipelines import magic_mirror, tiny
 from mm_core.pipelines.base import FolderBase, TinyBase
-from mm_core.pipelines.conditioning import AdapterSettings
+from mm_core.pipelines.control import AdapterSettings, Window
 from mm_core.pipelines.magic_mirror import ClipSettings, MagicMirror
 
 CORE_ZERO = 4.8973451890853435e-08  # core's alpha_bar at zero terminal SNR, where diffusers has 0
 PROMPT, STEPS, GUIDANCE, SEED = "A woman img smiles.", 4, 3.0, 5
 STRENGTHS = dict(identity_scale=0.9, can_scale=1.2, ip_scale=0.8, start_percent=0.0, end_percent=1.0)
 SETTINGS = AdapterSettings(identity_scale=0.9, can_scale=1.2, ip_scale=0.8)
+# Each of the four steps has another set of parts: CAN, CAN and text, text and face, text.
+CONTROL = dict(
+    preset="custom", identity_scale=0.9, identity_start_percent=0.25, can_scale=1.2, can_end_percent=0.5,
+    ip_scale=0.8, ip_start_percent=0.5, ip_end_percent=0.75,
+)  # fmt: skip
+CONTROLLED = AdapterSettings(
+    identity_scale=0.9,
+    can_scale=1.2,
+    ip_scale=0.8,
+    identity_window=Window(0.25, 1.0),
+    can_window=Window(0.0, 0.5),
+    ip_window=Window(0.5, 0.75),
+)
 FRAMES = {"1.0": 9, "1.5": 17}
 ID_ENCODER, ADAPTER = "small_id_encoder.safetensors", "small_{}.safetensors"
 
@@ -128,7 +141,9 @@ def plain(graph: dict[str, Any]) -> dict[str, Any]:
 
 
 # Core's own positions of 1.0 differ from the trained ones until the Apply node corrects them.
-@pytest.mark.parametrize(("kind", "with_identity"), [("1.0", True), ("1.5", True), ("1.5", False)])
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("1.0", SETTINGS), ("1.5", SETTINGS), ("1.5", None), ("1.0", CONTROLLED)]
+)
 def test_the_same_as_on_diffusers(
     server: ComfyServer,
     bases: dict[str, tuple[FolderBase, Path]],
@@ -136,11 +151,14 @@ def test_the_same_as_on_diffusers(
     insightface_root: Path,
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
-    with_identity: bool,
+    settings: AdapterSettings | None,
 ) -> None:
-    """Same weights, noise and noise levels."""
+    """Same weights, noise and noise levels; without settings, no identity."""
     graph = native_graph(server, kind, portrait("person_b_2"))
-    found = sampled(server, graph if with_identity else plain(graph))
+    if settings is CONTROLLED:
+        graph["14"] = {"class_type": "MagicMirrorControl", "inputs": CONTROL}
+        graph["5"]["inputs"]["control"] = ["14", 0]
+    found = sampled(server, graph if settings else plain(graph))
 
     monkeypatch.setitem(magic_mirror.SCHEDULERS, "ddim", CoresScheduler)
     base, adapter = bases[kind]
@@ -148,14 +166,14 @@ def test_the_same_as_on_diffusers(
         base, adapter=adapter, id_encoder=TinyBase().id_encoder, precision="fp32", device=torch.device("cpu")
     )
     identity = None
-    if with_identity:
+    if settings:
         photo = read_image(portrait("person_b_2"))
         identity = mirror.identity(analyse_references(FaceAnalyzer(insightface_root, "buffalo_sc", "cpu"), [photo]))
     clip = ClipSettings(
         prompt=PROMPT, width=64, height=64, num_frames=FRAMES[kind], steps=STEPS, guidance_scale=GUIDANCE,
         dynamic_guidance=False, scheduler="ddim", seed=SEED,
     )  # fmt: skip
-    expected = mirror.sample(clip, identity, SETTINGS) / mirror.pipeline.vae.config.scaling_factor
+    expected = mirror.sample(clip, identity, settings) / mirror.pipeline.vae.config.scaling_factor
     found = found[:, :, found.shape[2] - expected.shape[2] :]
     error = (found - expected).norm() / expected.norm()
     assert error < 1e-4, f"relative error {error:.1e}"

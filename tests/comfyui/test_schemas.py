@@ -20,8 +20,14 @@ NODES = {
     ),
     "MagicMirrorApplyCANAdapter": (
         "model identity identity_scale can_scale ip_scale start_percent end_percent",
-        "identity_in_negative id_branch structure_branch face_modulation can",
+        "identity_in_negative id_branch structure_branch face_modulation can control",
         ["MAGICMIRROR_MODEL"],
+    ),
+    "MagicMirrorControl": (
+        "preset",
+        "identity_scale identity_start_percent identity_end_percent can_scale can_start_percent can_end_percent "
+        "ip_scale ip_start_percent ip_end_percent",
+        ["MAGICMIRROR_CONTROL"],
     ),
     "MagicMirrorCogVideoXSampler": (
         "model prompt negative_prompt width height num_frames steps guidance_scale dynamic_guidance scheduler seed",
@@ -46,7 +52,7 @@ NATIVE = {
     "MagicMirrorNativeModel": ("magic_mirror", "", ["MODEL"]),
     "MagicMirrorApplyNative": (
         "model magic_mirror identity prompt identity_scale can_scale ip_scale start_percent end_percent",
-        "identity_in_negative id_branch structure_branch face_modulation can clip",
+        "identity_in_negative id_branch structure_branch face_modulation can clip control",
         ["MODEL", "CONDITIONING"],
     ),
     "MagicMirrorEncodePrompt": ("magic_mirror text", "", ["CONDITIONING"]),
@@ -65,10 +71,18 @@ COMBOS = {
     ("MagicMirrorExtractFaceEmbedding", "face"): ["largest", "leftmost", "rightmost", "index"],
     ("MagicMirrorExtractFaceEmbedding", "crop"): ["face", "image"],
     ("MagicMirrorExtractFaceEmbedding", "on_no_face"): ["error", "no identity", "skip photo"],
+    ("MagicMirrorControl", "preset"): ["likeness first", "balanced", "motion first", "custom"],
     ("MagicMirrorCogVideoXSampler", "scheduler"): ["dpm", "ddim"],
     ("MagicMirrorVideoCombine", "format"): ["mp4", "webm", "webp", "gif"],
     ("MagicMirrorScoreIdentity", "on_fail"): ["pass through", "stop"],
 }
+
+
+EXPERT = (
+    "MagicMirrorLoader", "MagicMirrorApplyCANAdapter", "MagicMirrorApplyNative", "MagicMirrorControl",
+    "MagicMirrorModelDoctor",
+)  # fmt: skip
+"""Their optional inputs, but sockets, are shown on demand."""
 
 
 def test_no_other_nodes(server: ComfyServer, old_server: ComfyServer) -> None:
@@ -115,10 +129,5 @@ def check_explained(node: str, info: dict) -> None:
     for section in ("required", "optional"):
         for name, (_, options) in info["input"].get(section, {}).items():
             assert options.get("tooltip"), name
-            expert = section == "optional" and name != "clip" and _is_expert(node, name)
+            expert = section == "optional" and name not in ("clip", "control") and node in EXPERT
             assert bool(options.get("advanced")) == expert, name
-
-
-def _is_expert(node: str, name: str) -> bool:
-    expert = ("MagicMirrorLoader", "MagicMirrorApplyCANAdapter", "MagicMirrorApplyNative", "MagicMirrorModelDoctor")
-    return node in expert

@@ -305,6 +305,6 @@ def test_adapter_of_other_sizes_is_refused() -> None:
     """Attaching names every size that differs, with both values, and leaves the transformer alone."""
     transformer = build_transformer("5b")
     adapter = build_adapter(transformer, num_layers=7, time_embed_dim=8)
-    with pytest.raises(ValueError, match="num_layers: adapter 7, base 5; time_embed_dim: adapter 8, base 10"):
+    with pytest.raises(ValueError, match="num_layers 7 instead of 5, time_embed_dim 8 instead of 10"):
         attach(transformer, adapter)
     assert not any(is_attached(block) for block in transformer.transformer_blocks)

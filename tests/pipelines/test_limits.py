@@ -11,7 +11,7 @@ from tiny_models import build_identity
 
 from mm_core.errors import CheckpointError, MagicMirrorError, PromptError, SettingError
 from mm_core.pipelines.base import FolderBase
-from mm_core.pipelines.conditioning import AdapterSettings
+from mm_core.pipelines.control import AdapterSettings
 from mm_core.pipelines.magic_mirror import ClipSettings, MagicMirror
 from mm_core.pipelines.presets import PRESETS, ClipLimits
 

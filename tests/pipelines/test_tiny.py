@@ -15,7 +15,7 @@ from mm_core.faces.analysis import FaceAnalyzer
 from mm_core.faces.references import analyse_references
 from mm_core.pipelines import tiny
 from mm_core.pipelines.base import TinyBase
-from mm_core.pipelines.conditioning import AdapterSettings
+from mm_core.pipelines.control import AdapterSettings
 from mm_core.pipelines.magic_mirror import ClipSettings, MagicMirror
 from mm_core.pipelines.preview import fit_latent_rgb, preview_image
 
