@@ -26,7 +26,7 @@ class MagicMirrorExtension(ComfyExtension):
         native = []
         if importlib.util.find_spec("comfy.ldm.cogvideo") is not None:  # cores before it run on diffusers alone
             from .native import NODES as native
-        return [
+        nodes = [
             MagicMirrorLoader,
             MagicMirrorModelDoctor,
             MagicMirrorExtractFaceEmbedding,
@@ -40,3 +40,4 @@ class MagicMirrorExtension(ComfyExtension):
             MagicMirrorShots,
             *native,
         ]
+        return [runtime.in_users_language(node) for node in nodes]
