@@ -34,6 +34,7 @@ FLAGS = (
 NOT_OURS = (
     "Failed to load resource",
     "core workflow templates",
+    "fuse options",  # of the search through them
     "ERR_INTERNET_DISCONNECTED",
     "ERR_NAME_NOT_RESOLVED",
     "Google",
