@@ -7,7 +7,17 @@ from contextlib import contextmanager
 
 
 class MagicMirrorError(Exception):
-    """Base of all errors that a user can mend; anything else that escapes is a bug."""
+    """Base of all errors that a user can mend; anything else that escapes is a bug.
+
+    Args:
+        message: the English text; with a `key`, its template, whose fields `values` fill.
+        key: the name of the same template in other languages (`magicMirror.errors` in locales/*/main.json).
+    """
+
+    def __init__(self, message: str, *, key: str | None = None, **values: object) -> None:
+        super().__init__(message.format(**values) if key else message)
+        self.key = key
+        self.values = values
 
 
 class NoFaceError(MagicMirrorError):

@@ -27,7 +27,6 @@ _KINDS = {
     "text_encoder": "text_encoders",
     "vae": "vae",
 }
-_CONSENT = 'set "allow_download" to true'
 
 
 def base_models() -> list[str]:
@@ -129,8 +128,12 @@ def find_id_encoder(choice: str, base_model: str, adapter: str, allow_download: 
     folder = runtime.model_folders("photomaker")[0]
     if not allow_download:
         raise CheckpointError(
-            f"The ID encoder is missing. Put {FILE_NAME} (1.8 GB) into {folder}, from "
-            f"{HUB_ADDRESS}/{REPO}/resolve/main/{FILE_NAME}, or {_CONSENT}."
+            'The ID encoder is missing. Put {file} (1.8 GB) into {folder}, from {address}, or set "allow_download" to '
+            "true.",
+            key="id_encoder_missing",
+            file=FILE_NAME,
+            folder=folder,
+            address=f"{HUB_ADDRESS}/{REPO}/resolve/main/{FILE_NAME}",
         )
     return download_id_encoder(folder)
 
@@ -176,10 +179,20 @@ def _published(repo: str, allow_download: bool) -> Path:
     if not missing:
         return folder
     if not allow_download:
-        state = f"{folder} lacks {', '.join(missing)}" if folder.is_dir() else f"there is no {folder}"
+        where = dict(repo=repo, folder=folder, address=f"{HUB_ADDRESS}/{repo}")
+        if not folder.is_dir():
+            raise CheckpointError(
+                "{repo} is not on this machine: there is no {folder}. Download all of {address} (about 20 GB) into "
+                'that folder, or set "allow_download" to true.',
+                key="base_model_missing",
+                **where,
+            )
         raise CheckpointError(
-            f"{repo} is not on this machine: {state}. Download all of {HUB_ADDRESS}/{repo} (about 20 GB) into that "
-            f"folder, or {_CONSENT}; what is there already is kept."
+            "{repo} is not on this machine: {folder} lacks {missing}. Download all of {address} (about 20 GB) into "
+            'that folder, or set "allow_download" to true; what is there already is kept.',
+            key="base_model_incomplete",
+            missing=", ".join(missing),
+            **where,
         )
     return download_folder(repo, folder)
 

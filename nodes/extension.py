@@ -27,7 +27,7 @@ class MagicMirrorExtension(ComfyExtension):
         native = []
         if importlib.util.find_spec("comfy.ldm.cogvideo") is not None:  # cores before it run on diffusers alone
             from .native import NODES as native
-        return [
+        nodes = [
             MagicMirrorLoader,
             MagicMirrorModelDoctor,
             MagicMirrorExtractFaceEmbedding,
@@ -42,3 +42,4 @@ class MagicMirrorExtension(ComfyExtension):
             MagicMirrorShots,
             *native,
         ]
+        return [runtime.in_users_language(node) for node in nodes]

@@ -85,7 +85,7 @@ class MagicMirrorLoadIdentity(io.ComfyNode):
         try:
             _find(file)
         except CheckpointError as error:
-            return str(error)
+            return runtime.translated(error)
         return True
 
     @classmethod

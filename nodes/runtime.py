@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import logging
@@ -38,6 +39,7 @@ FACE_MODELS = "insightface"
 IDENTITIES = "magic_mirror_identities"
 
 _PREVIEW_SIZE = 512
+_LOCALES = Path(__file__).resolve().parent.parent / "locales"
 
 _last_used: weakref.ref[MagicMirror] | None = None
 
@@ -53,6 +55,49 @@ def packages() -> Iterator[None]:
             f"MagicMirror needs a Python package that is missing or too old ({error}). Install its requirements into "
             f'ComfyUI\'s Python and start again: python -m pip install -r "{requirements}"'
         ) from error
+
+
+def in_users_language(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
+    """Let the page show what a node raises in the language that the page is in; the log keeps the English text."""
+    execute = node.execute.__func__
+
+    @functools.wraps(execute)
+    def speaking(cls: type[io.ComfyNode], *arguments: object, **inputs: object) -> io.NodeOutput:
+        try:
+            return execute(cls, *arguments, **inputs)
+        except MagicMirrorError as error:
+            english, text = str(error), translated(error)
+            if text != english:
+                log.error("MagicMirror: %s", english)
+                error.args = (text,)
+            raise
+
+    node.execute = classmethod(speaking)
+    return node
+
+
+def translated(error: MagicMirrorError) -> str:
+    """The message of an error in the page's language; in English where it has no translation."""
+    language = _language()
+    if error.key is None or language not in {folder.name for folder in _LOCALES.iterdir()}:
+        return str(error)
+    texts = json.loads((_LOCALES / language / "main.json").read_text(encoding="utf-8"))
+    return texts["magicMirror"]["errors"][error.key].format(**error.values)
+
+
+def _language() -> str:
+    """The language that was set for ComfyUI's page.
+
+    English when none was, since a node does not know the browser's; and when ComfyUI has several users, since a node
+    does not know for whom it runs.
+    """
+    settings = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
+    if args.multi_user or not settings.is_file():
+        return "en"
+    try:
+        return json.loads(settings.read_text(encoding="utf-8")).get("Comfy.Locale", "en")
+    except ValueError:  # ComfyUI says so in its log, and goes on without settings
+        return "en"
 
 
 def register_model_folders() -> None:
@@ -80,7 +125,12 @@ def model_file(kind: str, name: str) -> Path:
     path = folder_paths.get_full_path(kind, name)
     if path is None:
         folders = " or ".join(str(folder) for folder in model_folders(kind))
-        raise CheckpointError(f"There is no {name} in {folders}. Put it there, or choose another file.")
+        raise CheckpointError(
+            "There is no {name} in {folders}. Put it there, or choose another file.",
+            key="file_missing",
+            name=name,
+            folders=folders,
+        )
     return Path(path)
 
 

@@ -60,7 +60,7 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
         try:
             _COMMON_LIMITS.check(width=width or 16, height=height or 16, num_frames=num_frames or 1)
         except SettingError as error:
-            return str(error)
+            return runtime.translated(error)
         return True
 
     @classmethod

@@ -1,4 +1,5 @@
-"""Write the shipped workflows: each once for the canvas (workflows/) and once in API format (workflows/api/).
+"""Write the shipped workflows: each once for the canvas (workflows/) and once in API format (workflows/api/), and the
+subgraph blueprint (subgraphs/).
 
 What a workflow consists of stands below, once; a running ComfyUI says which inputs its nodes have and in which order.
 With --pictures it runs them too, and writes what they make as their thumbnails. Run it with the Python of the tests.
@@ -10,24 +11,20 @@ import argparse
 import io
 import json
 import tempfile
-import uuid
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import av
 import environment
 import numpy as np
+from canvas import Blueprint, Link, Node, to_api, to_blueprint, to_canvas
 from comfy_server import ComfyServer
 from demo import DEFAULT_PHOTO
 from PIL import Image
 
 WORKFLOWS = environment.ROOT / "workflows"
-WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-COLUMN, GAP, TOP = 440, 40, 60
+SUBGRAPHS = environment.ROOT / "subgraphs"
 THUMBNAIL = 256  # pixels of a picture in it
-TALL = {"LoadImage": 300, "MagicMirrorVideoCombine": 400, "MagicMirrorExtractFaceEmbedding": 220, "SaveImage": 260}
-NOTE = "MarkdownNote"
 LOADER, EXTRACT, APPLY = "MagicMirrorLoader", "MagicMirrorExtractFaceEmbedding", "MagicMirrorApplyCANAdapter"
 SAMPLER, COMBINE = "MagicMirrorCogVideoXSampler", "MagicMirrorVideoCombine"
 
@@ -93,18 +90,6 @@ CogVideoX.
 """,
 }
 
-# (node, number of its output)
-Link = tuple[str, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Node:
-    """A node by its type; `inputs` are links and the values that differ from the defaults."""
-
-    type: str
-    inputs: dict[str, Any]
-    title: str | None = None
-
 
 def person(photos: int = 1, base: str = "tiny", faces: str = "buffalo_sc") -> dict[str, Node]:
     """Models, photos and identity, as every workflow begins."""
@@ -137,9 +122,12 @@ def clip(prompt: str | Link, prefix: str, seed: int | Link = 42, **sampler: Any)
     }
 
 
+SMILE = "A person img looks towards the camera and smiles."
+
+
 def workflows() -> dict[str, tuple[str, dict[str, Node]]]:
     """By file name: the note on the canvas, and the nodes."""
-    smile = "A person img looks towards the camera and smiles."
+    smile = SMILE
     shots = Node(type="MagicMirrorShots", inputs=dict(seed=42))
     joined = Node(type="RebatchImages", inputs=dict(images=("sampler", 0), batch_size=4096))
     multi_shot = person() | {"shots": shots} | clip(("shots", 0), "shots", ("shots", 1)) | {"joined": joined}
@@ -195,121 +183,25 @@ def native(prompt: str) -> dict[str, Node]:
     }
 
 
-def to_api(nodes: dict[str, Node], info: dict[str, Any]) -> dict[str, Any]:
-    """The graph as /prompt takes it, every input with its value."""
-    numbers = {key: str(number) for number, key in enumerate(nodes, 1)}
-    graph = {}
-    for key, node in nodes.items():
-        inputs = {}
-        for name, kind, options in _inputs(info[node.type]):
-            value = node.inputs.get(name, _default(kind, options))
-            if isinstance(value, tuple):
-                inputs[name] = [numbers[value[0]], value[1]]
-            elif _is_widget(kind):
-                inputs[name] = value
-        graph[numbers[key]] = {
-            "class_type": node.type, "inputs": inputs,
-            "_meta": {"title": node.title or info[node.type]["display_name"]},
-        }  # fmt: skip
-    return graph
-
-
-def to_canvas(name: str, note: str, nodes: dict[str, Node], info: dict[str, Any]) -> dict[str, Any]:
-    """The graph as the page saves it."""
-    numbers = {key: number for number, key in enumerate(nodes, 1)}
-    links: list[list[Any]] = []
-    placed, heights = [], {}
-    depths = _depths(nodes)
-    for order, (key, node) in enumerate(nodes.items()):
-        entry = _node(node, numbers[key], order, links, numbers, info)
-        column = depths[key]
-        top = heights.get(column, TOP)
-        entry["pos"] = [GAP + column * (COLUMN + GAP), top]
-        heights[column] = top + entry["size"][1] + 2 * GAP
-        placed.append(entry)
-    for entry in placed:
-        for slot, output in enumerate(entry["outputs"]):
-            output["links"] = [link[0] for link in links if link[1] == entry["id"] and link[2] == slot] or None
-    placed.append(
-        {
-            "id": len(nodes) + 1, "type": NOTE, "pos": [GAP + COLUMN + GAP, max(heights.values())], "size": [760, 280],
-            "flags": {}, "order": len(nodes), "mode": 0, "inputs": [], "outputs": [], "properties": {},
-            "widgets_values": [note], "title": "Start here",
-        }
-    )  # fmt: skip
-    return {
-        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, name)), "revision": 0, "last_node_id": len(placed),
-        "last_link_id": len(links), "nodes": placed, "links": links, "groups": [], "config": {},
-        "extra": {"ds": {"scale": 0.6, "offset": [120, 100]}}, "version": 0.4,
-    }  # fmt: skip
-
-
-def _node(
-    node: Node, number: int, order: int, links: list[list[Any]], numbers: dict[str, int], info: dict[str, Any]
-) -> dict[str, Any]:
-    about = info[node.type]
-    inputs, values, height = [], [], 60 + TALL.get(node.type, 0)
-    for name, kind, options in _inputs(about):
-        value = node.inputs.get(name, _default(kind, options))
-        entry: dict[str, Any] = {"name": name, "type": kind, "link": None}
-        if _is_widget(kind):
-            entry["widget"] = {"name": name}
-            values.append(_default(kind, options) if isinstance(value, tuple) else value)
-            height += 120 if options.get("multiline") else 26
-            if options.get("control_after_generate"):
-                values.append("fixed" if isinstance(value, tuple) else "randomize")
-                height += 26
-            if options.get("image_upload"):
-                values.append("image")
-        elif name in about["input"].get("optional", {}):
-            entry["shape"] = 7
-        if isinstance(value, tuple):
-            entry["link"] = len(links) + 1
-            links.append([entry["link"], numbers[value[0]], value[1], number, len(inputs), kind])
-        inputs.append(entry)
-    outputs = [{"name": n, "type": t} for n, t in zip(about["output_name"], about["output"])]
-    height += 22 * max(len(outputs), sum("widget" not in entry for entry in inputs))
-    made = {
-        "id": number, "type": node.type, "pos": [0, 0], "size": [COLUMN, height], "flags": {}, "order": order,
-        "mode": 0, "inputs": inputs, "outputs": outputs, "properties": {"Node name for S&R": node.type},
-        "widgets_values": values,
-    }  # fmt: skip
-    return made | ({"title": node.title} if node.title else {})
-
-
-def _inputs(about: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """(name, type, options) in the order of the node."""
-    found = []
-    for section in ("required", "optional"):
-        for name in about["input_order"].get(section, []):
-            kind, *rest = about["input"][section][name]
-            options = dict(rest[0]) if rest else {}
-            if isinstance(kind, list):  # how older nodes write a choice
-                kind, options["options"] = "COMBO", kind
-            found.append((name, kind, options))
-    return found
-
-
-def _is_widget(kind: str) -> bool:
-    return kind in WIDGETS
-
-
-def _default(kind: str, options: dict[str, Any]) -> Any:
-    if not _is_widget(kind):
-        return None
-    if "default" in options:
-        return options["default"]
-    return options["options"][0] if kind == "COMBO" and options.get("options") else {"STRING": ""}.get(kind, 0)
-
-
-def _depths(nodes: dict[str, Node]) -> dict[str, int]:
-    """The column of each node: one to the right of the last that it takes something from."""
-    depths: dict[str, int] = {}
-    for _ in nodes:
-        for key, node in nodes.items():
-            before = [depths.get(value[0], 0) for value in node.inputs.values() if isinstance(value, tuple)]
-            depths[key] = 1 + max(before) if before else 0
-    return depths
+def face_to_video() -> Blueprint:
+    """The first workflow as one node, without the photo before it and the file behind it."""
+    nodes = person() | clip(SMILE, "")
+    nodes = {key: node for key, node in nodes.items() if key not in ("photo1", "video")}
+    nodes["extract"] = Node(type=EXTRACT, inputs=dict(model=("loader", 0), image=("photo", 0)))
+    models = ("base_model", "adapter", "face_pack")
+    sampling = ("width", "height", "num_frames", "steps", "guidance_scale", "seed")
+    return Blueprint(
+        nodes=nodes,
+        widgets=(
+            ("sampler", "prompt"),
+            *(("loader", name) for name in models),
+            *(("sampler", name) for name in sampling),
+        ),
+        outputs={"video": ("sampler", 2), "images": ("sampler", 0)},
+        description="A photo of a person and a prompt become a video of that person. Write img after the word that "
+        "stands for the person. Runs on the built-in tiny model; choose CogVideoX and its adapter for real clips.",
+        aliases=("magic mirror", "face to video", "identity video", "cogvideox"),
+    )
 
 
 def thumbnail(server: ComfyServer, graph: dict[str, Any]) -> Image.Image:
@@ -350,6 +242,12 @@ def main() -> None:
                 print(path)
             if arguments.pictures:
                 thumbnail(server, api).save(WORKFLOWS / f"{name}.jpg", quality=90)
+        name = "Face to video"
+        path = SUBGRAPHS / f"{name}.json"
+        SUBGRAPHS.mkdir(exist_ok=True)
+        # ASCII, because ComfyUI 0.3.75 reads it in the system's encoding.
+        path.write_text(json.dumps(to_blueprint(name, face_to_video(), info), indent=2) + "\n", encoding="ascii")
+        print(path)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ import json
 import re
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import pytest
@@ -98,6 +100,48 @@ def test_choices_and_files_are_not_translated(language: str) -> None:
     shown = dict(leaves(texts(language)))
     for path, english in leaves(texts("en")):
         assert [name for name in UNTRANSLATED.findall(english) if name not in shown[path]] == [], path
+
+
+def errors(language: str) -> dict[str, str]:
+    """The texts of errors, with fields in braces."""
+    content = json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))
+    return content["magicMirror"]["errors"]
+
+
+def fields(text: str) -> set[str]:
+    return {field for _, field, _, _ in Formatter().parse(text) if field is not None}
+
+
+def keyed_errors() -> Iterator[tuple[str, str, set[str | None]]]:
+    """(key, English text, names of the values) of every error that the code makes with a key; None stands for `**`."""
+    for file in [*files("nodes"), *files("mm_core")]:
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            values = {word.arg: word.value for word in call.keywords} if isinstance(call, ast.Call) else {}
+            if "key" not in values or not ast.unparse(call.func).endswith("Error"):
+                continue
+            text = call.args[0]
+            if isinstance(text, ast.Name):
+                module = import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
+                english = getattr(module, text.id)
+            else:
+                english = ast.literal_eval(text)
+            yield ast.literal_eval(values.pop("key")), english, set(values)
+
+
+def test_english_errors_are_those_of_the_code() -> None:
+    found = list(keyed_errors())
+    assert {(key, text) for key, text, _ in found} == set(errors("en").items())
+    for key, text, values in found:
+        assert fields(text) == values or (None in values and fields(text) >= values - {None}), key
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_errors_have_the_same_fields_in_every_language(language: str) -> None:
+    english, translations = errors("en"), errors(language)
+    assert list(translations) == list(english)
+    for key, text in translations.items():
+        assert fields(text) == fields(english[key]), key
+        assert language == "en" or text != english[key]
 
 
 def test_every_node_has_a_help_page() -> None:

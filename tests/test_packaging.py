@@ -55,7 +55,16 @@ def test_the_archive_holds_what_the_pack_needs() -> None:
     """Each line of .comfyignore is about something at the top, and none of it is code or weights that nodes use."""
     lines = [line for line in (ROOT / ".comfyignore").read_text().splitlines() if not line.startswith("#")]
     assert all(line.startswith("/") and any(ROOT.glob(line.strip("/"))) for line in lines)
-    needed = {"__init__.py", "nodes", "mm_core", "workflows", "requirements.txt", "pyproject.toml", "LICENSE"}
+    needed = {
+        "__init__.py",
+        "nodes",
+        "mm_core",
+        "workflows",
+        "subgraphs",
+        "requirements.txt",
+        "pyproject.toml",
+        "LICENSE",
+    }
     assert not needed & {line.strip("/") for line in lines}
 
 

@@ -10,7 +10,9 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "workflows"
 WORKFLOWS = sorted(path.stem for path in FOLDER.glob("*.json"))
+BLUEPRINT = FOLDER.parent / "subgraphs" / "Face to video.json"
 NOTES = ("Note", "MarkdownNote")
+MODEL_FILES = (".safetensors", ".sft", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".gguf")
 # Values in `widgets_values` of the canvas that are no inputs: what LoadImage's button and a seed's control hold.
 SEED = (["randomize"], ["fixed"])
 NOT_INPUTS = {
@@ -77,9 +79,67 @@ def test_a_note_says_what_to_change(name: str) -> None:
     assert "Change first" in note["widgets_values"][0]
 
 
-def test_missing_models_can_be_offered() -> None:
-    """ComfyUI's page offers a download for a widget's file that is named in the node's `models`."""
-    (loader,) = (node for node in canvas("text_to_video_5b")["nodes"] if node["type"] == "MagicMirrorLoader")
-    for model in loader["properties"]["models"]:
-        assert model.keys() >= {"name", "url", "directory"}
-        assert model["name"] in loader["widgets_values"] and model["url"].endswith(model["name"])
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_missing_models_can_be_offered(name: str) -> None:
+    """ComfyUI's page knows where to get a widget's file that is named in the node's `models`; every such file is."""
+    for node in canvas(name)["nodes"]:
+        models = node["properties"].get("models", [])
+        values = [value for value in node["widgets_values"] if isinstance(value, str)]
+        assert {value for value in values if value.endswith(MODEL_FILES)} == {model["name"] for model in models}
+        for model in models:
+            assert model.keys() >= {"name", "url", "directory"} and model["url"].endswith(f"/{model['name']}")
+
+
+def blueprint() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The node that is added to the canvas, and what it consists of."""
+    graph = json.loads(BLUEPRINT.read_text(encoding="ascii"))  # ComfyUI 0.3.75 reads it in the system's encoding
+    (host,), (definition,) = graph["nodes"], graph["definitions"]["subgraphs"]
+    assert host["type"] == definition["id"]
+    return host, definition
+
+
+def test_the_blueprint_is_the_first_workflow() -> None:
+    """The same nodes with the same settings, without the photo before them and the file behind them."""
+    _, definition = blueprint()
+    twin = {node["class_type"]: node["inputs"] for node in api("text_to_video_tiny").values()}
+    for outside in ("LoadImage", "MagicMirrorVideoCombine"):
+        del twin[outside]
+    assert {node["type"] for node in definition["nodes"]} == twin.keys()
+    for node in definition["nodes"]:
+        names = [entry["name"] for entry in node["inputs"] if "widget" in entry]
+        values = dict(zip(names, node["widgets_values"], strict=False))
+        assert values == {name: value for name, value in twin[node["type"]].items() if not isinstance(value, list)}
+
+
+def test_the_blueprint_shows_its_inputs() -> None:
+    """Each input of the node leads to one inside, of the same name but the photo's, and has the value of that one."""
+    host, definition = blueprint()
+    inside = {node["id"]: node for node in definition["nodes"]}
+    links = {link["id"]: link for link in definition["links"]}
+    assert [(slot["name"], slot["type"]) for slot in host["inputs"]] == [
+        (slot["name"], slot["type"]) for slot in definition["inputs"]
+    ]
+    values = iter(host["widgets_values"])
+    for number, slot in enumerate(definition["inputs"]):
+        (link,) = (links[index] for index in slot["linkIds"])
+        node = inside[link["target_id"]]
+        target = node["inputs"][link["target_slot"]]
+        assert (link["origin_id"], link["origin_slot"]) == (definition["inputNode"]["id"], number)
+        assert (link["type"], target["link"]) == (slot["type"], link["id"])
+        if "widget" in target:
+            names = [entry["name"] for entry in node["inputs"] if "widget" in entry]
+            assert target["name"] == slot["name"]
+            assert node["widgets_values"][names.index(slot["name"])] == next(values)
+    assert next(values, None) is None
+
+
+def test_the_blueprint_is_connected() -> None:
+    host, definition = blueprint()
+    ends = {definition["inputNode"]["id"]: definition["inputs"], definition["outputNode"]["id"]: definition["outputs"]}
+    inside = {node["id"]: node for node in definition["nodes"]}
+    for link in definition["links"]:
+        source = ends.get(link["origin_id"]) or inside[link["origin_id"]]["outputs"]
+        target = ends.get(link["target_id"]) or inside[link["target_id"]]["inputs"]
+        assert source[link["origin_slot"]]["type"] == target[link["target_slot"]]["type"] == link["type"]
+    assert [(slot["name"], slot["type"]) for slot in host["outputs"]] == [("video", "VIDEO"), ("images", "IMAGE")]
+    assert all(len(slot["linkIds"]) == 1 for slot in definition["outputs"])

@@ -156,9 +156,12 @@ def _pack_folder(root: Path, pack: str) -> Path:
         if any(candidate.glob("*.onnx")):
             return candidate
     raise CheckpointError(
-        f"The face models are missing: {folder} must hold the .onnx files of insightface's pack {pack!r} "
+        "The face models are missing: {folder} must hold the .onnx files of insightface's pack '{pack}' "
         "(detection and recognition). Download it from github.com/deepinsight/insightface (its models are licensed "
-        "for non-commercial research only) and unzip it there"
+        "for non-commercial research only) and unzip it there",
+        key="face_models_missing",
+        folder=folder,
+        pack=pack,
     )
 
 

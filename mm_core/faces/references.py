@@ -17,6 +17,8 @@ MIN_SHARPNESS = 35.0  # portraits: 290 and more; blurred by 1% of the face 45 to
 MAX_TURN = 35.0  # degrees: beyond, the far eye foreshortens and the recogniser has half a face
 MIN_SAME_PERSON = 0.25  # cosine: photos of one person were seen at .51 to .80, of different people at .11 at most
 
+_NO_FACE_IN = f"{{photos}}: {NO_FACE}"
+
 TRANSPARENT_BECOMES = (128, 128, 128, 255)  # colours under full transparency are leftovers; grey favours neither end
 
 
@@ -127,7 +129,7 @@ def with_faces(photos: Sequence[Photo]) -> list[Photo]:
     found = [photo for photo in photos if photo.taken is not None]
     if not found:
         described = ", ".join(_described(photo.name, photo.image) for photo in photos)
-        raise NoFaceError(f"{described}: {NO_FACE}")
+        raise NoFaceError(_NO_FACE_IN, key="no_face", photos=described)
     return found
 
 
@@ -142,7 +144,7 @@ def references_from(photos: Sequence[Photo], *, crop: str = "face") -> list[Refe
         raise SettingError(f"reference crop {crop!r} is unknown: choose 'face' or 'image'")
     for photo in photos:
         if photo.taken is None:
-            raise NoFaceError(f"{_described(photo.name, photo.image)}: {NO_FACE}")
+            raise NoFaceError(_NO_FACE_IN, key="no_face", photos=_described(photo.name, photo.image))
     similarities = _similarities([photo.taken for photo in photos])
     return [
         Reference(

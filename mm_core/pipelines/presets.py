@@ -133,15 +133,25 @@ class ClipLimits:
         for name, value, limit in (("width", width, self.max_width), ("height", height, self.max_height)):
             if value < self.size_step or value % self.size_step:
                 near = max(self.size_step, round(value / self.size_step) * self.size_step)
-                raise SettingError(f"The {name} is {value} px; it must be a multiple of {self.size_step}. Try {near}.")
+                raise SettingError(
+                    "The {side} is {value} px; it must be a multiple of {step}. Try {near}.",
+                    key="side_step", side=name, value=value, step=self.size_step, near=near,
+                )  # fmt: skip
             if limit is not None and value > limit:
-                raise SettingError(f"The {name} is {value} px; this model makes at most {limit}.")
+                raise SettingError(
+                    "The {side} is {value} px; this model makes at most {limit}.",
+                    key="side_limit", side=name, value=value, limit=limit,
+                )  # fmt: skip
         step = self.frame_step
         if num_frames < 1 or num_frames > self.max_frames:
-            raise SettingError(f"The clip has {num_frames} frames; this model makes 1 (an image) to {self.max_frames}.")
+            raise SettingError(
+                "The clip has {frames} frames; this model makes 1 (an image) to {limit}.",
+                key="length_limit", frames=num_frames, limit=self.max_frames,
+            )  # fmt: skip
         if num_frames % step != 1:
             below = num_frames // step * step + 1 if num_frames % step else num_frames - step + 1
             near = min(below + step, self.max_frames)
             raise SettingError(
-                f"The clip has {num_frames} frames; this model makes {step} x N + 1 of them. Try {below} or {near}."
-            )
+                "The clip has {frames} frames; this model makes {step} x N + 1 of them. Try {below} or {near}.",
+                key="length_step", frames=num_frames, step=step, below=below, near=near,
+            )  # fmt: skip

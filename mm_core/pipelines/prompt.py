@@ -96,8 +96,11 @@ def mark_identity(prompt: str) -> MarkedPrompt:
     word = _IDENTITY_WORD.search(prompt)
     if not word:
         raise PromptError(
-            f'The prompt names no person. Put "{TRIGGER}" after the word that stands for the person ("a wizard '
-            f'{TRIGGER} reading"), or use one of these words: {", ".join(IDENTITY_WORDS)}.'
+            'The prompt names no person. Put "{trigger}" after the word that stands for the person ("a wizard '
+            '{trigger} reading"), or use one of these words: {words}.',
+            key="no_person",
+            trigger=TRIGGER,
+            words=", ".join(IDENTITY_WORDS),
         )
     return MarkedPrompt(prompt, word.start(), word.end())
 
@@ -131,8 +134,12 @@ def identity_tokens(
     room = max_length - 1  # the end-of-sequence token takes the last place
     if last >= room:
         raise PromptError(
-            f'The word "{marked.word}" ends at token {last + 1} of the prompt; the model reads {max_length}, one of '
-            "them the end mark. Move the person nearer to the beginning, or shorten what stands before."
+            'The word "{word}" ends at token {token} of the prompt; the model reads {limit}, one of them the end mark. '
+            "Move the person nearer to the beginning, or shorten what stands before.",
+            key="person_too_late",
+            word=marked.word,
+            token=last + 1,
+            limit=max_length,
         )
     ids = [*ids[:room], tokenizer.eos_token_id]
     ids += [tokenizer.pad_token_id] * (max_length - len(ids))

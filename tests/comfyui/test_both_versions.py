@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import av
@@ -15,10 +16,12 @@ import numpy as np
 import pytest
 import websocket
 from comfy_server import ComfyServer, ExecutionInterrupted
+from environment import PACK_FOLDER
 from PIL import Image
 
 SAMPLER, COMBINE = "MagicMirrorCogVideoXSampler", "MagicMirrorVideoCombine"
 CANVAS = {"nodes": [], "links": [], "version": 0.4}
+SUBGRAPHS = Path(__file__).resolve().parents[2] / "subgraphs"
 
 
 @pytest.mark.parametrize("format", ["mp4", "webm"])
@@ -56,6 +59,15 @@ def test_another_seed_runs_the_sampler_only(
     entry = any_server.run(any_graph)
     assert any_server.cached_nodes(entry) == any_graph.keys() - {any_graph.id(SAMPLER), any_graph.id(COMBINE)}
     assert not np.array_equal(first, decode(any_server.view(**saved(entry, any_graph))))
+
+
+def test_the_blueprint_is_offered(any_server: ComfyServer) -> None:
+    """Listed among the subgraphs of all packs, and handed out as it is."""
+    listed = any_server.get("/global_subgraphs")
+    (found,) = (key for key, entry in listed.items() if entry["info"]["node_pack"] == f"custom_nodes.{PACK_FOLDER}")
+    assert listed[found]["name"] == "Face to video"
+    content = any_server.get(f"/global_subgraphs/{found}")["data"]
+    assert content == (SUBGRAPHS / "Face to video.json").read_text(encoding="ascii")
 
 
 def test_cancelling_takes_one_step(any_server: ComfyServer, any_graph: Any, queue: Callable[..., str]) -> None:

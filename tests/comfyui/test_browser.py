@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from comfy_server import ComfyServer
@@ -17,6 +18,9 @@ from playwright.sync_api import ConsoleMessage, Page, expect, sync_playwright
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = ROOT / "workflows"
 WORKFLOW = WORKFLOWS / "text_to_video_tiny.json"
+BLUEPRINT = "Face to video"
+PICTURES = os.environ.get("MAGIC_MIRROR_PICTURES")
+PICTURE_SCALE = 1.5  # pixels of a picture for each of the page's
 FLAGS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -30,6 +34,7 @@ FLAGS = (
 NOT_OURS = (
     "Failed to load resource",
     "core workflow templates",
+    "fuse options",  # of the search through them
     "ERR_INTERNET_DISCONNECTED",
     "ERR_NAME_NOT_RESOLVED",
     "Google",
@@ -44,7 +49,8 @@ def page(browser: Path, server: ComfyServer, tmp_path_factory: pytest.TempPathFa
     server.upload_image(Path(example))
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=str(browser), args=FLAGS)
-        page = chromium.new_page(viewport={"width": 1760, "height": 990})
+        scale = PICTURE_SCALE if PICTURES else 1.0
+        page = chromium.new_page(viewport={"width": 1760, "height": 990}, device_scale_factor=scale)
         page.goto(server.address)
         page.wait_for_function("window.app?.graph && window.app.extensionManager", timeout=120_000)
         page.wait_for_timeout(3000)
@@ -67,32 +73,139 @@ def errors(page: Page) -> list[str]:
     return found
 
 
-def picture(page: Page, name: str) -> None:
+# Where all nodes are on the page, with some space around: x, y, width, height.
+NODES = """() => {
+    const {scale, offset} = window.app.canvas.ds;
+    const canvas = window.app.canvas.canvas.getBoundingClientRect();
+    const boxes = window.app.graph.nodes.map(node => Array.from(node.getBounding()));
+    const x = Math.min(...boxes.map(b => b[0])) - 20, y = Math.min(...boxes.map(b => b[1])) - 40;
+    const right = Math.max(...boxes.map(b => b[0] + b[2])) + 20, bottom = Math.max(...boxes.map(b => b[1] + b[3])) + 20;
+    return {
+        x: canvas.x + (x + offset[0]) * scale, y: canvas.y + (y + offset[1]) * scale,
+        width: (right - x) * scale, height: (bottom - y) * scale,
+    };
+}"""
+
+
+def picture(page: Page, name: str, nodes_only: bool = False) -> None:
     """Keep what the page shows, where the caller wants pictures."""
-    folder = os.environ.get("MAGIC_MIRROR_PICTURES")
-    if folder:
-        page.screenshot(path=str(Path(folder) / name))
+    if PICTURES:
+        page.screenshot(path=str(Path(PICTURES) / name), clip=page.evaluate(NODES) if nodes_only else None)
+
+
+def unknown_nodes(page: Page) -> list[str]:
+    """Types on the canvas, inside its subgraphs too, that the page does not know."""
+    types = page.evaluate("""() => {
+        const all = graph => graph.nodes.flatMap(n => n.isSubgraphNode?.() ? all(n.subgraph) : [n]);
+        return all(window.app.graph).map(n => n.type).filter(t => !(t in window.LiteGraph.registered_node_types));
+    }""")
+    return [kind for kind in types if kind not in ("Note", "MarkdownNote")]
+
+
+def show_all(page: Page) -> None:
+    """The whole graph: a node's video is loaded when the node is drawn."""
+    page.evaluate("window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.wait_for_timeout(1000)
+
+
+def run(page: Page, prefix: str) -> str:
+    """Press the Run button; the file's name in the address of the video that then plays on its node."""
+    page.get_by_test_id("queue-button").click()
+    ours = f"v => v.videoWidth === 64 && v.videoHeight === 64 && v.readyState >= 2 && v.src.includes('{prefix}')"
+    page.wait_for_function(f"[...document.querySelectorAll('video')].some({ours})", timeout=240_000)
+    video = page.locator(f"video[src*='{prefix}']").first
+    expect(video).to_be_visible()
+    return parse_qs(urlsplit(video.get_attribute("src") or "").query)["filename"][0]
 
 
 def test_the_workflow_opens_runs_and_shows_its_video(page: Page, errors: list[str], server: ComfyServer) -> None:
     """No missing node, no error in the console; the Run button ends in a video that plays on the node."""
+    if PICTURES:
+        page.evaluate("window.app.extensionManager.setting.set('Comfy.Minimap.Visible', false)")
     page.set_input_files("#comfy-file-input", WORKFLOW)
     page.wait_for_function("window.app.graph.nodes.some(node => node.type === 'MagicMirrorLoader')", timeout=30_000)
-    unknown = page.evaluate(
-        "window.app.graph.nodes.map(n => n.type).filter(t => !(t in window.LiteGraph.registered_node_types))"
-    )
-    assert [kind for kind in unknown if kind not in ("Note", "MarkdownNote")] == []
+    assert unknown_nodes(page) == []
     page.wait_for_timeout(1000)
-    picture(page, "workflow_before.png")
-
-    page.get_by_test_id("queue-button").click()
-    video = page.locator("video").first
-    expect(video).to_be_visible(timeout=180_000)
-    playing = "v => v.readyState >= 2 && v.videoWidth === 64 && v.videoHeight === 64"
-    page.wait_for_function(f"[...document.querySelectorAll('video')].some({playing})", timeout=60_000)
+    picture(page, "workflow_before.png", nodes_only=True)
+    name = run(page, "tiny_")
+    assert (server.base / "output" / "magic_mirror" / name).is_file()
     page.wait_for_timeout(1000)
-    picture(page, "workflow.png")
+    picture(page, "workflow.png", nodes_only=True)
     assert errors == []
+
+
+def test_the_native_workflow_runs_from_the_template_browser(page: Page, errors: list[str], server: ComfyServer) -> None:
+    """Chosen by its picture among the templates, run by the Run button, watched on its node."""
+    page.evaluate("window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    expect(page.get_by_text("Extensions", exact=True).first).to_be_visible(timeout=30_000)
+    page.get_by_text("All Templates", exact=True).first.click()
+    page.get_by_test_id("template-workflow-native").click()
+    page.wait_for_function("window.app.graph.nodes.some(n => n.type === 'MagicMirrorApplyNative')", timeout=30_000)
+    assert unknown_nodes(page) == []
+    show_all(page)
+    name = run(page, "native_")
+    assert (server.base / "output" / "magic_mirror" / name).is_file()
+    assert errors == []
+
+
+# The photo before the blueprint's node and a file behind it, as a user connects them.
+AROUND = """() => {
+    const graph = window.app.graph, made = graph.nodes.find(node => node.isSubgraphNode?.());
+    const [photo, save] = ['LoadImage', 'SaveVideo'].map(type => window.LiteGraph.createNode(type));
+    graph.add(photo);
+    graph.add(save);
+    photo.pos = [made.pos[0] - 500, made.pos[1]];
+    save.pos = [made.pos[0] + 500, made.pos[1]];
+    photo.widgets.find(widget => widget.name === 'image').value = 'example.png';
+    save.widgets.find(widget => widget.name === 'filename_prefix').value = 'blueprint/clip';
+    photo.connect(0, made, made.inputs.findIndex(input => input.name === 'photo'));
+    made.connect(made.outputs.findIndex(output => output.name === 'video'), save, 0);
+    made.widgets.find(widget => widget.name === 'prompt').value = 'A woman img laughs.';
+}"""
+
+
+def test_the_blueprint_is_one_node_that_runs(page: Page, errors: list[str], server: ComfyServer) -> None:
+    """Found by the node search, with its inputs on the node; what it sends is the first workflow's graph."""
+    page.evaluate("window.app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+    page.wait_for_function("window.app.graph.nodes.length === 0", timeout=30_000)
+    page.evaluate("window.app.extensionManager.setting.set('Comfy.NodeSearchBoxImpl.FollowCursor', false)")
+    page.evaluate("window.app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    page.get_by_role("combobox").fill(BLUEPRINT)
+    page.get_by_test_id("result-item").filter(has_text=BLUEPRINT).first.click()
+    page.wait_for_function("window.app.graph.nodes.some(node => node.isSubgraphNode?.())", timeout=30_000)
+    assert unknown_nodes(page) == []
+    page.evaluate(AROUND)
+    sent = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    twin = json.loads((WORKFLOWS / "api" / WORKFLOW.name).read_text(encoding="utf-8"))
+    wanted = _settings(twin)
+    wanted["MagicMirrorCogVideoXSampler"]["prompt"] = "A woman img laughs."
+    del wanted["MagicMirrorVideoCombine"]
+    assert {kind: values for kind, values in _settings(sent).items() if kind != "SaveVideo"} == wanted
+    show_all(page)
+    name = run(page, "clip_")
+    assert (server.base / "output" / "blueprint" / name).is_file()
+    assert errors == []
+
+
+def _settings(graph: dict[str, dict]) -> dict[str, dict[str, Any]]:
+    """By type of node, its inputs that are no links."""
+    return {
+        node["class_type"]: {name: value for name, value in node["inputs"].items() if not isinstance(value, list)}
+        for node in graph.values()
+    }
+
+
+def test_a_missing_model_is_named_with_its_address(page: Page) -> None:
+    """What the page's list of missing models knows of the big workflow's file."""
+    page.set_input_files("#comfy-file-input", WORKFLOWS / "text_to_video_5b.json")
+    missing = """() => {
+        const stores = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s;
+        return JSON.parse(JSON.stringify(stores.get('missingModel')?.missingModelCandidates ?? []));
+    }"""
+    page.wait_for_function(f"({missing})().length > 0", timeout=30_000)
+    (model,) = page.evaluate(missing)
+    assert model["name"] == "photomaker-v2.bin" and model["directory"] == "photomaker"
+    assert model["url"] == "https://huggingface.co/TencentARC/PhotoMaker-V2/resolve/main/photomaker-v2.bin"
 
 
 @pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)

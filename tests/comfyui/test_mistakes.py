@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from mm_core.models.adapter import MagicMirrorAdapter
 from mm_core.models.config import AdapterConfig
 from mm_core.pipelines import tiny
 
+ROOT = Path(__file__).resolve().parents[2]
 SAMPLER, LOADER = "MagicMirrorCogVideoXSampler", "MagicMirrorLoader"
 EXTRACT, APPLY, COMBINE = "MagicMirrorExtractFaceEmbedding", "MagicMirrorApplyCANAdapter", "MagicMirrorVideoCombine"
 
@@ -89,6 +92,35 @@ def test_no_face_may_mean_no_identity(
     plain = graph.copy()
     plain.bypass_apply()
     assert np.array_equal(run(server, graph), run(server, plain))
+
+
+@pytest.fixture
+def french(server: ComfyServer) -> Iterator[dict[str, str]]:
+    """French as the page's language, as its settings store it; the French texts of errors."""
+    set_language(server, "fr")
+    yield json.loads((ROOT / "locales" / "fr" / "main.json").read_text(encoding="utf-8"))["magicMirror"]["errors"]
+    set_language(server, "en")
+
+
+def set_language(server: ComfyServer, language: str) -> None:
+    address = f"{server.address}/settings/Comfy.Locale"
+    urllib.request.urlopen(urllib.request.Request(address, data=json.dumps(language).encode())).close()
+
+
+def test_errors_speak_the_pages_language(server: ComfyServer, graph: Any, noise: str, french: dict[str, str]) -> None:
+    """Those of a running node, which the log has in English, and those found before anything runs."""
+    graph.inputs("LoadImage")["image"] = noise
+    message = failure(server, graph)
+    assert "NoFaceError" in message and french["no_face"].format(photos="photo 1 (256 x 256 px)") in message
+    assert "MagicMirror: photo 1 (256 x 256 px): no face was found" in server.log_text()
+    graph.inputs(SAMPLER)["num_frames"] = 8
+    assert french["length_step"].format(frames=8, step=8, below=1, near=9) in failure(server, graph)
+
+
+def test_an_unknown_language_is_english(server: ComfyServer, graph: Any, french: dict[str, str]) -> None:
+    set_language(server, "../fr")
+    graph.inputs(SAMPLER)["num_frames"] = 8
+    assert "The clip has 8 frames" in failure(server, graph)
 
 
 def test_photos_without_a_face_may_be_left_out(server: ComfyServer, graph: Any, noise: str) -> None:
