@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import json
 import logging
 import os
@@ -136,7 +137,7 @@ def model_file(kind: str, name: str) -> Path:
 
 def t5_tokenizer() -> Path:
     """The folder of the T5 tokenizer that is part of ComfyUI."""
-    return Path(comfy.utils.__file__).parent / "text_encoders" / "t5_tokenizer"
+    return Path(inspect.getfile(comfy.utils)).parent / "text_encoders" / "t5_tokenizer"
 
 
 def device() -> torch.device:

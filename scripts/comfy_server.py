@@ -163,7 +163,7 @@ class ComfyServer(ComfyClient):
         comfyui: the folder with ComfyUI's ``main.py``.
         python: an interpreter that has ComfyUI's packages.
         base: ComfyUI's base directory, created when missing: models, input, output and custom nodes.
-        pack: the checkout, linked (or copied) into the custom nodes.
+        pack: the checkout, linked (or copied) into the custom nodes; None leaves them as they are.
         port: 0 takes a free one.
         extra_args: more command line arguments for ``main.py``.
         insightface_root: a folder to link as ``models/insightface``.
@@ -174,7 +174,7 @@ class ComfyServer(ComfyClient):
         comfyui: Path,
         python: Path,
         base: Path,
-        pack: Path,
+        pack: Path | None,
         port: int = 0,
         extra_args: Sequence[str] = (),
         insightface_root: Path | None = None,
@@ -220,7 +220,8 @@ class ComfyServer(ComfyClient):
     def _lay_out_base(self) -> None:
         for folder in ("models", "input", "output", "custom_nodes"):
             (self.base / folder).mkdir(parents=True, exist_ok=True)
-        _link(self.pack, self.base / "custom_nodes" / PACK_FOLDER)
+        if self.pack is not None:
+            _link(self.pack, self.base / "custom_nodes" / PACK_FOLDER)
         if self.insightface_root is not None:
             _link(self.insightface_root, self.base / "models" / "insightface")
 

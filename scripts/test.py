@@ -28,6 +28,7 @@ def _variables() -> dict[str, str]:
     found = environment.browser(install="CI" in os.environ)
     return {
         "MAGIC_MIRROR_COMFYUI": str(environment.comfyui(environment.NEW_COMFYUI)),
+        "MAGIC_MIRROR_VALIDATORS": str(environment.validators()),
         "MAGIC_MIRROR_COMFYUI_OLD": str(environment.comfyui(environment.OLD_COMFYUI)),
         "MAGIC_MIRROR_INSIGHTFACE_ROOT": str(environment.face_models()),
         "MAGIC_MIRROR_PHOTOGRAPHS": str(environment.photographs()),

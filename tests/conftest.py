@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +63,53 @@ def comfyui_path() -> Path:
 def old_comfyui_path() -> Path:
     """The oldest ComfyUI the pack supports."""
     return _provided("MAGIC_MIRROR_COMFYUI_OLD")
+
+
+@pytest.fixture(scope="session")
+def validators() -> Path:
+    """The python of an environment with comfy-cli, nodesafe and comfy-import-guard."""
+    return _provided("MAGIC_MIRROR_VALIDATORS")
+
+
+@pytest.fixture(scope="session")
+def archive(validators: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the registry hands to the Manager, made of the files under git by the registry's own tool."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("this is no git checkout: what belongs into the archive is what git knows")
+    pack = tmp_path_factory.mktemp("archive")
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (pack / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, pack / name)
+    subprocess.run("git init -q && git add -A", shell=True, cwd=pack, check=True)
+    comfy_cli(validators, "node", "pack", cwd=pack)
+    return pack / "node.zip"
+
+
+@pytest.fixture(scope="session")
+def unpacked(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The archive's content."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(folder)
+    return folder
+
+
+def comfy_cli(validators: Path, *command: str, cwd: Path) -> str:
+    """What a comfy-cli command prints; it must succeed. Its settings go into a home of its own."""
+    home = cwd.parent / "comfy-cli-home"
+    home.mkdir(exist_ok=True)
+    result = subprocess.run(
+        [validators, "-m", "comfy_cli", "--skip-prompt", "--no-enable-telemetry", *command],
+        cwd=cwd,
+        env=os.environ | {"HOME": str(home), "PATH": f"{validators.parent}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
 
 
 @pytest.fixture(scope="session")

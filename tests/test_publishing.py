@@ -1,0 +1,98 @@
+"""What the registry's tools say of the archive, and what may not stand in it at all."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import comfy_cli
+from environment import PACK_FOLDER
+
+BUILTINS = {"eval", "exec", "compile", "__import__", "input", "breakpoint"}
+MODULES = {
+    "subprocess",
+    "pip",
+    "ctypes",
+    "marshal",
+    "requests",
+    "socket",
+    "ftplib",
+    "smtplib",
+    "telnetlib",
+    "webbrowser",
+}
+CALLS = {"os.system", "os.popen", "os.execv", "os.spawnv", "pickle.load", "pickle.loads", "shutil.unpack_archive"}
+# nodesafe looks for these characters, not for the builtins; no line with the builtins gets past `test_no_banned_call`.
+HARMLESS = re.compile(r"\.eval\(\)|\beval\(\)`|re\.compile\(|\.compile\(|def compile\(self")
+
+
+@pytest.fixture(scope="module")
+def sources(unpacked: Path) -> dict[str, ast.Module]:
+    """The archive's Python files, parsed, by name."""
+    return {
+        path.relative_to(unpacked).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+        for path in sorted(unpacked.rglob("*.py"))
+    }
+
+
+def test_the_archive(unpacked: Path) -> None:
+    """All that nodes need is in it, nothing that only developers do, and it stays small."""
+    top = {path.name for path in unpacked.iterdir()}
+    assert {"__init__.py", "nodes", "mm_core", "workflows", "subgraphs", "locales", "web", "LICENSE"} <= top
+    assert not top & {"tests", "scripts", ".ci", ".github"}
+    assert (unpacked / "mm_core" / "weights" / "tiny" / "adapter.safetensors").is_file()
+    assert sum(path.stat().st_size for path in unpacked.rglob("*") if path.is_file()) < 60e6
+
+
+def test_the_registry_accepts_it(validators: Path, unpacked: Path) -> None:
+    assert "All validation checks passed" in comfy_cli(validators, "node", "validate", cwd=unpacked)
+
+
+def test_nodesafe_finds_nothing_but_names(validators: Path, unpacked: Path) -> None:
+    """It finds `eval(` and `compile(` grave, also where a module is put into a mode or a regular expression is made."""
+    report = run_tool(validators, "nodesafe.cli", "scan", str(unpacked), "--format", "json", "--fail-on", "none")
+    grave = [found for found in report["findings"] if found["severity"] in ("high", "critical")]
+    unexplained = [found for found in grave if not HARMLESS.search(json.dumps(found))]
+    assert not unexplained
+
+
+def test_no_import_of_comfyui_breaks(validators: Path, unpacked: Path, comfyui_path: Path, tmp_path: Path) -> None:
+    """comfy-import-guard resolves every `comfy.*` name against the current ComfyUI's sources."""
+    clone = tmp_path / "ComfyUI"
+    shutil.copytree(comfyui_path, clone, ignore=shutil.ignore_patterns(".git", "__pycache__"))
+    commit = "git init -q && git add -Af && git -c user.name=t -c user.email=t@t commit -qm ComfyUI"
+    subprocess.run(f"{commit} && git update-ref refs/remotes/origin/master HEAD", shell=True, cwd=clone, check=True)
+    shutil.copytree(unpacked, tmp_path / "install" / "custom_nodes" / PACK_FOLDER)
+    options = ("--offline", "--json", "--cache-dir", str(tmp_path), "check", "--no-update", "--strict")
+    report = run_tool(validators, "comfy_import_guard.cli", *options, "--comfy-dir", str(tmp_path / "install"))
+    assert report
+
+
+def test_no_banned_call(sources: dict[str, ast.Module]) -> None:
+    """No code from text, no processes, no pickles, no network but huggingface_hub's."""
+    found = []
+    for name, tree in sources.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                weights_only = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+                if called in BUILTINS | CALLS or (called == "torch.load" and not weights_only):
+                    found.append(f"{name}:{node.lineno} {called}")
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                imported = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                found += [f"{name}:{node.lineno} import {m}" for m in imported if m and m.split(".")[0] in MODULES]
+    assert not found
+
+
+def run_tool(python: Path, module: str, *arguments: str) -> Any:
+    """The JSON that a tool's `main` prints; its exit code must be 0."""
+    code = f"import sys; from {module} import main; sys.exit(main())"
+    result = subprocess.run([python, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads(result.stdout)
