@@ -66,7 +66,8 @@ class MagicMirrorLoadIdentity(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=runtime.model_files(runtime.IDENTITIES, SUFFIX),
-                    tooltip="A .safetensors file in models/magic_mirror_identities.",
+                    tooltip="A .safetensors file in models/magic_mirror_identities. The page's Model Library shows "
+                    "their faces.",
                 ),
             ],
             outputs=[
