@@ -30,8 +30,8 @@ from .identity import Identity
 FORMAT = "magicmirror-identity"
 PLAIN, WEIGHTED = "1", "2"
 """The versions. A file says 2 only where photos count differently, so that no older code takes them for equal."""
-COVER = "ssmd_cover_images"
-"""The key, by common use, of a model file's pictures: ComfyUI's model library shows the first one."""
+THUMBNAIL = "modelspec.thumbnail"
+"""The key, by the ModelSpec metadata standard, of a model file's picture: ComfyUI's model library shows it."""
 # Every tensor: its type, and its sizes after the first one, which is the number of photos. None: the encoder's size.
 LAYOUT: dict[str, tuple[str, tuple[int | None, ...]]] = {
     "id_tokens": ("F32", (None, None)),
@@ -83,7 +83,7 @@ def save_identity(identity: Identity, path: Path, *, metadata: Mapping[str, str]
         "encoder": identity.encoder,
         "face_pack": identity.face_pack,
         "reports": json.dumps([dataclasses.asdict(reference.report) for reference in identity.references]),
-        COVER: json.dumps([_as_jpeg(identity.references[0].crop)]),
+        THUMBNAIL: _as_jpeg(identity.references[0].crop),
     }
     if identity.weights is not None:
         header["weights"] = json.dumps([float(reference.weight) for reference in identity.references])
@@ -119,10 +119,10 @@ def _stacked(arrays: list[np.ndarray]) -> Tensor:
 
 
 def _as_jpeg(crop: np.ndarray) -> str:
-    """A small picture as text, base64."""
+    """A small picture as a data URL."""
     content = io.BytesIO()
     Image.fromarray(crop).save(content, format="JPEG")
-    return base64.b64encode(content.getvalue()).decode("ascii")
+    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode("ascii")
 
 
 def _reference(header: IdentityHeader, tensors: Mapping[str, Tensor], row: int) -> Reference:

@@ -27,7 +27,7 @@ from mm_core.models.id_encoder import FaceFeatures
 from mm_core.pipelines import tiny
 from mm_core.pipelines.base import FolderBase, TinyBase
 from mm_core.pipelines.identity import Identity
-from mm_core.pipelines.identity_file import load_identity, save_identity
+from mm_core.pipelines.identity_file import THUMBNAIL, load_identity, save_identity
 from mm_core.pipelines.magic_mirror import MagicMirror
 
 ENCODER, OTHER_ENCODER = "ab" * 32, "cd" * 32
@@ -128,7 +128,7 @@ def test_round_trip(path: Path) -> None:
 def test_the_file_is_what_the_page_says(path: Path) -> None:
     """docs/identity_file.md: keys, types and shapes."""
     metadata = metadata_of(path)
-    assert metadata.keys() == {"format", "format_version", "encoder", "face_pack", "reports", "ssmd_cover_images"}
+    assert metadata.keys() == {"format", "format_version", "encoder", "face_pack", "reports", THUMBNAIL}
     assert (metadata["format"], metadata["format_version"]) == ("magicmirror-identity", "1")
     assert (metadata["encoder"], metadata["face_pack"]) == (ENCODER, "buffalo_sc")
     assert [report["name"] for report in json.loads(metadata["reports"])] == ["photo 1", "Zoë at the lake.jpg"]
@@ -163,14 +163,15 @@ def test_the_weighted_mean(path: Path) -> None:
 
 def test_an_older_file_is_read(path: Path) -> None:
     """What this code wrote before there were weights and pictures."""
-    rewrite(path, ssmd_cover_images=None)
+    rewrite(path, **{THUMBNAIL: None})
     assert metadata_of(path)["format_version"] == "1"
     loaded = load_identity(path, encoder=ENCODER)
     assert loaded.weights is None and torch.equal(loaded.id_tokens, build_identity().id_tokens)
 
 
 def test_the_picture_is_the_first_crop(path: Path) -> None:
-    (picture,) = json.loads(metadata_of(path)["ssmd_cover_images"])
+    kind, _, picture = metadata_of(path)["modelspec.thumbnail"].partition(",")
+    assert kind == "data:image/jpeg;base64"
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))))
     crop = build_identity().crops[0]
     assert shown.shape == crop.shape
