@@ -37,7 +37,7 @@ def generate(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from .faces.analysis import FaceAnalyzer
-    from .faces.references import analyse_references, read_image
+    from .faces.references import analyse_references, check_weights, read_image
     from .pipelines.control import AdapterSettings
     from .pipelines.magic_mirror import ClipSettings, MagicMirror
     from .video import FORMATS, write_video
@@ -47,6 +47,8 @@ def generate(args: argparse.Namespace) -> None:
         raise MagicMirrorError(f"The output is {output.name}; its ending must be one of {', '.join(FORMATS)}.")
     if not output.absolute().parent.is_dir():
         raise MagicMirrorError(f"The folder {output.absolute().parent} of the output does not exist; make it first.")
+    if args.weights:
+        check_weights(args.weights, len(args.reference))
     model = MagicMirror(
         _base(args), adapter=args.adapter, id_encoder=_id_encoder(args), precision=args.precision, offload=args.offload
     )
@@ -77,7 +79,8 @@ def generate(args: argparse.Namespace) -> None:
         _download_face_pack(args.insightface_root, args.face_pack)
     analyzer = FaceAnalyzer(args.insightface_root, args.face_pack)
     which = int(args.face) if args.face.isdigit() else args.face
-    identity = model.identity(analyse_references(analyzer, images, which=which, names=[p.name for p in args.reference]))
+    names = [path.name for path in args.reference]
+    identity = model.identity(analyse_references(analyzer, images, which=which, names=names, weights=args.weights))
     print(identity.report)
 
     with tqdm(total=clip.steps, unit="step") as bar:
@@ -95,7 +98,7 @@ def doctor(args: argparse.Namespace) -> None:
     """Print what is found where `generate` looks, or in ComfyUI's folders."""
     from tqdm import tqdm
 
-    from .doctor import add_hashes, find_models, report
+    from .doctor import add_hashes, convert, find_models, report
     from .folders import Folders
 
     if args.models is None:
@@ -104,6 +107,8 @@ def doctor(args: argparse.Namespace) -> None:
         folders = Folders.in_comfyui(args.models)
     else:
         raise MagicMirrorError(f"There is no folder {args.models}; give ComfyUI's models folder.")
+    if args.convert:
+        print(convert(folders))
     findings = find_models(folders)
     if args.check_hashes:
         with tqdm(total=sum(finding.size for finding in findings), unit="B", unit_scale=True) as bar:
@@ -145,11 +150,13 @@ def _base(args: argparse.Namespace) -> BaseModel:
 
 
 def _id_encoder(args: argparse.Namespace) -> Path | None:
-    from .checkpoints.photomaker import FILE_NAME, REPO, download_id_encoder
+    from .checkpoints.photomaker import COPY_NAME, FILE_NAME, REPO, download_id_encoder
 
     if args.id_encoder or args.base == "tiny":
         return args.id_encoder
-    path = DOWNLOADS / FILE_NAME
+    path, copy = DOWNLOADS / FILE_NAME, DOWNLOADS / COPY_NAME
+    if copy.is_file():
+        return copy
     if args.download:
         return download_id_encoder(DOWNLOADS)
     if not path.is_file():
@@ -189,12 +196,14 @@ def _doctor_arguments(command: argparse.ArgumentParser) -> None:
     add("--models", type=Path, help="ComfyUI's models folder; without it, where generate puts what it downloads")
     add("--insightface-root", type=Path, default=FACES, help="without --models: holds models/<pack>/*.onnx")
     add("--check-hashes", action="store_true", help="read every file and show its SHA-256; takes minutes")
+    add("--convert", action="store_true", help="write photomaker-v2.safetensors beside photomaker-v2.bin, a pickle")
 
 
 def _generate_arguments(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=generate)
     add = command.add_argument
     add("--reference", type=Path, nargs="+", required=True, help="photos of one person")
+    add("--weights", type=float, nargs="+", help="how much each photo counts, 0 to 100; 0 leaves it out")
     add("--prompt", required=True, help='names the person by a word, or marks one: "a man img reading"')
     add("--output", type=Path, required=True, help="the video: .mp4, .webm, .webp or .gif")
     add("--negative-prompt", default="")

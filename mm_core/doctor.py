@@ -1,4 +1,7 @@
-"""Model Doctor: which model files are here, which are missing or damaged, and where each belongs. It only looks."""
+"""Model Doctor: which model files are here, which are missing or damaged, and where each belongs.
+
+Only `convert` writes anything.
+"""
 
 from __future__ import annotations
 
@@ -119,6 +122,25 @@ def add_hashes(findings: Sequence[Finding], on_bytes: Callable[[int], None] = la
         return replace(file, sha256=digest.hexdigest())
 
     return [replace(finding, files=tuple(hashed(file) for file in finding.files)) for finding in findings]
+
+
+def convert(folders: Folders) -> str:
+    """Write `photomaker-v2.safetensors` beside each `photomaker-v2.bin`, a pickle, that has none; says what was done.
+
+    Raises:
+        CheckpointError: a damaged file, or a copy that cannot be written.
+    """
+    from .checkpoints.photomaker import convert_id_encoder
+
+    lines = []
+    for path in _id_encoder_files(folders.photomaker):
+        if path.suffix == ".safetensors":
+            lines.append(f"KEPT: {path}")
+        elif not path.with_suffix(".safetensors").exists():
+            copy = convert_id_encoder(path)
+            size = _readable(copy.stat().st_size)
+            lines.append(f"CONVERTED: {path} into {copy.name}, {size}, compared tensor by tensor. The .bin stays.")
+    return "\n".join(lines or ["NOTHING TO CONVERT: the ID encoder is missing."])
 
 
 def report(findings: Sequence[Finding]) -> str:
@@ -254,14 +276,25 @@ def _id_encoders(roots: Sequence[Path]) -> Iterator[Finding]:
     from .checkpoints.photomaker import FILE_NAME, REPO
 
     about = dict(kind="ID encoder", link=f"{HUB_ADDRESS}/{REPO}", licence="Apache-2.0, as its page says")
-    files = [path for path in walk(roots, ".bin", ".safetensors") if path.stem == Path(FILE_NAME).stem]
+    files = _id_encoder_files(roots)
     for path in files:
         # torch.save writes a zip file, whose directory stands at its end.
         whole = path.suffix != ".bin" or zipfile.is_zipfile(path)
         problem = _damaged([path]) if whole else f"{path.name} is cut short, or no file of weights. Download it again."
-        yield Finding(name=path.name, path=path, files=_describe([path]), problem=problem, **about)
+        detail = ""
+        if path.suffix == ".bin":
+            detail = "a pickle; convert writes a .safetensors copy, once"
+            if path.with_suffix(".safetensors") in files:
+                detail = "its .safetensors copy is used instead"
+        yield Finding(name=path.name, path=path, files=_describe([path]), problem=problem, detail=detail, **about)
     if roots and not files:
         yield Finding(name=FILE_NAME, path=roots[0] / FILE_NAME, **about)
+
+
+def _id_encoder_files(roots: Sequence[Path]) -> list[Path]:
+    from .checkpoints.photomaker import FILE_NAME
+
+    return [path for path in walk(roots, ".bin", ".safetensors") if path.stem == Path(FILE_NAME).stem]
 
 
 def _face_packs(roots: Sequence[Path]) -> Iterator[Finding]:

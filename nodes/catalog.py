@@ -40,7 +40,8 @@ def adapters() -> list[str]:
 
 
 def id_encoders() -> list[str]:
-    return [AUTO, *runtime.model_files("photomaker", ".bin", ".safetensors")]
+    """The .safetensors first: Model Doctor makes one of the .bin."""
+    return [AUTO, *runtime.model_files("photomaker", ".safetensors"), *runtime.model_files("photomaker", ".bin")]
 
 
 def face_packs() -> list[str]:
@@ -122,9 +123,12 @@ def find_id_encoder(choice: str, base_model: str, adapter: str, allow_download: 
     with runtime.packages():
         from ..mm_core.checkpoints.photomaker import FILE_NAME, REPO, download_id_encoder
     stem = Path(FILE_NAME).stem
-    found = [name for name in id_encoders()[1:] if choice in (name, AUTO) and Path(name).stem == stem]
-    if found or choice not in (AUTO, FILE_NAME):
-        return runtime.model_file("photomaker", found[0] if found else choice)
+    files = id_encoders()[1:]
+    if choice in files or choice not in (AUTO, FILE_NAME):
+        return runtime.model_file("photomaker", choice)
+    found = [name for name in files if Path(name).stem == stem]
+    if found:
+        return runtime.model_file("photomaker", found[0])
     folder = runtime.model_folders("photomaker")[0]
     if not allow_download:
         raise CheckpointError(

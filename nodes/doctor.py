@@ -1,4 +1,4 @@
-"""Which model files are here."""
+"""Which model files are here, and one of them in a better format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MagicMirrorModelDoctor(io.ComfyNode):
             display_name="Model Doctor (MagicMirror)",
             category=CATEGORY,
             description="Lists every model file that this pack can use: found, missing or damaged, its size, the "
-            "folder it belongs into, where it comes from, its licence. Loads and downloads nothing.",
+            "folder it belongs into, where it comes from, its licence. Downloads nothing.",
             is_output_node=True,
             inputs=[
                 advanced(
@@ -31,7 +31,16 @@ class MagicMirrorModelDoctor(io.ComfyNode):
                         tooltip="Read every file and show its SHA-256, compared with the published one where that is "
                         "known. Takes minutes.",
                     )
-                )
+                ),
+                advanced(
+                    io.Boolean.Input(
+                        "convert",
+                        default=False,
+                        optional=True,
+                        tooltip="Once, write photomaker-v2.safetensors beside photomaker-v2.bin, a pickle, and "
+                        "compare the two. The loader takes it from then on; the .bin stays. 1.8 GB of disk and memory.",
+                    )
+                ),
             ],
             outputs=[io.String.Output(display_name="report", tooltip="What is shown on the node.")],
         )
@@ -43,14 +52,15 @@ class MagicMirrorModelDoctor(io.ComfyNode):
         return time.time_ns()
 
     @classmethod
-    def execute(cls, check_hashes: bool = False) -> io.NodeOutput:
+    def execute(cls, check_hashes: bool = False, convert: bool = False) -> io.NodeOutput:
         with runtime.packages():
-            from ..mm_core.doctor import PROBLEM, add_hashes, find_models, report
+            from ..mm_core import doctor
 
-            findings = find_models(catalog.folders())
+            done = doctor.convert(catalog.folders()) + "\n" if convert else ""
+            findings = doctor.find_models(catalog.folders())
         if check_hashes:
             total = sum(finding.size for finding in findings)
-            findings = add_hashes(findings, runtime.progress_callback(total))
-        text = report(findings)
-        ill = any(finding.state == PROBLEM for finding in findings)
+            findings = doctor.add_hashes(findings, runtime.progress_callback(total))
+        text = done + doctor.report(findings)
+        ill = any(finding.state == doctor.PROBLEM for finding in findings)
         return io.NodeOutput(text, ui=runtime.show(text, warn=ill))

@@ -9,7 +9,7 @@ import numpy as np
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..mm_core.errors import NoFaceError
+from ..mm_core.errors import NoFaceError, SettingError
 from . import catalog, runtime
 from .control import adapter_inputs, adapter_settings, control_input
 from .convert import image_from_photos, photos_from_images
@@ -67,6 +67,15 @@ class MagicMirrorExtractFaceEmbedding(io.ComfyNode):
                     tooltip="When a photo shows no face: stop, go on with the base model alone, or leave the photo "
                     "out and stop only if none is left.",
                 ),
+                advanced(
+                    io.String.Input(
+                        "weights",
+                        default="",
+                        optional=True,
+                        tooltip="How much each photo counts, one number a photo in their order: 1, 0.5 makes the first "
+                        "count twice as much. 0 to 100; 0 leaves a photo out. Empty: all count the same.",
+                    )
+                ),
             ],
             outputs=[
                 IdentitySocket.Output(display_name="identity"),
@@ -75,6 +84,17 @@ class MagicMirrorExtractFaceEmbedding(io.ComfyNode):
             ],
         )
         return with_aliases(schema, "face embedding", "photomaker", "arcface", "insightface", "face id")
+
+    @classmethod
+    def validate_inputs(cls, weights: str | None = None) -> bool | str:
+        """Weights that are none are told before anything runs; how many photos there are is not known yet."""
+        with runtime.packages():
+            from ..mm_core.faces.references import parse_weights
+        try:
+            parse_weights(weights or "")  # None: they come from another node
+        except SettingError as error:
+            return str(error)
+        return True
 
     @classmethod
     def execute(
@@ -88,13 +108,15 @@ class MagicMirrorExtractFaceEmbedding(io.ComfyNode):
         image_2: Tensor | None = None,
         image_3: Tensor | None = None,
         image_4: Tensor | None = None,
+        weights: str = "",
     ) -> io.NodeOutput:
         with runtime.packages():
             from ..mm_core.faces.analysis import FaceAnalyzer
-            from ..mm_core.faces.references import look_at, references_from, with_faces
-        analyzer = FaceAnalyzer(catalog.face_root(model.face_pack), model.face_pack, runtime.face_device())
+            from ..mm_core.faces.references import look_at, parse_weights, references_from, with_faces
         images = list(photos_from_images([image, image_2, image_3, image_4]))
-        photos = look_at(analyzer, images, which=face_index if face == BY_INDEX else face)
+        counts = parse_weights(weights, len(images))
+        analyzer = FaceAnalyzer(catalog.face_root(model.face_pack), model.face_pack, runtime.face_device())
+        photos = look_at(analyzer, images, which=face_index if face == BY_INDEX else face, weights=counts)
         try:
             references = references_from(with_faces(photos) if on_no_face == SKIP_PHOTO else photos, crop=crop)
         except NoFaceError as error:
@@ -103,6 +125,9 @@ class MagicMirrorExtractFaceEmbedding(io.ComfyNode):
             return cls._output(photos, None, f"NO IDENTITY, the base model will run alone: {error}")
         identity = model.mirror.identity(references, model.face_pack)
         left_out = [f"{photo.name}: LEFT OUT, no face was found" for photo in photos if photo.taken is None]
+        left_out += [
+            f"photo {number}: LEFT OUT, its weight is 0" for number, weight in enumerate(counts or (), 1) if not weight
+        ]
         return cls._output(photos, identity, "\n".join([identity.report, *left_out]))
 
     @classmethod

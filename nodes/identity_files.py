@@ -66,7 +66,8 @@ class MagicMirrorLoadIdentity(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=runtime.model_files(runtime.IDENTITIES, SUFFIX),
-                    tooltip="A .safetensors file in models/magic_mirror_identities.",
+                    tooltip="A .safetensors file in models/magic_mirror_identities. The page's Model Library shows "
+                    "their faces.",
                 ),
             ],
             outputs=[
@@ -102,7 +103,7 @@ class MagicMirrorLoadIdentity(io.ComfyNode):
             from ..mm_core.pipelines.identity_file import load_identity
         identity = load_identity(_find(file), encoder=model.mirror.encoder_fingerprint)
         faces = image_from_photos(identity.crops)
-        shown = ui.PreviewImage(faces).as_dict() | runtime.show(identity.report).as_dict()
+        shown = ui.PreviewImage(faces).as_dict() | runtime.show(f"{file}\n{identity.report}").as_dict()
         return io.NodeOutput(Person(identity=identity), faces, identity.report, ui=shown)
 
 

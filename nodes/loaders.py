@@ -109,7 +109,8 @@ def _model_inputs() -> list[io.Input]:
             "id_encoder",
             options=catalog.id_encoders(),
             default=catalog.AUTO,
-            tooltip="PhotoMaker-V2's photomaker-v2.bin in models/photomaker. auto: that file, or tiny's own.",
+            tooltip="PhotoMaker-V2's photomaker-v2.bin in models/photomaker. auto: its .safetensors copy, else that "
+            "file, or tiny's own.",
         ),
         io.Combo.Input(
             "face_pack",

@@ -130,7 +130,7 @@ def encode_native(
         text = prompt.to(device, dtype)
         fused = adapter.id_fusion(text[:, slots, :], id_tokens)
         prompt = fuse_slots(text, fused, slots, settings.identity_scale).to(prompt.device, prompt.dtype)
-    face = adapter.face_tokens(features).cpu() if settings.structure_branch else None
+    face = adapter.face_tokens(features, identity.weights).cpu() if settings.structure_branch else None
     return NativeIdentity(id_embedding=adapter.id_embedding(id_tokens).cpu(), face_tokens=face, prompt=prompt)
 
 

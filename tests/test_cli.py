@@ -9,6 +9,7 @@ from pathlib import Path
 
 import av
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from mm_core.__main__ import main
@@ -78,6 +79,9 @@ def test_a_clip_that_cannot_be_written_is_kept(
         (["--base", "THUDM/CogVideoX-5b"], "Add --download"),
         (["--adapter", "nothing.safetensors"], "There is no file nothing.safetensors."),
         (["--reference", "nothing.jpg"], "nothing.jpg"),
+        (["--weights", "1", "0.5"], "2 weights for 1 photos; give one number a photo"),
+        (["--weights", "-1"], "the weight of photo 1 is -1; it must be a number from 0 to 100"),
+        (["--weights", "0"], "all weights are 0, which leaves no photo"),
         (["--face", "7"], "face 7 does not exist"),
         (["--face-pack", "nothing"], "face models are missing"),
         (["--output", "clip.avi"], "must be one of mp4, webm, webp, gif"),
@@ -113,6 +117,17 @@ def test_the_doctor_looks_into_comfyui(tmp_path: Path, capsys: pytest.CaptureFix
     assert "PROBLEM: adapter mine.safetensors, 7 bytes" in lines
     assert any(hashlib.sha256(b"nothing").hexdigest() in line for line in lines)
     assert f"    belongs into {tmp_path / 'photomaker' / 'photomaker-v2.bin'}" in lines
+
+
+def test_the_doctor_converts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "photomaker").mkdir()
+    torch.save({"id_encoder": {"x": torch.ones(2)}}, tmp_path / "photomaker" / "photomaker-v2.bin")
+    assert main(["doctor", "--models", str(tmp_path)]) == 0
+    assert "CONVERTED" not in capsys.readouterr().out
+    assert main(["doctor", "--models", str(tmp_path), "--convert"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("CONVERTED: ") and any(line.startswith("FOUND: ID encoder") for line in lines)
+    assert load_file(tmp_path / "photomaker" / "photomaker-v2.safetensors")["id_encoder.x"].tolist() == [1, 1]
 
 
 def test_the_doctor_looks_where_generate_does(

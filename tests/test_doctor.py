@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_folder
 from torch import nn
 from transformers import T5Config, T5EncoderModel
@@ -19,6 +19,7 @@ from transformers import T5Config, T5EncoderModel
 from mm_core import doctor
 from mm_core.checkpoints.adapter_file import Trained, save_adapter
 from mm_core.doctor import FOUND, MISSING, PROBLEM, Finding, add_hashes, find_models, report
+from mm_core.errors import CheckpointError
 from mm_core.folders import Folders
 from mm_core.pipelines import base, tiny
 from mm_core.pipelines.base import TinyBase
@@ -190,6 +191,35 @@ def test_the_id_encoder(tmp_path: Path) -> None:
     assert named[path.name].state == FOUND and "photomaker-v1.bin" not in named
     path.write_bytes(path.read_bytes()[:2000])
     assert "is cut short" in examine(tmp_path)[path.name].problem
+
+
+def test_the_id_encoder_is_converted_once(tmp_path: Path) -> None:
+    """Beside itself, wherever it is; a copy that is there is not written again; the .bin is kept."""
+    folders = Folders(photomaker=(tmp_path / "here", tmp_path / "there"))
+    assert doctor.convert(folders).startswith("NOTHING TO CONVERT")
+    path = tmp_path / "there" / "deep" / "photomaker-v2.bin"
+    path.parent.mkdir(parents=True)
+    torch.save({"id_encoder": {"x": torch.arange(10.0)}}, path)
+    (finding,) = (found for found in find_models(folders) if found.name == path.name)
+    assert finding.state == FOUND and "a pickle; convert writes" in finding.detail
+    assert doctor.convert(folders).startswith(f"CONVERTED: {path} into photomaker-v2.safetensors, ")
+    copy = path.with_suffix(".safetensors")
+    assert torch.equal(load_file(copy)["id_encoder.x"], torch.arange(10.0)) and path.is_file()
+    named = {finding.name: finding for finding in find_models(folders)}
+    assert named[copy.name].state == named[path.name].state == FOUND
+    assert named[path.name].detail == "its .safetensors copy is used instead"
+    before = copy.stat().st_mtime_ns
+    assert doctor.convert(folders) == f"KEPT: {copy}"
+    assert copy.stat().st_mtime_ns == before
+
+
+def test_a_damaged_id_encoder_is_not_converted(tmp_path: Path) -> None:
+    path = tmp_path / "photomaker-v2.bin"
+    torch.save({"id_encoder": {"x": torch.zeros(1000)}}, path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(CheckpointError, match=r"photomaker-v2\.bin is damaged, cut short"):
+        doctor.convert(Folders(photomaker=(tmp_path,)))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_face_packs(tmp_path: Path) -> None:

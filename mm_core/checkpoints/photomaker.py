@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ..errors import CheckpointError, downloading
 from ..files import whole_file
@@ -20,11 +20,14 @@ from .adapter_file import check_tensors
 
 REPO = "TencentARC/PhotoMaker-V2"
 FILE_NAME = "photomaker-v2.bin"
+COPY_NAME = "photomaker-v2.safetensors"
+"""What `convert_id_encoder` writes."""
 
 # Older transformers saved this constant buffer (0, 1, 2 ...) with the weights.
 _NOT_A_WEIGHT = "vision_model.embeddings.position_ids"
 _PREFIX = "id_encoder."
 _CONFIG = "config"
+_DAMAGED = "damaged, cut short, or not a file of weights"
 
 
 def id_encoder_tensors(config: IDEncoderConfig = PHOTOMAKER_V2) -> dict[str, torch.Size]:
@@ -39,6 +42,46 @@ def download_id_encoder(folder: Path) -> Path:
 
     with downloading(f"{FILE_NAME} of {REPO} into {folder}"):
         return Path(hf_hub_download(REPO, FILE_NAME, local_dir=folder))
+
+
+def convert_id_encoder(path: Path) -> Path:
+    """Write the safetensors copy of a `.bin` beside it, whole or not at all. It holds all tensors, as `part.key`.
+
+    Raises:
+        CheckpointError: no such file, a damaged or another one, or a copy that cannot be written.
+    """
+    copy = path.with_suffix(".safetensors")
+    tensors = {}
+    for part, entries in _read_pickle(path).items():
+        if not isinstance(entries, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in entries.values()):
+            raise CheckpointError(
+                f"{path.name}: its part {part!r} is no set of tensors: it is not PhotoMaker-V2's file."
+            )
+        # Clones, since safetensors refuses tensors that share memory.
+        tensors |= {f"{part}.{key}": tensor.contiguous().clone() for key, tensor in entries.items()}
+    try:
+        with whole_file(copy) as temporary:
+            save_file(tensors, temporary)
+            _check_copy(temporary, tensors)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{copy} could not be written: {error}. Is there room for {path.name} again?") from error
+    return copy
+
+
+def _check_copy(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Read a file again; raise CheckpointError if it is not these tensors to the last bit."""
+    with safe_open(path, framework="pt") as file:
+        wrong = set(file.keys()) ^ tensors.keys()
+        wrong |= {key for key in tensors.keys() - wrong if not _same(file.get_tensor(key), tensors[key])}
+    if wrong:
+        raise CheckpointError(f"The copy that was written differs in {', '.join(sorted(wrong))}. Check the disk.")
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Bit by bit: numbers that are none would not equal themselves."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return torch.equal(*(tensor.flatten().view(torch.uint8) for tensor in (one, other)))
 
 
 def save_id_encoder(encoder: IDEncoder, path: Path, config: IDEncoderConfig) -> None:
@@ -108,12 +151,21 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"There is no file {path}. It is {FILE_NAME} of https://huggingface.co/{REPO}.")
     try:
         if path.suffix == ".safetensors":
-            tensors = load_file(path)
-            prefixed = {key.removeprefix(_PREFIX): t for key, t in tensors.items() if key.startswith(_PREFIX)}
-            return prefixed or tensors
+            with safe_open(path, framework="pt") as file:
+                keys = list(file.keys())
+                own = [key for key in keys if key.startswith(_PREFIX)] or keys
+                return {key.removeprefix(_PREFIX): file.get_tensor(key) for key in own}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path.name} is {_DAMAGED}: {error}") from error
+    return _read_pickle(path)["id_encoder"]
+
+
+def _read_pickle(path: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """All parts of a `.bin`."""
+    try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path.name} is damaged, cut short, or not a file of weights: {error}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"{path.name} is {_DAMAGED}: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("id_encoder"), dict):
         raise CheckpointError(f"{path.name} has no `id_encoder` part: it is not PhotoMaker-V2's file.")
-    return content["id_encoder"]
+    return content

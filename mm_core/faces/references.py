@@ -15,6 +15,7 @@ MIN_SIZE = 112  # pixels: ArcFace sees the face at 112 px, the image encoder's c
 MIN_SCORE = 0.65  # portraits score 0.8 to 0.9; the detector gives up at 0.5
 MIN_SHARPNESS = 35.0  # portraits: 290 and more; blurred by 1% of the face 45 to 90 (cosine .95), by 2% under 20 (.75)
 MAX_TURN = 35.0  # degrees: beyond, the far eye foreshortens and the recogniser has half a face
+MAX_WEIGHT = 100.0
 MIN_SAME_PERSON = 0.25  # cosine: photos of one person were seen at .51 to .80, of different people at .11 at most
 
 _NO_FACE_IN = f"{{photos}}: {NO_FACE}"
@@ -52,11 +53,15 @@ class PhotoReport:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reference:
-    """One photo of the person: the face taken, its picture for the image encoder, (224, 224, 3) uint8 RGB, a report."""
+    """One photo of the person: the face taken, its picture for the image encoder, (224, 224, 3) uint8 RGB, a report.
+
+    weight: how much it counts against the other photos, above 0.
+    """
 
     face: Face
     crop: np.ndarray
     report: PhotoReport
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,6 +72,35 @@ class Photo:
     image: np.ndarray
     faces: tuple[Face, ...]
     taken: Face | None
+    weight: float = 1.0
+
+
+def parse_weights(text: str, photos: int | None = None) -> list[float] | None:
+    """How much each photo counts: "1, 0.5" -> [1.0, 0.5], an empty text -> None.
+
+    photos: how many there are, if that is known. Raises SettingError.
+    """
+    if not text.strip():
+        return None
+    try:
+        weights = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise SettingError(f'weights is {text!r}; it must be one number a photo, such as "1, 0.5", or empty') from error
+    check_weights(weights, len(weights) if photos is None else photos)
+    return weights
+
+
+def check_weights(weights: Sequence[float], photos: int) -> None:
+    """Raise SettingError unless there is one weight a photo, in its range, and a photo is left."""
+    if len(weights) != photos:
+        raise SettingError(f"{len(weights)} weights for {photos} photos; give one number a photo, in their order")
+    for number, weight in enumerate(weights, 1):
+        if not 0 <= weight <= MAX_WEIGHT:
+            raise SettingError(
+                f"the weight of photo {number} is {weight:g}; it must be a number from 0 to {MAX_WEIGHT:g}"
+            )
+    if not any(weights):
+        raise SettingError("all weights are 0, which leaves no photo; give at least one photo a weight above 0")
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -88,12 +122,13 @@ def analyse_references(
     which: str | int = "largest",
     crop: str = "face",
     names: Sequence[str] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> list[Reference]:
     """One Reference per photo of one person, in order: `look_at`, then `references_from`.
 
     Raises MagicMirrorError without photos, NoFaceError and FaceChoiceError naming the photo, SettingError for `crop`.
     """
-    return references_from(look_at(analyzer, images, which=which, names=names), crop=crop)
+    return references_from(look_at(analyzer, images, which=which, names=names, weights=weights), crop=crop)
 
 
 def look_at(
@@ -102,25 +137,31 @@ def look_at(
     *,
     which: str | int = "largest",
     names: Sequence[str] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> list[Photo]:
     """Find the faces in photos of one person, and take one from each that shows any.
 
     images: (H, W, 3) uint8 RGB each, of any sizes. which: the face to take from each, as in `select_face`.
     names: one per image for messages; default "photo 1", "photo 2", ...
+    weights: one per image, 0 to MAX_WEIGHT, how much it counts; default all the same. A photo of weight 0 is left out.
 
-    Raises MagicMirrorError without photos, FaceChoiceError naming the photo.
+    Raises MagicMirrorError without photos, SettingError for the weights, FaceChoiceError naming the photo.
     """
     if not images:
         raise MagicMirrorError("no reference photo was given: connect at least one photo of the person")
     names = names or [f"photo {number}" for number in range(1, len(images) + 1)]
+    weights = [1.0] * len(images) if weights is None else weights
+    check_weights(weights, len(images))
     photos = []
-    for name, image in zip(names, images, strict=True):
+    for name, image, weight in zip(names, images, weights, strict=True):
+        if not weight:
+            continue
         faces = analyzer.detect(image)
         try:
             taken = select_face(faces, which) if faces else None
         except FaceChoiceError as error:
             raise FaceChoiceError(f"{_described(name, image)}: {error}") from error
-        photos.append(Photo(name=name, image=image, faces=tuple(faces), taken=taken))
+        photos.append(Photo(name=name, image=image, faces=tuple(faces), taken=taken, weight=weight))
     return photos
 
 
@@ -151,6 +192,7 @@ def references_from(photos: Sequence[Photo], *, crop: str = "face") -> list[Refe
             face=photo.taken,
             crop=square_crop(photo.image, photo.taken.box) if crop == "face" else whole_image(photo.image),
             report=_report(photo.name, photo.taken, photo.faces, similarity),
+            weight=photo.weight,
         )
         for photo, similarity in zip(photos, similarities, strict=True)
     ]

@@ -49,10 +49,15 @@ class MagicMirrorAdapter(nn.Module):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-    def face_tokens(self, features: FaceFeatures) -> Tensor:
-        """`x_face` (Eq. 4) of R photos of one person, projected to the DiT's width: (1, Q, D)."""
+    def face_tokens(self, features: FaceFeatures, weights: Tensor | None = None) -> Tensor:
+        """`x_face` (Eq. 4) of R photos of one person, projected to the DiT's width: (1, Q, D).
+
+        weights: (R,) above 0, as if each photo were given so many times.
+        """
         tokens = features.structure_tokens.flatten(0, 1)[None]  # (R, S, clip) -> (1, R * S, clip)
-        return self.face_proj(self.face_perceiver(tokens))
+        if weights is not None:
+            weights = weights.repeat_interleave(features.structure_tokens.shape[1])  # (R * S,)
+        return self.face_proj(self.face_perceiver(tokens, weights))
 
     def id_embedding(self, id_tokens: Tensor) -> Tensor:
         """The identity as CAN sees it: (B, N, c) ID tokens, flattened token after token -> (B, c1)."""

@@ -22,13 +22,13 @@ class PerceiverAttention(nn.Module):
         self.to_kv = nn.Linear(dim, 2 * dim, bias=False)
         self.to_out = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, image_tokens: Tensor, queries: Tensor) -> Tensor:
+    def forward(self, image_tokens: Tensor, queries: Tensor, bias: Tensor | None = None) -> Tensor:
         image_tokens = self.norm1(image_tokens)  # (B, S, P)
         queries = self.norm2(queries)  # (B, Q, P)
         q = self.to_q(queries)
         k, v = self.to_kv(torch.cat([image_tokens, queries], dim=1)).chunk(2, dim=-1)  # (B, S + Q, P) each
         q, k, v = (x.unflatten(-1, (-1, self.dim_head)).transpose(1, 2) for x in (q, k, v))  # (B, heads, ., dim_head)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.to_out(out.transpose(1, 2).flatten(2))  # (B, Q, P)
 
 
@@ -53,10 +53,14 @@ class PerceiverResampler(nn.Module):
         self.proj_out = nn.Linear(dim, dim)
         self.norm_out = nn.LayerNorm(dim)
 
-    def forward(self, queries: Tensor, image_tokens: Tensor) -> Tensor:
+    def forward(self, queries: Tensor, image_tokens: Tensor, weights: Tensor | None = None) -> Tensor:
+        """weights: (S,) above 0, as if each image token were there so many times."""
+        bias = None
+        if weights is not None:  # w equal tokens in a softmax are one with w times its exponential
+            bias = F.pad(weights.log(), (0, queries.shape[1])).to(image_tokens)[None, None, None]  # (1, 1, 1, S + Q)
         image_tokens = self.proj_in(image_tokens)  # (B, S, image_dim) -> (B, S, P)
         for attention, ff in self.layers:
-            queries = queries + attention(image_tokens, queries)
+            queries = queries + attention(image_tokens, queries, bias)
             queries = queries + ff(queries)
         return self.norm_out(self.proj_out(queries))  # (B, Q, P)
 
@@ -87,7 +91,10 @@ class FacePerceiver(nn.Module):
         self.query_tokens = nn.Parameter(torch.randn(1, num_tokens, dim) * dim**-0.5)
         self.perceiver_resampler = PerceiverResampler(image_dim=image_dim, dim=dim, depth=depth, dim_head=dim_head)
 
-    def forward(self, image_tokens: Tensor) -> Tensor:
-        """(B, S, image_dim), all references' tokens in one row -> (B, Q, dim), whatever their number."""
+    def forward(self, image_tokens: Tensor, weights: Tensor | None = None) -> Tensor:
+        """(B, S, image_dim), all references' tokens in one row -> (B, Q, dim), whatever their number.
+
+        weights: (S,) above 0, as if each image token were there so many times.
+        """
         queries = self.query_tokens.expand(image_tokens.shape[0], -1, -1)
-        return queries + self.perceiver_resampler(queries, image_tokens)
+        return queries + self.perceiver_resampler(queries, image_tokens, weights)

@@ -80,7 +80,7 @@ def condition(
     if not settings.id_branch:
         id_tokens = torch.zeros_like(id_tokens)
     with on_device([adapter.face_perceiver, adapter.face_proj, adapter.id_fusion, adapter.id_proj], device):
-        face_tokens = adapter.face_tokens(features) if settings.structure_branch else None
+        face_tokens = adapter.face_tokens(features, identity.weights) if settings.structure_branch else None
         id_embedding = adapter.id_embedding(id_tokens)
         if settings.fuses:
             prompt_embeds = prompt_embeds.to(device)

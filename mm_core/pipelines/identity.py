@@ -26,14 +26,33 @@ class Identity:
     """The name of the face models that made the references' embeddings; None if it is not known."""
 
     @property
+    def weights(self) -> Tensor | None:
+        """(R,) how much each photo counts, the largest 1; None where all count the same.
+
+        So with a weight that goes to 0 the identity becomes the one without that photo.
+        """
+        weights = [reference.weight for reference in self.references]
+        if len(set(weights)) < 2:
+            return None
+        return torch.tensor([weight / max(weights) for weight in weights])
+
+    @property
     def id_tokens(self) -> Tensor:
-        """`x_id`, the mean over the references: (1, N, c)."""
-        return self.features.id_tokens.mean(dim=0, keepdim=True)
+        """`x_id`, the weighted mean over the references: (1, N, c)."""
+        tokens, weights = self.features.id_tokens, self.weights
+        if weights is None:
+            return tokens.mean(dim=0, keepdim=True)
+        return (tokens * weights[:, None, None]).sum(dim=0, keepdim=True) / weights.sum()
 
     @property
     def report(self) -> str:
-        """What was found in each photo, and what will hurt the likeness."""
-        return "\n".join(str(reference.report) for reference in self.references)
+        """What was found in each photo, what will hurt the likeness, and how much each counts if that differs."""
+        lines = [str(reference.report) for reference in self.references]
+        if self.weights is not None:
+            parts = self.weights / self.weights.sum()
+            shares = (f"{r.report.name} {part:.0%}" for r, part in zip(self.references, parts.tolist(), strict=True))
+            lines.append(f"weights: {', '.join(shares)}")
+        return "\n".join(lines)
 
     @property
     def crops(self) -> np.ndarray:

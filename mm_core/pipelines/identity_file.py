@@ -1,8 +1,10 @@
-"""The identity file, format 1: what was found in a person's photos, without the photos; see docs/identity_file.md."""
+"""The identity file, formats 1 and 2: what was found in a person's photos, without them; see docs/identity_file.md."""
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Mapping
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,13 +22,16 @@ from torch import Tensor
 from ..checkpoints.adapter_file import open_safetensors
 from ..errors import CheckpointError
 from ..faces.analysis import Face
-from ..faces.references import PhotoReport, Reference
+from ..faces.references import MAX_WEIGHT, PhotoReport, Reference
 from ..files import whole_file
 from ..models.id_encoder import FaceFeatures
 from .identity import Identity
 
 FORMAT = "magicmirror-identity"
-VERSION = "1"
+PLAIN, WEIGHTED = "1", "2"
+"""The versions. A file says 2 only where photos count differently, so that no older code takes them for equal."""
+THUMBNAIL = "modelspec.thumbnail"
+"""The key, by the ModelSpec metadata standard, of a model file's picture: ComfyUI's model library shows it."""
 # Every tensor: its type, and its sizes after the first one, which is the number of photos. None: the encoder's size.
 LAYOUT: dict[str, tuple[str, tuple[int | None, ...]]] = {
     "id_tokens": ("F32", (None, None)),
@@ -49,6 +55,8 @@ class IdentityHeader:
     face_pack: str
     reports: tuple[PhotoReport, ...]
     """One for each photo."""
+    weights: tuple[float, ...]
+    """How much each photo counts, above 0."""
 
 
 def save_identity(identity: Identity, path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
@@ -71,11 +79,14 @@ def save_identity(identity: Identity, path: Path, *, metadata: Mapping[str, str]
     header = {
         **(metadata or {}),
         "format": FORMAT,
-        "format_version": VERSION,
+        "format_version": PLAIN if identity.weights is None else WEIGHTED,
         "encoder": identity.encoder,
         "face_pack": identity.face_pack,
         "reports": json.dumps([dataclasses.asdict(reference.report) for reference in identity.references]),
+        THUMBNAIL: _as_jpeg(identity.references[0].crop),
     }
+    if identity.weights is not None:
+        header["weights"] = json.dumps([float(reference.weight) for reference in identity.references])
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=header)
@@ -97,7 +108,7 @@ def load_identity(path: Path, *, encoder: str) -> Identity:
         tensors = _read_tensors(path, file, len(header.reports))
     return Identity(
         features=FaceFeatures(id_tokens=tensors["id_tokens"], structure_tokens=tensors["structure_tokens"]),
-        references=tuple(_reference(report, tensors, row) for row, report in enumerate(header.reports)),
+        references=tuple(_reference(header, tensors, row) for row in range(len(header.reports))),
         encoder=header.encoder,
         face_pack=header.face_pack,
     )
@@ -107,14 +118,22 @@ def _stacked(arrays: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.asarray(arrays, dtype=np.float32))
 
 
-def _reference(report: PhotoReport, tensors: Mapping[str, Tensor], row: int) -> Reference:
+def _as_jpeg(crop: np.ndarray) -> str:
+    """A small picture as a data URL."""
+    content = io.BytesIO()
+    Image.fromarray(crop).save(content, format="JPEG")
+    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode("ascii")
+
+
+def _reference(header: IdentityHeader, tensors: Mapping[str, Tensor], row: int) -> Reference:
+    report = header.reports[row]
     face = Face(
         box=tensors["boxes"][row].numpy(),
         landmarks=tensors["landmarks"][row].numpy(),
         embedding=tensors["embeddings"][row].numpy(),
         **{name: getattr(report, name) for name in _NUMBERS},
     )
-    return Reference(face=face, crop=tensors["crops"][row].numpy(), report=report)
+    return Reference(face=face, crop=tensors["crops"][row].numpy(), report=report, weight=header.weights[row])
 
 
 def _read_tensors(path: Path, file: Any, photos: int) -> dict[str, Tensor]:
@@ -152,12 +171,14 @@ def _parse_header(path: Path, metadata: Mapping[str, str]) -> IdentityHeader:
             f"{path.name} is not a Magic Mirror identity: its metadata says format={metadata.get('format')!r}, not "
             f"{FORMAT!r}. Choose a file that Save Identity wrote."
         )
-    if metadata.get("format_version") != VERSION:
+    version = metadata.get("format_version")
+    if version not in (PLAIN, WEIGHTED):
         raise CheckpointError(
-            f"{path.name} has format version {metadata.get('format_version')!r}; this code reads version {VERSION!r}. "
+            f"{path.name} has format version {version!r}; this code reads versions {PLAIN!r} and {WEIGHTED!r}. "
             f"Update the node pack. {_AGAIN} if you cannot."
         )
-    missing = [key for key in _OWN_KEYS if key not in metadata]
+    own = _OWN_KEYS if version == PLAIN else (*_OWN_KEYS, "weights")
+    missing = [key for key in own if key not in metadata]
     if missing:
         raise CheckpointError(f"{path.name} lacks the metadata {', '.join(missing)}. {_AGAIN}.")
     try:
@@ -166,7 +187,24 @@ def _parse_header(path: Path, metadata: Mapping[str, str]) -> IdentityHeader:
             raise ValueError("there is none")
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path.name}: its metadata `reports` is wrong: {error}. {_AGAIN}.") from error
-    return IdentityHeader(encoder=metadata["encoder"], face_pack=metadata["face_pack"], reports=reports)
+    weights = (1.0,) * len(reports) if version == PLAIN else _parse_weights(path, metadata["weights"], len(reports))
+    return IdentityHeader(
+        encoder=metadata["encoder"], face_pack=metadata["face_pack"], reports=reports, weights=weights
+    )
+
+
+def _parse_weights(path: Path, text: str, photos: int) -> tuple[float, ...]:
+    try:
+        weights = json.loads(text)
+    except ValueError:
+        weights = None
+    fits = isinstance(weights, list) and len(weights) == photos
+    if not fits or not all(type(weight) is float and 0 < weight <= MAX_WEIGHT for weight in weights):
+        raise CheckpointError(
+            f"{path.name}: its metadata `weights` is {text}; it must be {photos} numbers above 0, at most "
+            f"{MAX_WEIGHT:g}. {_AGAIN}."
+        )
+    return tuple(weights)
 
 
 def _parse_report(values: Any) -> PhotoReport:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mm_core.checkpoints.photomaker import id_encoder_tensors, load_id_encoder
+from mm_core.checkpoints.photomaker import convert_id_encoder, id_encoder_tensors, load_id_encoder, read_fingerprint
 from mm_core.errors import CheckpointError
 from mm_core.pipelines.tiny import ID_ENCODER, build_id_encoder
 
@@ -66,6 +66,62 @@ def test_safetensors_copy(weights: Weights, tmp_path: Path, prefix: str) -> None
     save_file({prefix + key: tensor for key, tensor in weights.items()}, path)
     loaded = load_id_encoder(path, config=ID_ENCODER).state_dict()
     assert all(torch.equal(loaded[key], tensor) for key, tensor in weights.items())
+
+
+def test_conversion(path: Path) -> None:
+    """Every tensor of a file with the published keys, its LoRA part too, stands in the copy to the last bit."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        key: torch.randn([min(n, 3) for n in shape], generator=generator).half() for key, shape in PUBLISHED.items()
+    }
+    keys = iter(PUBLISHED)
+    weights[next(keys)].flatten()[0] = float("nan")
+    shared = next(keys)
+    weights[shared] = weights[next(keys)]  # one memory, two names
+    before = save(weights, path).read_bytes()
+    copy = convert_id_encoder(path)
+    assert copy == path.with_suffix(".safetensors") and path.read_bytes() == before
+    assert sorted(file.name for file in path.parent.iterdir()) == [path.name, copy.name]
+    found = load_file(copy)
+    assert found.pop("lora_weights.unet.down.lora_A").shape == (2, 2)
+    assert found.keys() == {f"id_encoder.{key}" for key in PUBLISHED}
+    for key, tensor in weights.items():
+        ours = found[f"id_encoder.{key}"]
+        assert ours.dtype == tensor.dtype and ours.shape == tensor.shape
+        assert ours.numpy().tobytes() == tensor.numpy().tobytes()
+
+
+def test_a_converted_encoder_is_the_same_one(weights: Weights, path: Path) -> None:
+    """It loads as the .bin does, and identities that were saved with that one stay valid."""
+    positions = {"vision_model.embeddings.position_ids": torch.arange(50)[None]}
+    copy = convert_id_encoder(save(weights | positions, path))
+    assert read_fingerprint(copy) == read_fingerprint(path)
+    ours, theirs = (load_id_encoder(file, config=ID_ENCODER).state_dict() for file in (copy, path))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_copy_that_differs_is_not_kept(weights: Weights, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that writes one bit wrong."""
+
+    def write_badly(tensors: Weights, file: Path) -> None:
+        save_file(tensors, file)
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+
+    monkeypatch.setattr("mm_core.checkpoints.photomaker.save_file", write_badly)
+    save(weights, path)
+    with pytest.raises(CheckpointError, match=r"The copy that was written differs in .*Check the disk"):
+        convert_id_encoder(path)
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", [{"id_encoder": {"x": torch.zeros(1)}, "epoch": 3}, {"id_encoder": {"x": 1}}])
+def test_only_tensors_are_converted(path: Path, content: object) -> None:
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match="no set of tensors"):
+        convert_id_encoder(path)
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_old_buffer_is_tolerated(weights: Weights, path: Path) -> None:

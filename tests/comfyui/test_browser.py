@@ -302,3 +302,24 @@ def test_a_saved_file_restores_the_workflow(
     page.wait_for_function("window.app.graph.nodes.some(node => node.type === 'SaveImage')", timeout=30_000)
     page.set_input_files("#comfy-file-input", path)
     page.wait_for_function(f"window.app.graph.id === '{canvas['id']}'", timeout=30_000)
+
+
+def test_the_model_library_shows_a_saved_face(page: Page, server: ComfyServer, graph: Any) -> None:
+    """Small beside the file's name, larger while the mouse is on it."""
+    extract = graph.id("MagicMirrorExtractFaceEmbedding")
+    for unused in ("MagicMirrorApplyCANAdapter", "MagicMirrorCogVideoXSampler", "MagicMirrorVideoCombine"):
+        del graph[graph.id(unused)]
+    graph.add("20", "MagicMirrorSaveIdentity", identity=[extract, 0], filename_prefix="librarian")
+    server.run(graph)
+    page.evaluate("window.app.extensionManager.command.execute('Workspace.ToggleSidebarTab.model-library')")
+    expect(page.locator(".model-lib-tree-explorer")).to_be_visible(timeout=30_000)
+    page.wait_for_timeout(1000)
+    page.keyboard.type("librarian")  # its search field has the focus
+    icon = page.locator(".model-lib-model-icon[style*='data:image/jpeg']")
+    expect(icon).to_have_count(1, timeout=30_000)
+    page.get_by_text("librarian_00001_").first.hover()
+    face = page.locator(".model_preview_image img")
+    expect(face).to_be_visible(timeout=30_000)
+    assert face.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [224, 224]
+    picture(page, "model_library.png")
+    page.evaluate("window.app.extensionManager.command.execute('Workspace.ToggleSidebarTab.model-library')")

@@ -6,16 +6,18 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from comfy_server import ComfyServer
+from safetensors.torch import load_file
 
-DOCTOR = "MagicMirrorModelDoctor"
+DOCTOR, LOADER = "MagicMirrorModelDoctor", "MagicMirrorLoader"
 
 
-def examine(server: ComfyServer, check_hashes: bool = False) -> tuple[str, dict[str, Any]]:
+def examine(server: ComfyServer, **inputs: bool) -> tuple[str, dict[str, Any]]:
     """What the node shows, which is what it puts out; and the history record."""
     entry = server.run(
         {
-            "1": {"class_type": DOCTOR, "inputs": {"check_hashes": check_hashes}},
+            "1": {"class_type": DOCTOR, "inputs": inputs},
             "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
         }
     )
@@ -57,3 +59,22 @@ def test_hashes_on_request(server: ComfyServer, insightface_root: Path) -> None:
     line = f"w600k_mbf.onnx: SHA-256 {hashlib.sha256(content).hexdigest()}"
     assert line in examine(server, check_hashes=True)[0]
     assert "SHA-256" not in examine(server)[0]
+
+
+def test_the_id_encoder_is_converted_on_request(any_server: ComfyServer) -> None:
+    """Once, beside itself; the loader lists the copy first."""
+    server, folder = any_server, any_server.base / "models" / "photomaker"
+    folder.mkdir(exist_ok=True)
+    pickled, copy = folder / "photomaker-v2.bin", folder / "photomaker-v2.safetensors"
+    torch.save({"id_encoder": {"weight": torch.arange(4.0)}, "lora_weights": {"a": torch.ones(1)}}, pickled)
+    try:
+        assert "convert writes a .safetensors copy" in examine(server)[0] and not copy.exists()
+        report = examine(server, convert=True)[0].splitlines()
+        assert report[0].startswith(f"CONVERTED: {pickled} into {copy.name}, ")
+        assert load_file(copy).keys() == {"id_encoder.weight", "lora_weights.a"} and pickled.is_file()
+        assert examine(server, convert=True)[0].startswith(f"KEPT: {copy}\n")
+        options = server.object_info(LOADER)["input"]["required"]["id_encoder"][1]["options"]
+        assert options.index(copy.name) < options.index(pickled.name)
+    finally:
+        pickled.unlink()
+        copy.unlink(missing_ok=True)

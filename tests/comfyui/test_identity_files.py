@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from comfy_server import ComfyServer, ExecutionFailed, WorkflowRefused
 from PIL import Image, ImageColor
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from skimage.data import astronaut
 
+from mm_core.faces.analysis import FaceAnalyzer
 from mm_core.faces.drawing import TAKEN
 from mm_core.pipelines.base import TinyBase
 from mm_core.pipelines.identity_file import load_identity
@@ -78,6 +81,30 @@ def rewrite(path: Path, **metadata: str) -> None:
     save_file(tensors, path, metadata=entries)
 
 
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def with_weights(graph: Any, weights: str) -> Any:
+    graph = graph.copy()
+    graph.inputs(EXTRACT)["weights"] = weights
+    return graph
+
+
+@pytest.fixture
+def add_photo(portrait: Callable[[str], Path]) -> Callable[[ComfyServer, Any], Any]:
+    """The workflow with a second photo, of somebody else."""
+
+    def add(server: ComfyServer, graph: Any) -> Any:
+        graph = graph.copy()
+        graph.add("50", "LoadImage", image=server.upload_image(portrait("person_a_2")))
+        graph.inputs(EXTRACT)["image_2"] = ["50", 0]
+        return graph
+
+    return add
+
+
 def folder_of(server: ComfyServer) -> Path:
     return server.base / "models" / "magic_mirror_identities"
 
@@ -93,6 +120,57 @@ def test_a_saved_person_makes_the_same_clip(
     assert np.array_equal(run(any_server, with_file(any_graph, name)), run(any_server, any_graph))
 
 
+def test_weighted_photos(
+    any_server: ComfyServer, any_graph: Any, run: Callable[..., np.ndarray], add_photo: Any
+) -> None:
+    """A weight of 0 is a photo that was not given; other weights change the clip, and the file keeps them."""
+    alone = save(any_server, any_graph, "alone")
+    both = add_photo(any_server, any_graph)
+    left_out = save(any_server, with_weights(both, "1, 0"), "left_out")
+    assert load_file(left_out)["id_tokens"].equal(load_file(alone)["id_tokens"])
+    assert metadata_of(left_out)["format_version"] == "1"
+
+    equal = run(any_server, with_weights(both, ""))
+    mixed = with_weights(both, "1, 0.25")
+    shown = any_server.run(saving(mixed, "mixed"))["outputs"]
+    assert shown[both.id(EXTRACT)]["text"][0].endswith("weights: photo 1 80%, photo 2 20%")
+    path = Path(shown["40"]["text"][0].removeprefix("Saved "))
+    assert json.loads(metadata_of(path)["weights"]) == [1.0, 0.25]
+    frames = run(any_server, mixed)
+    assert not np.array_equal(frames, equal)
+    assert np.array_equal(run(any_server, with_file(any_graph, path.name)), frames)
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "says"),
+    [
+        ("1, half", WorkflowRefused, "weights is '1, half'; it must be one number a photo"),
+        ("1, -1", WorkflowRefused, "the weight of photo 2 is -1; it must be a number from 0 to 100"),
+        ("0, 0", WorkflowRefused, "all weights are 0, which leaves no photo"),
+        ("1, 1, 1", ExecutionFailed, "3 weights for 2 photos; give one number a photo, in their order"),
+    ],
+)
+def test_wrong_weights(
+    server: ComfyServer, graph: Any, add_photo: Any, weights: str, error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error) as raised:
+        server.run(saving(with_weights(add_photo(server, graph), weights), "wrong"))
+    assert says in str(raised.value)
+    assert not list(folder_of(server).glob("wrong*"))
+
+
+def test_the_model_library_shows_the_face(any_server: ComfyServer, any_graph: Any) -> None:
+    """The page finds the file, and its picture where it looks for one; see test_browser.py for the rest."""
+    path = save(any_server, any_graph, "people/shown")
+    name = f"people/{path.name}"
+    assert name in [file["name"] for file in any_server.get("/experiment/models/magic_mirror_identities")]
+    metadata = any_server.get(f"/view_metadata/magic_mirror_identities?filename={name}")
+    with urllib.request.urlopen(metadata["modelspec.thumbnail"]) as answer:
+        shown = np.asarray(Image.open(answer), dtype=float)
+    crop = load_file(path)["crops"][0].numpy()
+    assert shown.shape == crop.shape and np.abs(shown - crop).mean() < 4  # JPEG
+
+
 def test_what_is_in_the_file(server: ComfyServer, graph: Any, queue: Callable[..., str]) -> None:
     """The workflow, as the page needs it to restore it, and an identity that the core reads."""
     graph = saving(graph, "with_workflow")
@@ -100,8 +178,7 @@ def test_what_is_in_the_file(server: ComfyServer, graph: Any, queue: Callable[..
     (picture,) = shown["images"]
     assert Image.open(io.BytesIO(server.view(**picture))).size == (224, 224)
     path = folder_of(server) / "with_workflow_00001_.safetensors"
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
+    metadata = metadata_of(path)
     assert json.loads(metadata["workflow"]) == CANVAS
     assert json.loads(metadata["prompt"])[graph.id(EXTRACT)]["inputs"] == graph.inputs(EXTRACT)
     mirror = MagicMirror(TinyBase(), device=torch.device("cpu"))
@@ -124,7 +201,9 @@ def test_a_replaced_file_is_noticed(server: ComfyServer, make_graph: Callable[..
     graph = make_graph(server)
     first = server.run(showing(graph, path.name))
     (report,) = first["outputs"]["43"]["text"]
-    assert report.startswith("photo 1: face 411 px across") and first["outputs"]["41"]["text"] == [report]
+    assert report.startswith("photo 1: face 411 px across") and first["outputs"]["41"]["text"] == [
+        f"{path.name}\n{report}"
+    ]
     assert len(first["outputs"]["41"]["images"]) == len(first["outputs"]["42"]["images"]) == 1
     assert "41" in server.cached_nodes(server.run(showing(graph, path.name)))
 
@@ -223,3 +302,34 @@ def test_the_taken_face_is_framed(
         border = framed.width * left.width / group.width
         assert (columns < border).all() if half == "left" else (columns > border).all()
         assert len(columns) > 1000
+
+
+def test_five_people_are_numbered_from_the_left(
+    server: ComfyServer, graph: Any, portrait: Callable[[str], Path], insightface_root: Path, tmp_path: Path
+) -> None:
+    """Five real people in one photo, of several sizes and heights: each number takes that person, and frames them."""
+    people = [Image.open(portrait(name)) for name in ("impostor_1", "person_b_2", "impostor_2", "person_a_2")]
+    people.insert(2, Image.fromarray(astronaut()).crop((130, 0, 330, 240)))
+    tiles = [person.resize((300 + 20 * (number % 3), 400)) for number, person in enumerate(people)]
+    edges = np.cumsum([0, *(tile.width for tile in tiles)])
+    group = Image.new("RGB", (int(edges[-1]), 500), "grey")
+    for number, tile in enumerate(tiles):
+        group.paste(tile, (int(edges[number]), 50 * (number * 2 % 3)))
+    group.save(tmp_path / "five.png")
+
+    analyzer = FaceAnalyzer(insightface_root, "buffalo_sc", "cpu")
+    alone = [only_face.normed_embedding for tile in tiles for only_face in analyzer.detect(np.asarray(tile))]
+    assert len(alone) == 5
+    graph.inputs("LoadImage")["image"] = server.upload_image(tmp_path / "five.png")
+    for number in range(5):
+        graph.inputs(EXTRACT).update(face="index", face_index=number)
+        entry = server.run(saving(graph, "five"))["outputs"]
+        shown = entry[graph.id(EXTRACT)]
+        assert f"5 faces found; number {number} was taken" in shown["text"][0]
+        found = load_file(Path(entry["40"]["text"][0].removeprefix("Saved ")))["embeddings"][0].numpy()
+        likeness = np.stack(alone) @ (found / np.linalg.norm(found))
+        assert likeness.argmax() == number and likeness[number] > 0.6 and np.sort(likeness)[-2] < 0.3, likeness
+        framed = np.asarray(Image.open(io.BytesIO(server.view(**shown["images"][0]))), dtype=int)
+        _, columns = np.nonzero(np.abs(framed - ImageColor.getrgb(TAKEN)).max(axis=-1) <= 2)
+        left, right = edges[number : number + 2] * framed.shape[1] / group.width
+        assert len(columns) > 100 and left <= np.median(columns) <= right

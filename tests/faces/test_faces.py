@@ -308,6 +308,22 @@ def test_several_faces_in_one_photo_are_framed_where_they_are(analyzer, photos):
     assert left.shape[1] * scale < columns.min() < columns.max() < (left.shape[1] + middle.shape[1]) * scale
 
 
+def test_weights(analyzer, photos):
+    """A photo of weight 0 is not looked at, a wrong list of weights is told before any is."""
+    images = [BLANK, photos["person_a_1"], photos["person_a_2"]]
+    references = analyse_references(analyzer, images, weights=[0, 2, 0.5])
+    assert [(r.report.name, r.weight) for r in references] == [("photo 2", 2), ("photo 3", 0.5)]
+    for weights, message in (
+        ([1, 1], "2 weights for 3 photos"),
+        ([1, 1, -0.5], r"photo 3 is -0\.5; .* 0 to 100"),
+        ([1, float("nan"), 1], "photo 2 is nan"),
+        ([1, 100.5, 1], r"photo 2 is 100\.5"),
+        ([0, 0, 0], "all weights are 0"),
+    ):
+        with pytest.raises(SettingError, match=message):
+            look_at(None, images, weights=weights)
+
+
 def test_photos_without_a_face_may_be_left_out(analyzer, photos):
     looked = look_at(analyzer, [BLANK, photos["person_a_1"], BLANK])
     assert [photo.taken is None for photo in looked] == [True, False, True]

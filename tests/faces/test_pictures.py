@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mm_core.errors import MagicMirrorError
+from mm_core.errors import MagicMirrorError, SettingError
 from mm_core.faces.crop import square_crop, whole_image
-from mm_core.faces.references import read_image
+from mm_core.faces.references import parse_weights, read_image
 
 NOISE = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
 
@@ -98,3 +98,16 @@ def test_unreadable_files_are_named(tmp_path):
             read_image(tmp_path / name)
     with pytest.raises(MagicMirrorError, match="Cannot read the photo"):
         read_image(tmp_path)
+
+
+def test_weights_are_read_from_text():
+    assert parse_weights("") is parse_weights("  ") is None
+    assert parse_weights("1, 0.5") == parse_weights(" 1,.5 ", 2) == [1.0, 0.5]
+    for text in ("1, half", "1,", "1 0.5", ";"):
+        with pytest.raises(SettingError, match="one number a photo"):
+            parse_weights(text)
+    for text, message in (("-1", "photo 1 is -1"), ("0, 0", "all weights are 0"), ("1, inf", "photo 2 is inf")):
+        with pytest.raises(SettingError, match=message):
+            parse_weights(text)
+    with pytest.raises(SettingError, match="2 weights for 3 photos"):
+        parse_weights("1, 0.5", 3)

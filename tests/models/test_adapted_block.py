@@ -57,6 +57,22 @@ def test_face_tokens_of_several_references(adapter: MagicMirrorAdapter, dtype: t
     assert_near(ours, expected, TOLERANCE[dtype])
 
 
+def test_a_weight_is_how_often_a_photo_is_there(adapter: MagicMirrorAdapter) -> None:
+    """Weights 3 and 1 give what the first photo three times and the second once give; a weight of almost 0, nothing."""
+    model = copy.deepcopy(adapter).double()
+    id_tokens = noise(2, 2, 12).double()
+    photos = noise(2, 4, ADAPTER_SIZES["clip_hidden_size"]).double()
+
+    def read(photos: Tensor, *weights: float) -> Tensor:
+        features = FaceFeatures(id_tokens=id_tokens, structure_tokens=photos)
+        return model.face_tokens(features, torch.tensor(weights) if weights else None)
+
+    assert_near(read(photos, 3.0, 1.0), read(photos[[0, 0, 1, 0]]), 1e-6)
+    assert_near(read(photos, 1.0, 1.0), read(photos), 1e-12)
+    assert_near(read(photos, 1.0, 1e-12), read(photos[:1]), 1e-9)
+    assert (read(photos, 3.0, 1.0) - read(photos)).abs().max() > 1e-3
+
+
 @DTYPES
 def test_id_tokens(dtype: torch.dtype) -> None:
     """The ID branch is PhotoMaker-V2's Q-Former: the face embedding, as query tokens, reads the image (Eq. 3)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_models import assert_near
 from torch import Tensor
 
 from mm_core.checkpoints.photomaker import fingerprint, read_fingerprint, save_id_encoder
@@ -23,7 +27,7 @@ from mm_core.models.id_encoder import FaceFeatures
 from mm_core.pipelines import tiny
 from mm_core.pipelines.base import FolderBase, TinyBase
 from mm_core.pipelines.identity import Identity
-from mm_core.pipelines.identity_file import load_identity, save_identity
+from mm_core.pipelines.identity_file import THUMBNAIL, load_identity, save_identity
 from mm_core.pipelines.magic_mirror import MagicMirror
 
 ENCODER, OTHER_ENCODER = "ab" * 32, "cd" * 32
@@ -67,6 +71,13 @@ def build_identity() -> Identity:
         encoder=ENCODER,
         face_pack="buffalo_sc",
     )
+
+
+def weighted(*weights: float) -> Identity:
+    """That person, the photos counting differently."""
+    identity = build_identity()
+    references = zip(identity.references, weights, strict=True)
+    return replace(identity, references=tuple(replace(reference, weight=weight) for reference, weight in references))
 
 
 @pytest.fixture
@@ -117,11 +128,54 @@ def test_round_trip(path: Path) -> None:
 def test_the_file_is_what_the_page_says(path: Path) -> None:
     """docs/identity_file.md: keys, types and shapes."""
     metadata = metadata_of(path)
-    assert metadata.keys() == {"format", "format_version", "encoder", "face_pack", "reports"}
+    assert metadata.keys() == {"format", "format_version", "encoder", "face_pack", "reports", THUMBNAIL}
     assert (metadata["format"], metadata["format_version"]) == ("magicmirror-identity", "1")
     assert (metadata["encoder"], metadata["face_pack"]) == (ENCODER, "buffalo_sc")
     assert [report["name"] for report in json.loads(metadata["reports"])] == ["photo 1", "Zoë at the lake.jpg"]
     assert {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in load_file(path).items()} == TENSORS
+
+
+def test_weights_come_back(tmp_path: Path) -> None:
+    """To the last bit, in a file that says so: code that knows no weights must not take the photos for equal."""
+    saved = weighted(1, 1 / 3)
+    save_identity(saved, tmp_path / "mixed.safetensors")
+    metadata = metadata_of(tmp_path / "mixed.safetensors")
+    assert (metadata["format_version"], json.loads(metadata["weights"])) == ("2", [1.0, 1 / 3])
+    loaded = load_identity(tmp_path / "mixed.safetensors", encoder=ENCODER)
+    assert torch.equal(loaded.weights, saved.weights) and torch.equal(loaded.id_tokens, saved.id_tokens)
+    assert loaded.report == saved.report and loaded.report.endswith("weights: photo 1 75%, Zoë at the lake.jpg 25%")
+
+
+def test_equal_weights_are_none(tmp_path: Path) -> None:
+    """Photos that count the same make the file, and the tokens, that they make without weights."""
+    save_identity(weighted(0.3, 0.3), tmp_path / "equal.safetensors")
+    assert metadata_of(tmp_path / "equal.safetensors")["format_version"] == "1"
+    loaded = load_identity(tmp_path / "equal.safetensors", encoder=ENCODER)
+    assert loaded.weights is None and torch.equal(loaded.id_tokens, build_identity().id_tokens)
+
+
+def test_the_weighted_mean(path: Path) -> None:
+    one, other = build_identity().features.id_tokens
+    assert_near(weighted(3, 1).id_tokens, (3 * one + other)[None] / 4, 1e-6)
+    assert_near(weighted(30, 10).id_tokens, weighted(3, 1).id_tokens, 1e-6)
+    assert_near(weighted(100, 1e-12).id_tokens, one[None], 1e-6)
+
+
+def test_an_older_file_is_read(path: Path) -> None:
+    """What this code wrote before there were weights and pictures."""
+    rewrite(path, **{THUMBNAIL: None})
+    assert metadata_of(path)["format_version"] == "1"
+    loaded = load_identity(path, encoder=ENCODER)
+    assert loaded.weights is None and torch.equal(loaded.id_tokens, build_identity().id_tokens)
+
+
+def test_the_picture_is_the_first_crop(path: Path) -> None:
+    kind, _, picture = metadata_of(path)["modelspec.thumbnail"].partition(",")
+    assert kind == "data:image/jpeg;base64"
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))))
+    crop = build_identity().crops[0]
+    assert shown.shape == crop.shape
+    assert np.corrcoef(shown.ravel(), crop.ravel())[0, 1] > 0.5  # noise, which JPEG keeps badly
 
 
 def test_more_metadata_is_kept_and_changes_nothing(path: Path) -> None:
@@ -177,7 +231,15 @@ def reports(**changed: Any) -> str:
     [
         ({"format": "magicmirror-adapter"}, ["'magicmirror-adapter'", "'magicmirror-identity'", "Save Identity"]),
         ({"format": None}, ["format=None"]),
-        ({"format_version": "2"}, ["'2'", "'1'", "Update"]),
+        ({"format_version": "3"}, ["'3'", "'1' and '2'", "Update"]),
+        ({"format_version": "2"}, ["lacks", "weights"]),
+        ({"format_version": "2", "weights": "{"}, ["`weights` is {", "2 numbers above 0"]),
+        ({"format_version": "2", "weights": "7"}, ["`weights` is 7"]),
+        ({"format_version": "2", "weights": "[1.0]"}, ["2 numbers"]),
+        ({"format_version": "2", "weights": "[1.0, 0.0]"}, ["above 0, at most 100"]),
+        ({"format_version": "2", "weights": "[1.0, NaN]"}, ["NaN", "2 numbers"]),
+        ({"format_version": "2", "weights": "[1.0, 101.0]"}, ["at most 100"]),
+        ({"format_version": "2", "weights": '[1.0, "2"]'}, ["2 numbers"]),
         ({"format_version": None}, ["None"]),
         ({"encoder": None, "reports": None}, ["lacks", "encoder, reports"]),
         ({"face_pack": None}, ["face_pack"]),
