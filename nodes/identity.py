@@ -13,7 +13,7 @@ from ..mm_core.errors import NoFaceError, SettingError
 from . import catalog, runtime
 from .control import adapter_inputs, adapter_settings, control_input
 from .convert import image_from_photos, photos_from_images
-from .types import CATEGORY, IdentitySocket, Model, ModelSocket, Person, with_aliases
+from .types import CATEGORY, IdentitySocket, Model, ModelSocket, Person, advanced, with_aliases
 
 if TYPE_CHECKING:
     from ..mm_core.faces.references import Photo
