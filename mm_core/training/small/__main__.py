@@ -25,24 +25,24 @@ PEOPLE, CLIPS = 1600, 4
 
 # Single pictures first: most of what a VAE and a base model must learn is in them, at a fraction of the cost.
 VAE_PICTURES = LoopConfig(
-    steps=1100, batch_size=16, learning_rate=1.5e-3, final_learning_rate=1e-4, warmup_steps=40, weight_decay=0,
-    ema_decay=0.99, save_every=100, validate_every=500, log_every=20, compile=True,
+    steps=1100, batch_size=16, optimizer="muon", learning_rate=1.5e-3, final_learning_rate=1e-4, warmup_steps=40,
+    weight_decay=0, ema_decay=0.99, save_every=100, validate_every=500, log_every=20, compile=True,
 )  # fmt: skip
 VAE_CLIPS = LoopConfig(
-    steps=3250, batch_size=2, learning_rate=1e-3, final_learning_rate=3e-5, warmup_steps=20, weight_decay=0,
-    betas=(0.9, 0.99), ema_decay=0.995, save_every=100, validate_every=500, log_every=20, seed=1,
+    steps=6000, batch_size=2, optimizer="muon", learning_rate=1e-3, final_learning_rate=3e-5, warmup_steps=20,
+    weight_decay=0, betas=(0.9, 0.99), ema_decay=0.995, save_every=100, validate_every=500, log_every=20, seed=1,
 )  # fmt: skip
 ENCODER = LoopConfig(
     steps=600, batch_size=64, learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=30, weight_decay=0.05,
     ema_decay=0.99, save_every=100, validate_every=100, log_every=10,
 )  # fmt: skip
 BASE_PICTURES = LoopConfig(
-    steps=6000, batch_size=32, learning_rate=1e-3, final_learning_rate=3e-4, warmup_steps=100, ema_decay=0.998,
-    save_every=500, validate_every=1000, log_every=20, compile=True,
+    steps=6000, batch_size=32, optimizer="muon", learning_rate=1e-3, final_learning_rate=5e-4, warmup_steps=100,
+    ema_decay=0.998, save_every=500, validate_every=1000, log_every=20, compile=True,
 )  # fmt: skip
 BASE_CLIPS = LoopConfig(
-    steps=6000, batch_size=16, learning_rate=5e-4, final_learning_rate=3e-5, warmup_steps=50, ema_decay=0.998,
-    save_every=250, validate_every=1000, log_every=20, compile=True, seed=1,
+    steps=6000, batch_size=16, optimizer="muon", learning_rate=7e-4, final_learning_rate=3e-5, warmup_steps=50,
+    ema_decay=0.998, save_every=250, validate_every=1000, log_every=20, compile=True, seed=1,
 )  # fmt: skip
 
 
