@@ -47,15 +47,27 @@ _last_used: weakref.ref[MagicMirror] | None = None
 
 @contextmanager
 def packages() -> Iterator[None]:
-    """Around the imports of the core: a package that is not installed becomes a message that says what to do."""
+    """Around all that a node does: a package that is not installed becomes a message that says what to do."""
     try:
         yield
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # diffusers imports late, and wraps what fails then in the second
+        missing = _root_import_error(error)
+        if missing is None:
+            raise
         requirements = Path(__file__).resolve().parent.parent / "requirements.txt"
         raise MagicMirrorError(
-            f"MagicMirror needs a Python package that is missing or too old ({error}). Install its requirements into "
+            f"MagicMirror needs a Python package that is missing or too old ({missing}). Install its requirements into "
             f'ComfyUI\'s Python and start again: python -m pip install -r "{requirements}"'
         ) from error
+
+
+def _root_import_error(error: BaseException | None) -> ImportError | None:
+    """The innermost ImportError that led to an error, which names the package; None where there was none."""
+    found = None
+    while error is not None:
+        found = error if isinstance(error, ImportError) else found
+        error = error.__cause__
+    return found
 
 
 def in_users_language(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
@@ -65,7 +77,8 @@ def in_users_language(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     @functools.wraps(execute)
     def speaking(cls: type[io.ComfyNode], *arguments: object, **inputs: object) -> io.NodeOutput:
         try:
-            return execute(cls, *arguments, **inputs)
+            with packages():
+                return execute(cls, *arguments, **inputs)
         except MagicMirrorError as error:
             english, text = str(error), translated(error)
             if text != english:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,12 +143,25 @@ def download_pack(root: Path, pack: str) -> None:
     models = root.expanduser() / "models"
     if any((models / pack).rglob("*.onnx")):
         return
-    from insightface.utils.storage import download
+    with _face_packages():
+        from insightface.utils.storage import download
 
     models.mkdir(parents=True, exist_ok=True)
     # In a folder of its own first: half a pack must not look like a pack.
     with downloading(f"{pack} into {models}"), tempfile.TemporaryDirectory(dir=models) as temporary:
         Path(download("models", pack, root=temporary)).rename(models / pack)
+
+
+@contextlib.contextmanager
+def _face_packages() -> Iterator[None]:
+    """Around their imports: one that is missing becomes a MagicMirrorError that says what to install."""
+    try:
+        yield
+    except (ImportError, AttributeError) as error:  # an uninstall can leave an empty onnxruntime behind
+        raise MagicMirrorError(
+            f"Face analysis needs insightface and onnxruntime ({error}). Install them into ComfyUI's Python: "
+            "python -m pip install insightface onnxruntime (onnxruntime-gpu for CUDA)"
+        ) from error
 
 
 def _pack_folder(root: Path, pack: str) -> Path:
@@ -167,14 +181,9 @@ def _pack_folder(root: Path, pack: str) -> Path:
 
 def _load_pack(folder: Path, device: str) -> Any:
     """An insightface FaceAnalysis on `folder`, ready to use."""
-    try:
+    with _face_packages():
         import onnxruntime
         from insightface.app import FaceAnalysis
-    except (ImportError, AttributeError) as error:  # an uninstall can leave an empty onnxruntime behind
-        raise MagicMirrorError(
-            f"Face analysis needs insightface and onnxruntime ({error}). Install them into ComfyUI's Python: "
-            "python -m pip install insightface onnxruntime (onnxruntime-gpu for CUDA)"
-        ) from error
     # onnxruntime offers CUDA whenever it was built with it, and goes on with the CPU if it then cannot be started.
     wants_cuda = device == "auto" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     providers = ["CUDAExecutionProvider"] * wants_cuda + ["CPUExecutionProvider"]

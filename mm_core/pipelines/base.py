@@ -102,7 +102,7 @@ class FolderBase:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
+        return _load_tokenizer(self.folder / "tokenizer")
 
     def load(self, dtype: torch.dtype) -> CogVideoXPipeline:
         try:
@@ -222,7 +222,7 @@ class FileBase:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.tokenizer_folder, local_files_only=True)
+        return _load_tokenizer(self.tokenizer_folder)
 
     def load(self, dtype: torch.dtype) -> CogVideoXPipeline:
         with torch.device("meta"):
@@ -273,6 +273,14 @@ def _shapes(path: Path) -> dict[str, torch.Size]:
             return {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path.name} is damaged, cut short, or not a .safetensors file: {error}") from error
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    if not (folder / "tokenizer.json").is_file():
+        # What spiece.model is read with. Where one is missing, transformers asks for tiktoken, which would not help.
+        import google.protobuf  # noqa: F401
+        import sentencepiece  # noqa: F401
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _load_file(module: torch.nn.Module, path: Path, dtype: torch.dtype) -> None:

@@ -10,9 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from comfy_server import ComfyServer
+from comfy_server import ComfyServer, ExecutionFailed
 from environment import PACK_FOLDER
 from packaging.requirements import Requirement
+from PIL import Image
 
 PREFIX = "MagicMirror"
 
@@ -26,19 +27,23 @@ def test_install_use_uninstall(which: int, comfyui_paths: tuple[Path, Path], arc
 
     with start(comfyui_paths[which], tmp_path / "base") as server:
         nodes = {name for name in server.object_info() if name.startswith(PREFIX)}
-        assert len(nodes) >= 14
+        assert len(nodes) >= 12
         shipped = json.loads((pack / "workflows" / "api" / "text_to_video_tiny.json").read_text(encoding="utf-8"))
         (loader,) = (node for node in shipped.values() if node["class_type"] == "MagicMirrorLoader")
         helper = {"class_type": "MagicMirrorPromptHelper", "inputs": {"model": ["1", 0], "prompt": "a man img smiles"}}
         shown = server.run({"1": loader, "2": helper})["outputs"]["2"]
         assert '"man"' in json.dumps(shown, ensure_ascii=False).replace('\\"', '"')
         assert "Traceback" not in server.log_text()
+        (photo,) = (node["inputs"]["image"] for node in shipped.values() if node["class_type"] == "LoadImage")
+        Image.new("RGB", (64, 64)).save(server.base / "input" / photo)
+        with pytest.raises(ExecutionFailed, match="The face models are missing"):  # the workflow itself is accepted
+            server.run(shipped)
 
     shutil.rmtree(pack)
     with start(comfyui_paths[which], tmp_path / "base") as server:
         assert not [name for name in server.object_info() if name.startswith(PREFIX)]
-    left = [path for path in (tmp_path / "base").rglob("*") if path.is_file() and path.name != "comfyui.log"]
-    assert not [path for path in left if "magic" in path.as_posix().removeprefix(tmp_path.as_posix()).lower()]
+    left = {path.relative_to(server.base).as_posix() for path in server.base.rglob("*") if path.is_file()}
+    assert left == {"comfyui.log", f"input/{photo}"}
 
 
 def missing(requirements: Path) -> list[str]:

@@ -372,3 +372,20 @@ def test_the_prompt_parser_finds_the_person() -> None:
     for seed in range(20):
         clip = sample_clip(seed, 0)
         assert prompt.mark_identity(caption(clip)).word == clip.person.sex
+
+
+@pytest.mark.parametrize("package", ["numba", "scipy", "cv2"])
+def test_without_a_package_the_command_says_what_to_install(package: str, tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.modules[{package!r}] = None; from mm_core.data.people.__main__ import main; sys.exit(main())"
+    )
+    command = ["render", "--people", "0:1", "--out", str(tmp_path / "people")]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *command],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert package in result.stderr and "pip install numba scipy opencv-python" in result.stderr

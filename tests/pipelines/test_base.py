@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,14 @@ def files(request: pytest.FixtureRequest, saved: Path, tmp_path: Path, monkeypat
         vae=tmp_path / "vae.safetensors",
         tokenizer_folder=saved / "tokenizer",
     )
+
+
+@pytest.mark.parametrize("package", ["sentencepiece", "google.protobuf"])
+def test_what_the_tokenizer_needs_is_named(folder: Path, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "tokenizer" / "tokenizer.json").rename(folder / "tokenizer" / "spiece.model")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=package):
+        _ = FolderBase(folder).tokenizer
 
 
 def assert_same_weights(left: CogVideoXPipeline, right: CogVideoXPipeline) -> None:
