@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -72,7 +72,28 @@ def validators() -> Path:
 
 
 @pytest.fixture(scope="session")
-def archive(validators: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def comfy_cli(validators: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Runs a command of comfy-cli in a folder and returns what it prints; its settings go into a home of its own."""
+    path = f"{validators.parent}{os.pathsep}{os.environ['PATH']}"
+    home = str(tmp_path_factory.mktemp("comfy-cli-home"))
+
+    def run(*command: str, cwd: Path) -> str:
+        result = subprocess.run(
+            [validators, "-m", "comfy_cli", "--skip-prompt", "--no-enable-telemetry", *command],
+            cwd=cwd,
+            env=os.environ | {"HOME": home, "PATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout + result.stderr
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def archive(comfy_cli: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the registry hands to the Manager, made of the files under git by the registry's own tool."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
@@ -83,7 +104,7 @@ def archive(validators: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             (pack / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, pack / name)
     subprocess.run("git init -q && git add -A", shell=True, cwd=pack, check=True)
-    comfy_cli(validators, "node", "pack", cwd=pack)
+    comfy_cli("node", "pack", cwd=pack)
     return pack / "node.zip"
 
 
@@ -94,22 +115,6 @@ def unpacked(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with zipfile.ZipFile(archive) as file:
         file.extractall(folder)
     return folder
-
-
-def comfy_cli(validators: Path, *command: str, cwd: Path) -> str:
-    """What a comfy-cli command prints; it must succeed. Its settings go into a home of its own."""
-    home = cwd.parent / "comfy-cli-home"
-    home.mkdir(exist_ok=True)
-    result = subprocess.run(
-        [validators, "-m", "comfy_cli", "--skip-prompt", "--no-enable-telemetry", *command],
-        cwd=cwd,
-        env=os.environ | {"HOME": str(home), "PATH": f"{validators.parent}{os.pathsep}{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
 
 
 @pytest.fixture(scope="session")
