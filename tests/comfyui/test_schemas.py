@@ -11,11 +11,11 @@ NODES = {
         "text_encoder vae",
         ["MAGICMIRROR_MODEL", "STRING"],
     ),
-    "MagicMirrorModelDoctor": ("", "check_hashes", ["STRING"]),
+    "MagicMirrorModelDoctor": ("", "check_hashes convert", ["STRING"]),
     "MagicMirrorPromptHelper": ("model prompt", "", ["STRING", "STRING"]),
     "MagicMirrorExtractFaceEmbedding": (
         "model image face face_index crop on_no_face",
-        "image_2 image_3 image_4",
+        "image_2 image_3 image_4 weights",
         ["MAGICMIRROR_IDENTITY", "IMAGE", "STRING"],
     ),
     "MagicMirrorApplyCANAdapter": (
@@ -129,5 +129,6 @@ def check_explained(node: str, info: dict) -> None:
     for section in ("required", "optional"):
         for name, (_, options) in info["input"].get(section, {}).items():
             assert options.get("tooltip"), name
-            expert = section == "optional" and name not in ("clip", "control") and node in EXPERT
+            hidden = name == "weights" or (name not in ("clip", "control") and node in EXPERT)
+            expert = section == "optional" and hidden
             assert bool(options.get("advanced")) == expert, name
