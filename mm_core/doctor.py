@@ -172,7 +172,7 @@ def _tiny() -> Finding:
         files=_describe(files),
         problem=f"It lacks {', '.join(lacks)}. Install the node pack again." if lacks else _damaged(files),
         detail="comes with this pack, with its own adapter and ID encoder",
-        licence="Apache-2.0; its ID branch learnt from a non-commercial recogniser",
+        licence="Apache-2.0; its ID branch and VAE learnt from a non-commercial recogniser",
     )
 
 

@@ -36,6 +36,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose matrices are made orthogonal, so that every direction of a layer learns (Jordan et al. 2024).
 
     Groups with `orthogonal=True` hold matrices, or kernels read as (out, in * size); the others take AdamW's step.
+    torch has a Muon since 2.9, for matrices only.
 
     momentum: of the orthogonal groups. betas: of the others.
     """

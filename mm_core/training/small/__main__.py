@@ -100,17 +100,21 @@ class Recipe:
 
         return Clips.read(self.folder / "people")
 
-    def vae(self) -> Path:
+    @cached_property
+    def recogniser(self) -> object:
         from ..adapter_task import recogniser_file
         from ..arcface import DifferentiableArcFace
+
+        return DifferentiableArcFace(recogniser_file(self.config))
+
+    def vae(self) -> Path:
         from .vae import VAETask
 
         folder, start = self.folder / "vae", self.first_vae
-        recogniser = DifferentiableArcFace(recogniser_file(self.config))
         if start is None:
             pictures = folder / "pictures"
-            start = self._run(pictures, VAE_PICTURES, lambda: VAETask(self.clips, 1, recogniser, 0)) / "vae"
-        return self._run(folder / "clips", VAE_CLIPS, lambda: VAETask(self.clips, 9, recogniser, 1, start))
+            start = self._run(pictures, VAE_PICTURES, lambda: VAETask(self.clips, 1, self.recogniser, 0)) / "vae"
+        return self._run(folder / "clips", VAE_CLIPS, lambda: VAETask(self.clips, 9, self.recogniser, 1, start))
 
     def encoder(self) -> None:
         from ...faces.analysis import FaceAnalyzer
