@@ -213,7 +213,7 @@ def _base_model(name: str, folder: Path, *, link: str, licence: str) -> Finding:
         lacks = base.missing_files()
         problem = f"It lacks {', '.join(lacks)}. Download it again; what is there is kept." if lacks else ""
         if not lacks:
-            _ = base.transformer_config  # raises for another kind of model
+            _config = base.transformer_config  # raises for another kind of model
     except CheckpointError as error:
         problem = str(error)
     except (ValueError, KeyError) as error:

@@ -62,5 +62,5 @@ class MagicMirrorModelDoctor(io.ComfyNode):
             total = sum(finding.size for finding in findings)
             findings = doctor.add_hashes(findings, runtime.progress_callback(total))
         text = done + doctor.report(findings)
-        ill = any(finding.state == doctor.PROBLEM for finding in findings)
-        return io.NodeOutput(text, ui=runtime.show(text, warn=ill))
+        problems = any(finding.state == doctor.PROBLEM for finding in findings)
+        return io.NodeOutput(text, ui=runtime.show(text, warn=problems))

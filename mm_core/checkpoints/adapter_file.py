@@ -112,7 +112,7 @@ def load_adapter(path: Path, *, dtype: torch.dtype = torch.float32) -> tuple[Mag
     with torch.device("meta"):
         adapter = MagicMirrorAdapter(header.config)
     adapter.load_state_dict(weights, assign=True)
-    return adapter.requires_grad_(False).eval(), header
+    return adapter.requires_grad_(False).train(False), header
 
 
 def check_tensors(path: Path, expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:

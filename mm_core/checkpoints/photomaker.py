@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -124,7 +123,7 @@ def load_id_encoder(
     # The one constant that no file holds, so `meta` left it empty.
     embeddings = encoder.vision_model.embeddings
     embeddings.position_ids = torch.arange(embeddings.num_positions)[None]
-    return encoder.requires_grad_(False).eval()
+    return encoder.requires_grad_(False).train(False)
 
 
 def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
@@ -164,7 +163,7 @@ def _read_pickle(path: Path) -> dict[str, dict[str, torch.Tensor]]:
     """All parts of a `.bin`."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except (torch.serialization.pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise CheckpointError(f"{path.name} is {_DAMAGED}: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("id_encoder"), dict):
         raise CheckpointError(f"{path.name} has no `id_encoder` part: it is not PhotoMaker-V2's file.")

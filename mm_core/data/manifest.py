@@ -26,7 +26,7 @@ MANIFEST = "manifest.jsonl"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv")
 SHARD = ".npz"
-_SOURCE = re.compile(r"(?P<file>.+?)(?:#(?P<clip>\d+))?(?:@(?P<frame>\d+))?", re.DOTALL)
+_SOURCE = r"(?s)(?P<file>.+?)(?:#(?P<clip>\d+))?(?:@(?P<frame>\d+))?"
 _FIELDS = {"id": str, "media": str, "caption": str, "references": list, "person": str}
 _OPTIONAL = {"caption", "person"}
 
@@ -46,7 +46,7 @@ class Source:
     def parse(cls, path: str) -> Source:
         """Raises SettingError for a file of another kind, a clip or frame of what has none, and a path that leads out
         of the folder."""
-        match = _SOURCE.fullmatch(path)
+        match = re.fullmatch(_SOURCE, path)
         if not match:
             raise SettingError("a path is empty")
         file, clip, frame = match["file"], match["clip"], match["frame"]

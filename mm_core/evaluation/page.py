@@ -88,7 +88,7 @@ def _clip_table(clips: list[ClipResult]) -> str:
             f'<a href="#clip-{number}">{escape(clip.name)}</a>',
             escape(clip.person.name),
             f"{clip.scores.faces} of {clip.scores.frames}",
-            *(_number(getattr(clip.scores, name)) for name in MEANS),
+            *(_number(vars(clip.scores)[name]) for name in MEANS),
             "yes" if clip.scores.dynamic else "no",
         ]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")

@@ -15,7 +15,7 @@ from ..faces.tracking import find_faces
 
 PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 VIDEOS = {".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v"}  # a gif may hold equal frames once
-_NUMBER = re.compile(r"[-_. ]*\d+$")
+_NUMBER = r"[-_. ]*\d+$"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +41,7 @@ def find_references(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for path in _files(folder, PHOTOS):
         parts = path.relative_to(folder).parts
-        name = parts[0] if len(parts) > 1 else _NUMBER.sub("", path.stem) or path.stem
+        name = parts[0] if len(parts) > 1 else re.sub(_NUMBER, "", path.stem) or path.stem
         found.setdefault(name, []).append(path)
     if not found:
         raise MagicMirrorError(

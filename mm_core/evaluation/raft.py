@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +29,13 @@ class Raft:
             ) from error
         try:
             weights = torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except (OSError, RuntimeError, EOFError, torch.serialization.pickle.UnpicklingError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}. Download the weights again") from error
         for build in (raft_small, raft_large):
             model = build(weights=None)
             if isinstance(weights, dict) and weights.keys() == model.state_dict().keys():
                 model.load_state_dict(weights)
-                self._model = model.eval()
+                self._model = model.train(False)
                 return
         raise CheckpointError(f"{file} is no state dict of torchvision's raft_small or raft_large: give one of the two")
 

@@ -56,7 +56,7 @@ def to_csv(evaluation: Evaluation) -> str:
     names = [field.name for field in fields(ClipScores)]
     writer.writerow(["video", "identity", *names])
     for clip in evaluation.clips:
-        values = _plain([getattr(clip.scores, name) for name in names])
+        values = _plain([vars(clip.scores)[name] for name in names])
         writer.writerow([clip.name, clip.person.name, *("" if value is None else value for value in values)])
     return text.getvalue()
 

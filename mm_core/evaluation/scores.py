@@ -106,7 +106,7 @@ def score_clip(clip: ClipAnalysis, person: Person, similarity: np.ndarray, thres
 
 def summarise(scores: list[ClipScores]) -> Summary:
     """Of at least one clip."""
-    columns = {field.name: np.array([getattr(score, field.name) for score in scores]) for field in fields(ClipScores)}
+    columns = {field.name: np.array([vars(score)[field.name] for score in scores]) for field in fields(ClipScores)}
     return Summary(
         clips=len(scores),
         frames=int(columns["frames"].sum()),

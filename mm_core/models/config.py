@@ -44,7 +44,7 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "adapted_layers", tuple(self.adapted_layers))
-        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "adapted_layers"}
+        sizes = {name: value for name, value in vars(self).items() if name != "adapted_layers"}
         bad = [f"{name}={value!r}" for name, value in sizes.items() if type(value) is not int or value < 1]
         layers = self.adapted_layers
         if any(type(layer) is not int for layer in layers) or list(layers) != sorted(set(layers)) or not layers:
@@ -84,7 +84,7 @@ class AdapterConfig:
     def misfits(self, base: Mapping[str, Any]) -> str:
         """In which sizes a CogVideoX transformer config is not the base of this, as "num_layers 42 instead of 30": ours
         before the base's. Empty where it fits."""
-        sizes = [(name, getattr(self, name), size) for name, size in base_sizes(base).items()]
+        sizes = [(name, vars(self)[name], size) for name, size in base_sizes(base).items()]
         return ", ".join(f"{name} {ours} instead of {theirs}" for name, ours, theirs in sizes if ours != theirs)
 
     def to_dict(self) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def take_apart(block: nn.Module, rotary: Callable[[Tensor], Tensor], kernel: Att
         to_out=block.attn_out,
         modulation2=lambda temb: block.norm2.linear(F.silu(temb)),
         norm2=block.norm2.norm,
-        feed_forward=lambda x: block.ff_out(F.gelu(block.ff_proj(x), approximate="tanh")),
+        feed_forward=lambda tokens: block.ff_out(F.gelu(block.ff_proj(tokens), approximate="tanh")),
         rotary=rotary,
         kernel=kernel,
     )

@@ -154,7 +154,7 @@ def take_apart(
         to_v=attn.to_v,
         norm_q=attn.norm_q if attn.norm_q is not None else _identity,
         norm_k=attn.norm_k if attn.norm_k is not None else _identity,
-        to_out=lambda x: attn.to_out[1](attn.to_out[0](x)),
+        to_out=lambda tokens: attn.to_out[1](attn.to_out[0](tokens)),
         modulation2=lambda temb: block.norm2.linear(F.silu(temb)),
         norm2=block.norm2.norm,
         feed_forward=block.ff,

@@ -98,7 +98,7 @@ class FolderBase:
 
     def load_text_encoder(self, dtype: torch.dtype) -> T5EncoderModel:
         encoder = T5EncoderModel.from_pretrained(self.folder / "text_encoder", local_files_only=True)
-        return encoder.to(dtype).requires_grad_(False).eval()
+        return encoder.to(dtype).requires_grad_(False).train(False)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -218,7 +218,7 @@ class FileBase:
         with torch.device("meta"):
             encoder = T5EncoderModel(T5Config(**T5_XXL))
         _load_file(encoder, self.text_encoder, dtype)
-        return encoder.requires_grad_(False).eval()
+        return encoder.requires_grad_(False).train(False)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -261,7 +261,7 @@ def download_folder(repo: str, folder: Path) -> Path:
 
 def _freeze(pipe: CogVideoXPipeline) -> CogVideoXPipeline:
     for module in (pipe.text_encoder, pipe.vae, pipe.transformer):
-        module.requires_grad_(False).eval()
+        module.requires_grad_(False).train(False)
     return pipe
 
 

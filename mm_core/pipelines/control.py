@@ -71,12 +71,12 @@ class AdapterSettings:
 
     def __post_init__(self) -> None:
         for name in ("identity_scale", "can_scale", "ip_scale"):
-            value = getattr(self, name)
+            value = vars(self)[name]
             if not math.isfinite(value) or not 0 <= value <= MAX_STRENGTH:
                 raise SettingError(f"{name} is {value}; it must be a number from 0 to {MAX_STRENGTH:g}.")
         _check_window("", Window(self.start, self.end))
         for name in ("identity", "can", "ip"):
-            window = getattr(self, f"{name}_window")
+            window = vars(self)[f"{name}_window"]
             if window is not None:
                 _check_window(f"{name}_", window)
 

@@ -131,7 +131,7 @@ def _reference(header: IdentityHeader, tensors: Mapping[str, Tensor], row: int) 
         box=tensors["boxes"][row].numpy(),
         landmarks=tensors["landmarks"][row].numpy(),
         embedding=tensors["embeddings"][row].numpy(),
-        **{name: getattr(report, name) for name in _NUMBERS},
+        **{name: vars(report)[name] for name in _NUMBERS},
     )
     return Reference(face=face, crop=tensors["crops"][row].numpy(), report=report, weight=header.weights[row])
 

@@ -18,10 +18,10 @@ IDENTITY_WORDS = (
     "teenager", "father", "mother", "grandfather", "grandmother", "businessman", "businesswoman", "actor", "actress",
 )  # fmt: skip
 
-_TRIGGER = re.compile(rf"\s+{TRIGGER}\b", re.IGNORECASE)
-_ANY_TRIGGER = re.compile(rf"\b{TRIGGER}\b", re.IGNORECASE)
-_WORD_BEFORE = re.compile(r"[^\W_](?:[\w'’-]*[^\W_])?$")
-_IDENTITY_WORD = re.compile(rf"\b(?:{'|'.join(IDENTITY_WORDS)})\b", re.IGNORECASE)
+_TRIGGER = rf"(?i)\s+{TRIGGER}\b"
+_ANY_TRIGGER = rf"(?i)\b{TRIGGER}\b"
+_WORD_BEFORE = r"[^\W_](?:[\w'’-]*[^\W_])?$"
+_IDENTITY_WORD = rf"(?i)\b(?:{'|'.join(IDENTITY_WORDS)})\b"
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class MarkedPrompt:
     end: int
 
     @property
-    def word(self) -> str:
+    def noun(self) -> str:
         return self.text[self.start : self.end]
 
 
@@ -82,18 +82,18 @@ def mark_identity(prompt: str) -> MarkedPrompt:
     Raises:
         PromptError: there is neither, or more than one trigger, or no word before it.
     """
-    triggers = list(_ANY_TRIGGER.finditer(prompt))
+    triggers = list(re.finditer(_ANY_TRIGGER, prompt))
     if len(triggers) > 1:
         raise PromptError(f'The prompt has the trigger "{TRIGGER}" {len(triggers)} times; mark one word only.')
     if triggers:
-        match = _TRIGGER.search(prompt)
-        word = match and _WORD_BEFORE.search(prompt[: match.start()])
+        match = re.search(_TRIGGER, prompt)
+        word = match and re.search(_WORD_BEFORE, prompt[: match.start()])
         if not word:
             raise PromptError(
                 f'No word stands right before "{TRIGGER}". Write it after the person, as in "a man {TRIGGER}".'
             )
         return MarkedPrompt(prompt[: match.start()] + prompt[match.end() :], word.start(), word.end())
-    word = _IDENTITY_WORD.search(prompt)
+    word = re.search(_IDENTITY_WORD, prompt)
     if not word:
         raise PromptError(
             'The prompt names no person. Put "{trigger}" after the word that stands for the person ("a wizard '
@@ -107,7 +107,7 @@ def mark_identity(prompt: str) -> MarkedPrompt:
 
 def without_trigger(prompt: str) -> str:
     """The prompt as the plain base model should read it: "a man img reads" -> "a man reads"."""
-    return _TRIGGER.sub("", prompt)
+    return re.sub(_TRIGGER, "", prompt)
 
 
 def identity_tokens(
@@ -137,13 +137,13 @@ def identity_tokens(
             'The word "{word}" ends at token {token} of the prompt; the model reads {limit}, one of them the end mark. '
             "Move the person nearer to the beginning, or shorten what stands before.",
             key="person_too_late",
-            word=marked.word,
+            word=marked.noun,
             token=last + 1,
             limit=max_length,
         )
     ids = [*ids[:room], tokenizer.eos_token_id]
     ids += [tokenizer.pad_token_id] * (max_length - len(ids))
-    return IdentityTokens(ids=ids, slots=tuple(range(index, index + num_slots)), word=marked.word)
+    return IdentityTokens(ids=ids, slots=tuple(range(index, index + num_slots)), word=marked.noun)
 
 
 def explain_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, num_slots: int, max_length: int) -> PromptReport:
@@ -167,7 +167,7 @@ def explain_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, num_slots
     return PromptReport(
         pieces=(*pieces[:first], *word[-1:] * len(slots[1:]), *pieces[first:read]),
         max_length=max_length,
-        word=marked.word if marked else None,
+        word=marked.noun if marked else None,
         word_pieces=tuple(word),
         slots=slots,
         cut=text[offsets[read][0] :].strip() if read < len(ids) else "",

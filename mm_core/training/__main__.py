@@ -92,7 +92,7 @@ def train_stage(config: TrainingConfig, stage: str, start: Path | None = None) -
                 "it out on purpose with ablation: G."
             )
         start = latest_checkpoint(output / "image") / ADAPTER_FILE
-    return run(AdapterTask(config, stage, start), getattr(config, stage).loop, output / stage) / ADAPTER_FILE
+    return run(AdapterTask(config, stage, start), config.stage(stage).loop, output / stage) / ADAPTER_FILE
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from ..errors import SettingError
 from ..models.adapter import MagicMirrorAdapter
 from ..pipelines.control import AdapterSettings
 from .arcface import DifferentiableArcFace
-from .config import ABLATIONS, StageConfig, TrainingConfig, adapter_config
+from .config import ABLATIONS, TrainingConfig, adapter_config
 from .diffusion import add_noise, alphas_bar, rotary_embedding
 from .features import Features
 from .losses import TEMPORAL_COMPRESSION, face_area
@@ -37,7 +37,7 @@ class AdapterTask:
 
     def __init__(self, config: TrainingConfig, stage: str, start: Path | None = None) -> None:
         self.config, self.name = config, stage
-        self.stage: StageConfig = getattr(config, stage)
+        self.stage = config.stage(stage)
         self.base = base_of(config)
         self.features = Features.open(Path(self.stage.features))
         self.training, self.validation = split_people(self.features, config.validation_people)

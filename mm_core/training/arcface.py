@@ -59,10 +59,10 @@ class DifferentiableArcFace(nn.Module):
             )
         self.network, normalises_itself = _convert(path)
         self.mean, self.scale = (0.0, 1.0) if normalises_itself else (PIXEL_MEAN, PIXEL_SCALE)
-        self.requires_grad_(False).eval()
+        self.requires_grad_(False).train(False)
 
     def train(self, mode: bool = True) -> DifferentiableArcFace:
-        """Does nothing but what `eval()` does: a frozen judge has no training mode."""
+        """A frozen judge has no training mode."""
         return super().train(False)
 
     def forward(self, faces: Tensor) -> Tensor:

@@ -49,8 +49,8 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         for name in ("text_dropout", "identity_dropout", "both_dropout", "face_area"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise SettingError(f"{name} is {getattr(self, name)}; it must be from 0 to 1.")
+            if not 0 <= vars(self)[name] <= 1:
+                raise SettingError(f"{name} is {vars(self)[name]}; it must be from 0 to 1.")
         if self.text_dropout + self.identity_dropout + self.both_dropout >= 1:
             raise SettingError("text_dropout, identity_dropout and both_dropout together must be below 1.")
         if self.max_references < 1:
@@ -93,12 +93,18 @@ class TrainingConfig:
         if self.ablation not in ABLATIONS:
             raise SettingError(f"ablation is {self.ablation!r}; choose one of {', '.join(ABLATIONS)}.")
         for name in ("width", "height"):
-            if getattr(self, name) < 16 or getattr(self, name) % 16:
-                raise SettingError(f"{name} is {getattr(self, name)} px; it must be a multiple of 16.")
+            if vars(self)[name] < 16 or vars(self)[name] % 16:
+                raise SettingError(f"{name} is {vars(self)[name]} px; it must be a multiple of 16.")
         if self.image.frames != 1:
             raise SettingError(f"image.frames is {self.image.frames}; the image stage trains on single pictures, 1.")
         if self.video.frames % 8 != 1 or self.video.frames < 9:
             raise SettingError(f"video.frames is {self.video.frames}; it must be 8N + 1: 9, 17, ... 49.")
+
+    def stage(self, name: str) -> StageConfig:
+        """`image` or `video`; raises SettingError for another name."""
+        if name not in ("image", "video"):
+            raise SettingError(f"The stage is {name!r}; choose image or video.")
+        return self.image if name == "image" else self.video
 
 
 # Tab. 3: switches of `AdapterSettings`, by row. G trains as ours, without the image stage.

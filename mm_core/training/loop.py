@@ -26,6 +26,7 @@ from accelerate.utils import ProjectConfiguration
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch import compile as compiled
 from tqdm import tqdm
 
 from ..errors import MagicMirrorError, SettingError
@@ -73,7 +74,7 @@ class LoopConfig:
     precision: str = "no"
     """accelerate's mixed precision: no, bf16 or fp16."""
     compile: bool = False
-    """Compile the model with torch.compile, as its own `compile` says."""
+    """Use torch.compile, on what the model has as `compiled`, else on all of it."""
     seed: int = 0
     log_every: int = 10
     save_every: int = 500
@@ -84,11 +85,11 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"{name} is {getattr(self, name)}; it must be 1 or more.")
+            if vars(self)[name] < 1:
+                raise SettingError(f"{name} is {vars(self)[name]}; it must be 1 or more.")
         for name in ("learning_rate", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise SettingError(f"{name} is {getattr(self, name)}; it must be above 0.")
+            if not vars(self)[name] > 0:
+                raise SettingError(f"{name} is {vars(self)[name]}; it must be above 0.")
         if not 0 <= self.ema_decay < 1:
             raise SettingError(f"ema_decay is {self.ema_decay}; it must be from 0 (off) to below 1.")
         if self.precision not in ("no", "bf16", "fp16"):
@@ -168,7 +169,8 @@ class _Run:
         groups = parameter_groups(task.model, config.weight_decay)
         optimizer = OPTIMIZERS[config.optimizer](groups, lr=config.learning_rate, betas=config.betas)
         if config.compile:
-            task.model.compile()
+            part = getattr(task.model, "compiled", task.model)
+            part.forward = compiled(part.forward)
         self.model, self.optimizer = self.accelerator.prepare(task.model, optimizer)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.ema = EMAModel(self.parameters, decay=config.ema_decay) if config.ema_decay else None
@@ -279,7 +281,7 @@ class _Run:
         folder.mkdir(parents=True, exist_ok=True)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self.model.eval()
+            self.model.train(False)
             with self._averaged(), torch.no_grad():
                 values = self.task.validate(step, folder)
             self.model.train()

@@ -82,7 +82,7 @@ def build_models(config: TrainingConfig, precision: str) -> Models:
     except (TypeError, ValueError) as error:  # the dataclass's and the front end's own words
         raise SettingError(f"The adapter sizes {dict(config.adapter)} do not fit {name}: {error}.") from error
     for module in (models.transformer, models.vae, models.text_encoder, models.id_encoder):
-        nn.Module.to(module, _DTYPES[precision]).requires_grad_(False).eval()
+        nn.Module.to(module, _DTYPES[precision]).requires_grad_(False).train(False)
     return models
 
 
@@ -114,7 +114,7 @@ def dry_run(config: TrainingConfig, stage: str) -> None:
 
     Raises SettingError for a size that does not fit, CheckpointError for a folder that is no base model.
     """
-    settings: StageConfig = getattr(config, stage)
+    settings = config.stage(stage)
     models = build_models(config, settings.loop.precision)
     step = DryStep(models, config, settings)
     with step.fitting(), MetaKernels(settings.loop.precision), torch.no_grad():

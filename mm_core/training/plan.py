@@ -128,7 +128,7 @@ def plan(config: TrainingConfig, mfu: float = MFU) -> Plan:
 
 
 def _stage(config: TrainingConfig, name: str, mfu: float) -> StagePlan:
-    stage: StageConfig = getattr(config, name)
+    stage = config.stage(name)
     loop = stage.loop
     models = build_models(config, loop.precision)
     step, work, identity = _work(models, config, stage)

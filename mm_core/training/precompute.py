@@ -72,13 +72,6 @@ def _id_encoder_path(config: TrainingConfig) -> Path:
     raise CheckpointError(f"id_encoder is not set: give the path of {FILE_NAME}, of https://huggingface.co/{REPO}.")
 
 
-def stage_of(config: TrainingConfig, stage: str) -> StageConfig:
-    """The part of a config for `image` or `video`."""
-    if stage not in ("image", "video"):
-        raise SettingError(f"The stage is {stage!r}; choose image or video.")
-    return getattr(config, stage)
-
-
 def check(
     config: TrainingConfig, stage: str, on_progress: Callable[[int, int], None] = lambda done, all_samples: None
 ) -> Report:
@@ -86,7 +79,7 @@ def check(
 
     on_progress(done, samples). Raises SettingError if there is no manifest.
     """
-    settings, output = stage_of(config, stage), Path(config.output).expanduser()
+    settings, output = config.stage(stage), Path(config.output).expanduser()
     report = check_dataset(
         Path(settings.data).expanduser(),
         width=config.width,
@@ -109,7 +102,7 @@ def precompute(config: TrainingConfig, stage: str, on_progress: Progress = lambd
         MagicMirrorError: the disk is full or will be; not one sample can be used; a value that is not finite.
         CheckpointError: missing or damaged models.
     """
-    settings = stage_of(config, stage)
+    settings = config.stage(stage)
     manifest = manifest_path(Path(settings.data).expanduser())
     samples = read_manifest(manifest)
     references = list(dict.fromkeys(path for sample in samples for path in sample.references))

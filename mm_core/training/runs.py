@@ -14,14 +14,14 @@ from ..errors import SettingError
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 SETTINGS = "settings.json"
-_STEP = re.compile(r"step-(\d{8})$")
+_STEP = r"step-(\d{8})$"
 _FREE = {"log_every", "save_every", "keep", "validate_every", "compile", "micro_batch"}
 """Settings that may change between two starts of a run: they do not change its numbers."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
-    return sorted(path for path in (folder / CHECKPOINTS).glob("step-*") if _STEP.search(path.name))
+    return sorted(path for path in (folder / CHECKPOINTS).glob("step-*") if re.search(_STEP, path.name))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -31,7 +31,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 def step_of(checkpoint: Path) -> int:
     """Steps done when it was written."""
-    return int(_STEP.search(checkpoint.name).group(1))
+    return int(re.search(_STEP, checkpoint.name).group(1))
 
 
 def is_finished(folder: Path, steps: int) -> bool:

@@ -45,9 +45,10 @@ class AdapterTraining(nn.Module):
         # Not a submodule: frozen, in its own dtype, and none of the trained model's state.
         self._judge = (judge,)
 
-    def compile(self, **options: object) -> None:
+    @property
+    def compiled(self) -> nn.Module:
         """Only the transformer: how many samples are judged differs from step to step and would compile all anew."""
-        self.transformer.compile(**options)
+        return self.transformer
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Per-sample values, (B,) each; NaN where a value does not exist for a sample.

@@ -364,14 +364,14 @@ def test_traits_are_spread() -> None:
     people: list[PersonTraits] = [sample_traits(seed) for seed in range(500)]
     assert 0.4 < np.mean([someone.sex == "man" for someone in people]) < 0.6
     assert all(someone.beard == "none" for someone in people if someone.sex == "woman")
-    assert {someone.age_word for someone in people} == {"young", "middle-aged", "old"}
+    assert {someone.age_group for someone in people} == {"young", "middle-aged", "old"}
 
 
 def test_the_prompt_parser_finds_the_person() -> None:
     prompt = pytest.importorskip("mm_core.pipelines.prompt", exc_type=ImportError)
     for seed in range(20):
         clip = sample_clip(seed, 0)
-        assert prompt.mark_identity(caption(clip)).word == clip.person.sex
+        assert prompt.mark_identity(caption(clip)).noun == clip.person.sex
 
 
 @pytest.mark.parametrize("package", ["numba", "scipy", "cv2"])

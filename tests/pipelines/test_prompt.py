@@ -50,7 +50,7 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
 def test_marked_word(prompt: str, word: str, text: str) -> None:
     """The trigger marks the word before it and goes; without one the first whole identity word is taken."""
     marked = mark_identity(prompt)
-    assert (marked.word, marked.text) == (word, text)
+    assert (marked.noun, marked.text) == (word, text)
     assert without_trigger(prompt) == text
 
 

@@ -98,7 +98,7 @@ def _direction(path: Path, least: float, positive: str, negative: str) -> str:
 
 def _subject(person: PersonTraits, choose: np.random.Generator) -> str:
     """Age, beard or hair before the noun; up to two more features after the trigger."""
-    before = [person.age_word] if choose.random() < 0.7 else []
+    before = [person.age_group] if choose.random() < 0.7 else []
     after = []
     if person.hair == "bald":
         before.append("bald")

@@ -58,7 +58,7 @@ class PersonTraits:
         return self.seed >= HELD_OUT
 
     @property
-    def age_word(self) -> str:
+    def age_group(self) -> str:
         """One of "young", "middle-aged" and "old"."""
         if self.age < MIDDLE_AGED_FROM:
             return "young"

@@ -133,7 +133,7 @@ class Recipe:
         from .base import BaseTask, Latents, save_base
 
         vae_folder = latest_checkpoint(self.folder / "vae" / "clips") / "vae"
-        vae = AutoencoderKLCogVideoX.from_pretrained(vae_folder).eval().requires_grad_(False)
+        vae = AutoencoderKLCogVideoX.from_pretrained(vae_folder).requires_grad_(False)
         folder = self.folder / "text-to-video"
         folder.mkdir(exist_ok=True)
         pictures = Latents.encode(self.clips, vae, 1, folder / "pictures.pt")

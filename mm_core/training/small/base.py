@@ -89,7 +89,7 @@ class BaseTask:
             text_encoder = T5EncoderModel.from_pretrained(start / "text_encoder")
             transformer = CogVideoXTransformer3DModel.from_pretrained(start / "transformer")
         self.model = _TextToVideo(text_encoder, transformer)
-        self.vae = vae.eval().requires_grad_(False)
+        self.vae = vae.requires_grad_(False).train(False)
         self.latents, self.seed = latents, seed
         self.captions = [captions[i] for i in latents.clip]
         self.alphas_bar = alphas_bar(CogVideoXDDIMScheduler(**tiny.SCHEDULER))
@@ -123,7 +123,7 @@ class BaseTask:
 
     def export(self, weights: Mapping[str, Tensor], path: Path, step: int) -> None:
         for name in ("text_encoder", "transformer"):
-            part = getattr(self.model, name)
+            part = self.model.get_submodule(name)
             state = {key.removeprefix(f"{name}."): t for key, t in weights.items() if key.startswith(f"{name}.")}
             part.save_pretrained(path / name, state_dict=part.state_dict() | state)
 
