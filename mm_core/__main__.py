@@ -137,8 +137,8 @@ def _base(args: argparse.Namespace) -> BaseModel:
             download_folder(args.base, path)
         elif not path.is_dir():
             raise MagicMirrorError(
-                f"{args.base} is not on this machine. Add --download to fetch it into {path} (about 20 GB or more, "
-                f"under the model's own licence, https://huggingface.co/{args.base}), or give the folder of a copy."
+                f"{args.base} is not on this machine. Add --download to fetch it into {path} (20 GB or more, under the "
+                f"model's own licence: https://huggingface.co/{args.base}), or give the folder of a copy."
             )
     if not path.is_dir():
         raise MagicMirrorError(

@@ -19,12 +19,13 @@ from .pipelines.presets import HUB_ADDRESS, PRESETS
 FOUND, MISSING, PROBLEM = "found", "missing", "problem"
 
 _CHUNK = 2**23  # bytes read at a time for a hash
+_OF_5B = "THUDM/CogVideoX-5b/transformer"
 # Only what the publishers' own pages on the hub name: by repository and file, or by the name of a single file.
 _PUBLISHED_SHA256 = {
-    "THUDM/CogVideoX-5b/transformer/diffusion_pytorch_model-00001-of-00002.safetensors": (
+    f"{_OF_5B}/diffusion_pytorch_model-00001-of-00002.safetensors": (
         "b7101be7e75631130cdf4a63ad798452bdce29716aaa47829e882dd384c398bf"
     ),
-    "THUDM/CogVideoX-5b/transformer/diffusion_pytorch_model-00002-of-00002.safetensors": (
+    f"{_OF_5B}/diffusion_pytorch_model-00002-of-00002.safetensors": (
         "ebe6c0e34a52c89f8ea8032a3a8a278a9ff1880dc70e1e6f3b840bcfd0396647"
     ),
     "t5xxl_fp16.safetensors": "6e480b09fae049a72d2a8c5fbccb8d3e92febeb233bbe9dfe7256958a9167635",

@@ -98,12 +98,13 @@ def write_video(
     """Write a clip: under a temporary name in the same folder first, so that `path` is whole or not there.
 
     Args:
-        frames: (F, H, W, 3) RGB, uint8 or float in 0..1.
-        fps: frames per second, above 0 to 1000; webp keeps whole milliseconds, gif hundredths of a second.
-        format: `mp4` (H.264), `webm` (VP9), `webp` or `gif`.
-        quality: 0 (smallest file) to 100 (best picture); gif has no such choice.
-        audio: cut to the clip's length; mp4 and webm only.
-        metadata: JSON texts by key. `workflow` and `prompt` are what ComfyUI restores a graph from; gif holds none.
+        frames: (F, H, W, 3) RGB, uint8, or float from 0 to 1.
+        fps: frames a second, above 0 to 1000; webp keeps whole milliseconds, gif hundredths of a second.
+        format: mp4 with H.264, webm with VP9, webp or gif.
+        quality: from 0, the smallest file, to 100, the best picture; gif has no such choice.
+        audio: cut to the length of the clip; in mp4 and webm only.
+        metadata: texts in JSON by key. The workflow and the prompt are what ComfyUI restores a graph from; a gif holds
+            none.
 
     Raises:
         MagicMirrorError: no frames, or not of this shape.
@@ -125,7 +126,7 @@ def write_video(
 
 
 def write_picture(path: Path, frame: Tensor | np.ndarray, metadata: Mapping[str, str]) -> None:
-    """A frame, (H, W, 3) RGB as in `write_video`, as a PNG with text chunks; whole or not at all."""
+    """A frame, (H, W, 3) RGB as in `write_video`, as a picture with texts in it; whole or not at all."""
     text = PngInfo()
     for key, value in metadata.items():
         text.add_text(key, value)

@@ -132,8 +132,8 @@ def find_id_encoder(choice: str, base_model: str, adapter: str, allow_download: 
     folder = runtime.model_folders("photomaker")[0]
     if not allow_download:
         raise CheckpointError(
-            'The ID encoder is missing. Put {file} (1.8 GB) into {folder}, from {address}, or set "allow_download" to '
-            "true.",
+            "The ID encoder is missing: put {file} of nearly 2 GB from {address} into {folder}, or set the widget "
+            '"allow_download" to true.',
             key="id_encoder_missing",
             file=FILE_NAME,
             folder=folder,

@@ -1,4 +1,4 @@
-"""ComfyUI's IMAGE and LATENT to the core's arrays and back; the only place that does it."""
+"""Pictures and latents as ComfyUI has them, to arrays and back; the only place that does it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def photos_from_images(batches: Iterable[Tensor | None]) -> Iterator[np.ndarray]:
-    """IMAGE batches, (B, H, W, C) in 0..1 -> (H, W, 3) uint8 RGB photos; unconnected inputs are None."""
+    """Batches of pictures, (B, H, W, C) from 0 to 1, as photos, (H, W, 3) uint8; what is not connected is None."""
     for batch in batches:
         if batch is not None:
             for image in batch:

@@ -109,8 +109,8 @@ def _model_inputs() -> list[io.Input]:
             "id_encoder",
             options=catalog.id_encoders(),
             default=catalog.AUTO,
-            tooltip="PhotoMaker-V2's photomaker-v2.bin in models/photomaker. auto: its .safetensors copy, else that "
-            "file, or tiny's own.",
+            tooltip="PhotoMaker-V2's photomaker-v2.bin in models/photomaker. auto: its safetensors copy, else that "
+            "file, or tiny's own one.",
         ),
         io.Combo.Input(
             "face_pack",
@@ -140,9 +140,9 @@ def _memory_inputs() -> list[io.Input]:
         io.Boolean.Input(
             "allow_download",
             default=False,
-            tooltip="Fetch a published base model (about 20 GB) and the ID encoder (1.8 GB) from huggingface.co, and "
-            "the face pack (at most 0.4 GB) from github.com, when they are missing. A download that was cut off "
-            "goes on where it stopped.",
+            tooltip="Fetch a published base model (about 20 GB) and the ID encoder (2 GB) from huggingface.co, and the "
+            "face pack (below half a GB) from github.com, when they are missing. A download that was cut off goes on "
+            "where it stopped.",
         ),
     ]
 

@@ -70,7 +70,8 @@ class MagicMirrorApplyNative(io.ComfyNode):
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="T5-XXL from core's Load CLIP (type cogvideox). Without: the base model's own encoder.",
+                    tooltip="T5-XXL from the core's Load CLIP, type cogvideox. Without one, the base model's own "
+                    "encoder does.",
                 ),
                 control_input(),
             ],
@@ -125,7 +126,7 @@ class MagicMirrorEncodePrompt(io.ComfyNode):
             display_name="Encode Prompt (MagicMirror, native)",
             category=NATIVE,
             description="Text for ComfyUI's own CogVideoX from the base model's text encoder, for the negative prompt. "
-            "With T5-XXL from Load CLIP use core's CLIP Text Encode.",
+            "Where Load CLIP has loaded the text encoder, use the node of the core for texts instead.",
             inputs=[
                 ModelSocket.Input("magic_mirror", tooltip="From Load MagicMirror."),
                 io.String.Input("text", multiline=True, default="", tooltip="Usually what the clip should not show."),

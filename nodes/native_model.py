@@ -258,9 +258,10 @@ def _rotary_of_1_0(transformer: Any, height: int, width: int, frames: int, devic
 
 
 class DDIM(comfy.samplers.Sampler):
-    """CogVideoX's DDIM (eta 0), in the space that it was trained in: latents of unit variance at every noise level.
+    """DDIM as CogVideoX has it, without new noise, in the space of its training: latents of the same variance at every
+    noise level.
 
-    KSampler multiplies the noise by the first sigma, 4,500 at zero terminal SNR, which CogVideoX never saw.
+    The usual samplers multiply the noise by the first sigma, thousands for this model, which it never saw.
     """
 
     def sample(

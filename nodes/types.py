@@ -22,7 +22,7 @@ ControlSocket = io.Custom("MAGICMIRROR_CONTROL")  # carries AdapterSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What a MAGICMIRROR_MODEL socket carries. Never changed: Apply makes a new one that shares the weights."""
+    """What the socket of a model carries. It is never changed: Apply makes a new one that shares the weights."""
 
     mirror: MagicMirror
     face_pack: str
@@ -32,7 +32,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Person:
-    """What a MAGICMIRROR_IDENTITY socket carries: a person, or nobody where no face was found and that is allowed."""
+    """What the socket of an identity carries: a person, or nobody where no face was found and that is allowed."""
 
     identity: Identity | None
 

@@ -1,4 +1,4 @@
-"""Reads the ID encoder from PhotoMaker-V2's published `photomaker-v2.bin`, or a safetensors copy of it."""
+"""Reads the ID encoder from the published file of the second PhotoMaker, or from a safetensors copy of it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""The layout of a data set: a folder with `manifest.jsonl`, a line a sample, and the files that it names.
+"""The layout of a data set: a folder with `manifest.jsonl`, a line a sample, and the files that it names."""
 
-{"id": "7-2", "media": "clips/7.mp4", "caption": "A man img reads.", "references": ["photos/7.jpg"], "person": "7"}
-"""
+# {"id": "7-2", "media": "clips/7.mp4", "caption": "A man img reads.", "references": ["photos/7.jpg"], "person": "7"}
 
 from __future__ import annotations
 

@@ -89,8 +89,8 @@ def best_of(
 ) -> BestOf:
     """Compare clips of one length with a person.
 
-    clips: N >= 1 of (F, H, W, 3) uint8 RGB. references: (R, C) embeddings of the person's photos, not normalised.
-    threshold: cosine, -1 to 1. centre: as in `metrics.similarities`. on_frame: called with how many frames are done.
+    clips: one or more of (F, H, W, 3) uint8 RGB. references: (R, C) embeddings of the photos, not normalised.
+    threshold: a cosine, -1 to 1. centre: as in `metrics.similarities`. on_frame: is told how many frames are done.
 
     Raises SettingError for a threshold out of range.
     """

@@ -18,11 +18,11 @@ class ClipAnalysis:
     """What was found in a clip of F frames. Coordinates are in pixels of the frames; rows without a face are NaN.
 
     size: width and height of the frames in pixels.
-    boxes: (F, 4) float32 x0 y0 x1 y1.
-    landmarks: (F, 5, 2) float32 x y, as in `Face`.
-    embeddings: (F, C) float32, not normalised; C is 0 if no frame has a face.
-    strengths: (F - 1,) of `flow_strength`, pixels.
-    consistencies: (F - 2,) of `flow_consistency`, 0 to 1.
+    boxes: (F, 4) float32, left, top, right and bottom.
+    landmarks: (F, 5, 2) float32, as those of a face.
+    embeddings: (F, C) float32, not normalised; C is zero if no frame has a face.
+    strengths: (F - 1,) of the flow between one frame and the next, in pixels.
+    consistencies: (F - 2,) of one flow and the next, 0 to 1.
     """
 
     size: tuple[int, int]
@@ -44,7 +44,9 @@ class ClipAnalysis:
 def analyse_clip(
     analyzer: FaceAnalyzer, frames: Iterable[np.ndarray], flow_between: FlowFunction | None = None
 ) -> ClipAnalysis:
-    """Follow the person through the frames, (H, W, 3) uint8 RGB each, all of one size. flow_between: DIS by default.
+    """Follow the person through the frames, (H, W, 3) uint8 RGB each, all of one size.
+
+    flow_between: the optical flow to use; by default the one that needs no weights.
 
     Raises MagicMirrorError if there are no frames, or of different sizes.
     """

@@ -1,6 +1,6 @@
-"""Optical flow by OpenCV's DIS, which needs no weights, reduced to two numbers as the frames come in.
+"""Optical flow that needs no weights, by the DIS of OpenCV, reduced to two numbers as the frames come in.
 
-VBench measures with RAFT, a trained network: its numbers differ, see raft and docs/evaluation.md.
+The benchmark of the paper measures with a trained network, so its numbers differ: see the module beside this one.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class FlowMeter:
 
 
 def optical_flow(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Where each pixel of the first frame went, (H, W, 2) float32, x y in pixels.
+    """Where each pixel of the first frame went: (H, W, 2) float32, to the right and down, in pixels.
 
-    first, second: (H, W, 3) uint8 RGB of one size; frames under MIN_FLOW_SIDE count as still.
+    first, second: (H, W, 3) uint8 of one size; frames that are too small count as still.
     """
     import cv2
 

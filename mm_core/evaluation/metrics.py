@@ -94,9 +94,9 @@ def flow_strength(flow: np.ndarray) -> float:
 
 
 def is_dynamic(strengths: np.ndarray, frame_size: tuple[int, int]) -> bool:
-    """Whether a clip counts as dynamic: VBench's rule, a quarter of its frames move by more than 6 px at 256 px.
+    """Whether a clip counts as dynamic: whether a quarter of its frames move by more than a limit, as VBench has it.
 
-    strengths: (F - 1,) of `flow_strength`; a clip of one frame is not dynamic. frame_size: width and height in pixels.
+    strengths: (F - 1,) of the flow; a clip of one frame is not dynamic. frame_size: width and height in pixels.
     """
     needed = round(DYNAMIC_PART * (len(strengths) + 1))
     limit = DYNAMIC_FLOW * min(frame_size) / FLOW_SIDE
@@ -104,13 +104,14 @@ def is_dynamic(strengths: np.ndarray, frame_size: tuple[int, int]) -> bool:
 
 
 def flow_consistency(flow: np.ndarray, following: np.ndarray) -> float:
-    """How steadily pixels move on, 0 to 1: 1 for constant velocity and for stillness, near 0 for shaking.
+    """How steadily pixels move on, 0 to 1: one for constant velocity and for stillness, near zero for shaking.
 
-    1 - sum |b - a| / sum (|a| + |b| + STILL_FLOW), where a is a pixel's flow and b the flow of where it went. Pixels
-    that leave the picture are left out; NaN if all do.
+    Compares the flow of a pixel with the flow of where it went. Pixels that leave the picture are left out; NaN if all
+    do.
 
-    flow: (H, W, 2) from frame t to t + 1, x y in pixels. following: the same from t + 1 to t + 2.
+    flow: (H, W, 2) from a frame to the next, in pixels. following: the same from that one to the one after it.
     """
+    # 1 - sum |b - a| / sum (|a| + |b| + STILL_FLOW): a is a pixel's flow, b the flow of where it went.
     height, width = flow.shape[:2]
     columns, rows = np.meshgrid(np.arange(width), np.arange(height))
     columns = np.rint(columns + flow[..., 0]).astype(int)

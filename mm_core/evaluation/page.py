@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Mapping
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,14 +33,7 @@ _HEADINGS = {
     "motion_px": "motion, px",
     "text_alignment": "text alignment",
 }
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1320px; padding: 0 1em; color: #222 }
-table { border-collapse: collapse } td, th { padding: .2em .7em; text-align: right; border-bottom: 1px solid #ddd }
-table { white-space: nowrap } .wide { overflow-x: auto }
-th:first-child, td:first-child { text-align: left }
-figure { display: inline-block; margin: 0 .6em 0 0 } figcaption { font-size: 12px; color: #555 }
-section { margin: 2.2em 0 } svg { display: block; margin: .5em 0 } .bad { color: #b00020 }
-"""
+_STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
 def render_page(evaluation: Evaluation, settings: Mapping[str, Any]) -> str:
@@ -123,7 +117,7 @@ def _pictures(clip: ClipResult, indices: list[int]) -> dict[int, str]:
 
 
 def _thumbnail(image: np.ndarray, box: np.ndarray | None = None) -> str:
-    """A data URL of (H, W, 3) uint8 RGB, PICTURE_HEIGHT high; box: (4,) x0 y0 x1 y1 in pixels of the image."""
+    """A data URL of a picture, (H, W, 3) uint8 RGB, made smaller, with the box of the face, (4,) in its pixels."""
     scale = PICTURE_HEIGHT / image.shape[0]
     picture = Image.fromarray(image).resize((max(1, round(image.shape[1] * scale)), PICTURE_HEIGHT))
     if box is not None:

@@ -34,7 +34,7 @@ class Person:
 
 
 def find_references(folder: Path) -> dict[str, list[Path]]:
-    """Identities and their photos, by name: `<identity>/*.jpg`, or `<identity>.jpg`, `<identity>_1.jpg`, ...
+    """Identities and their photos, by name: a folder of photos each, or files named after them with a number.
 
     Raises MagicMirrorError if there are none.
     """

@@ -40,7 +40,7 @@ class Raft:
         raise CheckpointError(f"{file} is no state dict of torchvision's raft_small or raft_large: give one of the two")
 
     def __call__(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """(H, W, 2) float32, x y in pixels, of two (H, W, 3) uint8 RGB frames; as `flow.optical_flow`."""
+        """(H, W, 2) float32, to the right and down in pixels, of two frames (H, W, 3) uint8; as `optical_flow`."""
         import torch
         from torch.nn.functional import interpolate
 

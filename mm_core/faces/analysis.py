@@ -34,13 +34,14 @@ _MEAN_LANDMARKS = np.array(
 class Face:
     """One detected face.
 
-    box: (4,) float32, x0 y0 x1 y1 in pixels of the picture; may reach outside it.
-    landmarks: (5, 2) float32 x y in pixels: eye on the picture's left, eye on its right, nose tip, mouth corners.
-    score: the detector's confidence, 0.5 to 1.
-    embedding: (512,) float32, ArcFace, NOT normalised (length about 25); (0,) where it was not asked for.
-    yaw, pitch, roll: degrees. Positive: turned to the picture's right, up, tilted clockwise in the picture.
-    size: larger side of the box in pixels.
-    sharpness: variance of the Laplacian of the grey (0..255) face aligned to 112 px; higher is sharper.
+    box: (4,) float32: left, top, right and bottom in pixels of the picture; may reach outside it.
+    landmarks: (5, 2) float32 in pixels: the eye on the left of the picture, the one on its right, tip of the nose,
+    left and right corner of the mouth.
+    score: the confidence of the detector, 0.5 to 1.
+    embedding: (512,) float32, by ArcFace, not normalised (its length is about 25); empty where it was not asked for.
+    yaw, pitch, roll: degrees; positive: turned to the right of the picture, up, tilted clockwise in the picture.
+    size: the larger side of the box in pixels.
+    sharpness: variance of the Laplacian of the grey face aligned to 112 pixels; higher is sharper.
     """
 
     box: np.ndarray
@@ -62,12 +63,13 @@ class Face:
 class FaceAnalyzer:
     """Finds and describes faces with a model pack from disk. Never downloads anything.
 
-    root: folder that holds `models/<pack>/*.onnx`.
-    pack: "buffalo_l", "antelopev2", ...; a pack unzipped one folder too deep is found as well.
-    device: "auto" uses CUDA where onnxruntime can, otherwise the CPU; "cpu" never uses CUDA.
+    root: the folder that holds `models`, and in there a folder for each pack.
+    pack: such as buffalo_l or antelopev2; one that was unzipped a folder too deep is found as well.
+    device: auto uses CUDA where onnxruntime can, otherwise the processor; cpu never uses CUDA. The attribute of this
+    name tells what is really used, cuda or cpu.
 
     Raises CheckpointError for a missing, incomplete or damaged pack, SettingError for another device, and
-    MagicMirrorError where insightface is not installed. `self.device` tells what is really used: "cuda" or "cpu".
+    MagicMirrorError where insightface is not installed.
     """
 
     def __init__(self, root: Path, pack: str = "buffalo_l", device: str = "auto") -> None:
@@ -159,8 +161,8 @@ def _face_packages() -> Iterator[None]:
         yield
     except (ImportError, AttributeError) as error:  # an uninstall can leave an empty onnxruntime behind
         raise MagicMirrorError(
-            f"Face analysis needs insightface and onnxruntime ({error}). Install them into ComfyUI's Python: "
-            "python -m pip install insightface onnxruntime (onnxruntime-gpu for CUDA)"
+            f"Face analysis needs insightface and onnxruntime ({error}). Install them for the Python of ComfyUI: "
+            "python -m pip install insightface onnxruntime, or with onnxruntime-gpu instead"
         ) from error
 
 

@@ -16,9 +16,9 @@ _OUTLINE, _TAKEN_OUTLINE = 2, 5  # pixels
 
 
 def draw_faces(image: np.ndarray, faces: Sequence[Face], taken: Face | None) -> np.ndarray:
-    """(H, W, 3) uint8 RGB -> (h, w, 3) uint8, its larger side at most MAX_SIDE.
+    """The picture, (H, W, 3) uint8 RGB, with its faces framed; made smaller where a side is too long.
 
-    faces: as `FaceAnalyzer.detect` gives them; each gets a frame and its number, counted from 0 at the left.
+    faces: as the analyzer gives them; each gets a frame and its number, counted from zero at the left.
     taken: the one among them whose frame is green and thick; None if none was taken.
     """
     picture = Image.fromarray(image)

@@ -45,14 +45,15 @@ def decoupled_attention(
     rotary: Callable[[Tensor], Tensor],
     kernel: AttentionKernel,
 ) -> Tensor:
-    """`T_SA(W_qkv x_full) + ip_scale * T_CA(W_q x_full, W_kv' x_face)`, before the output projection (Eq. 8).
+    """Attention to all, and to the face beside it, before the output projection (Eq. 8).
 
     Args:
-        query, key, value: (n, heads, S, d) of [text, face, video], after the q/k norms, before rotary embedding.
+        query, key, value: (n, heads, S, d) of text, face and video, normalised, before the rotary embedding.
         face: keys and values of the face, from `FaceKeyValue`.
         rotary: turns the video part of a query or key; text and face have no position.
         kernel: softmax attention.
     """
+    # Eq. 8: T_SA(W_qkv x_full) + ip_scale * T_CA(W_q x_full, W_kv' x_face)
     out = kernel(rotary(query), rotary(key), value)
     if ip_scale:
         out = out + ip_scale * kernel(query, *face)

@@ -1,6 +1,7 @@
-"""One adapted DiT block, in the paper's order (Sec. 3.3). Plain torch: it does not know whose block it runs in.
+"""One adapted block, in the order of the paper (Sec. 3.3). Plain torch: it does not know whose block it runs in.
 
-A front end (`diffusers_block.py`) takes a frozen block apart into `BaseBlock`; the mathematics below is written once.
+A front end, such as the one for diffusers, takes a frozen block apart into a `BaseBlock`; the mathematics below is
+written once.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class AdapterBlock(nn.Module):
 
 
 def video_shift(base: BaseBlock, temb: Tensor) -> Tensor:
-    """`mu1_vid`: the video attention shift that the frozen block predicts, before CAN. (B, Dt) -> (B, D)."""
+    """The shift of the video before attention that the frozen block predicts, without CAN: (B, Dt) -> (B, D)."""
+    # mu1_vid, the first of six.
     return base.modulation1(temb).chunk(6, dim=-1)[0]
 
 
@@ -135,10 +137,11 @@ def _attention(
 
 
 def _conditioned(base_factors: Tensor, video_delta: Tensor, text_delta: Tensor) -> tuple[Modulation, Modulation]:
-    """`m = phi(t, l) + m_hat` (Eq. 7) on the last rows; zero residuals on the plain rows before them.
+    """The factors of the block plus the residuals on the last rows (Eq. 7); the plain rows before them stay.
 
     base_factors: (B, 6D); the deltas: (n, 3, D).
     """
+    # Eq. 7: m = phi(t, l) + m_hat
     shift, scale, gate, text_shift, text_scale, text_gate = base_factors.chunk(6, dim=-1)
     plain_rows = base_factors.shape[0] - video_delta.shape[0]
     pad = (0, 0, 0, 0, plain_rows, 0)

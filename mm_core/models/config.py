@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """Sizes of a Magic Mirror adapter. Symbols are the paper's (Sec. 3, arXiv 2501.03931)."""
+    """The sizes of an adapter. The symbols are those of the paper, in its third section."""
 
     hidden_size: int
     """D, width of the DiT; heads x head size."""

@@ -1,7 +1,8 @@
-"""Binds the adapter to the CogVideoX blocks of ComfyUI's core, by their names; nothing of ComfyUI is imported.
+"""Binds the adapter to the CogVideoX blocks of the core of ComfyUI, by the names in it; nothing of it is imported.
 
-The same mathematics as in diffusers' block runs: `adapted_block`. ComfyUI puts `adapted_forward` in front of a block's
-own forward as an object patch, so that LoRA, casting and offloading see the model they know, and a bypass removes it.
+The same mathematics as in the block of diffusers runs, `adapted_block`. ComfyUI puts `adapted_forward` in front of the
+own forward of a block, as an object patch, so that LoRA, casting and offloading see the model that they know, and a
+bypass removes it again.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The frozen half of the facial feature extractor: PhotoMaker-V2's ViT and ID perceiver (paper Sec. 3.2).
+"""The frozen half of the facial feature extractor: the ViT and the ID perceiver of PhotoMaker (paper, Sec. 3.2).
 
-The module tree is that of the published `photomaker-v2.bin`, so its weights load strictly.
+The module tree is that of the published file, its second version, so that its weights load strictly.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True, kw_only=True)
 class IDEncoderConfig:
-    """Sizes of the ID encoder; `PHOTOMAKER_V2` holds the published ones."""
+    """The sizes of the ID encoder; the published ones stand below it."""
 
     clip_hidden_size: int
     clip_intermediate_size: int
@@ -66,7 +66,7 @@ class FaceFeatures(NamedTuple):
 
 
 class _FuseModule(nn.Module):
-    """PhotoMaker-V2's own text fusion: part of the file, never run here (ours is `id_fusion.IDFusion`)."""
+    """The text fusion of PhotoMaker: a part of the file that is never run here, where `id_fusion` does it."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

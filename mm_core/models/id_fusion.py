@@ -39,7 +39,7 @@ class IDFusion(nn.Module):
 
 
 def fuse_slots(prompt_embeds: Tensor, fused: Tensor, slots: tuple[int, ...], scale: float) -> Tensor:
-    """`x_txt + s * m * (x_hat_txt - x_txt)` (Eq. 5 with strength s): only the marked slots change.
+    """The text with the fused identity in its place, as far as the strength says (Eq. 5): only the marked slots change.
 
     Args:
         prompt_embeds: (B, T, Dtxt) T5 embeddings of the prompt.
@@ -47,6 +47,7 @@ def fuse_slots(prompt_embeds: Tensor, fused: Tensor, slots: tuple[int, ...], sca
         slots: the N positions, in the prompt, of the marked word.
         scale: `identity_scale`; 1 replaces the slots, 0 leaves them.
     """
+    # Eq. 5, with strength s: x_txt + s * m * (x_hat_txt - x_txt)
     text = prompt_embeds[:, slots, :]
     out = prompt_embeds.clone()
     out[:, slots, :] = text + scale * (fused - text)

@@ -1,7 +1,7 @@
-"""Modulation factors: Conditioned Adaptive Normalization and the face stream's own (paper Sec. 3.3, Eq. 6 and 7).
+"""Modulation factors: Conditioned Adaptive Normalization and those of the face stream (paper Sec. 3.3, Eq. 6 and 7).
 
-A stream is modulated twice in a block, before attention and before the feed-forward, with (shift, scale, gate) each.
-The factors depend on (timestep, layer, identity) only, never on the latents.
+A stream is modulated twice in a block, before attention and before the feed-forward, with a shift, a scale and a gate
+each. The factors depend on the timestep, the layer and the identity only, never on the latents.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Modulation(NamedTuple):
     gate: Tensor
 
     def __call__(self, normed: Tensor) -> Tensor:
-        """(B, S, D) after LayerNorm -> `normed * (1 + scale) + shift`."""
+        """Scaled and shifted: (B, S, D), normalised, to the same."""
         return normed * (1 + self.scale)[:, None] + self.shift[:, None]
 
     def residual(self, hidden_states: Tensor, update: Tensor) -> Tensor:
@@ -67,6 +67,6 @@ class ConditionedModulation(nn.Module):
         self.linear_2 = nn.Linear(hidden_dim, 12 * dim)
 
     def forward(self, id_embedding: Tensor, temb: Tensor, video_shift: Tensor) -> Tensor:
-        """(B, c1) projected ID, (B, Dt) time embedding, (B, D) `mu1_vid` of the frozen block -> (B, 12, D)."""
+        """(B, c1) projected ID, (B, Dt) time embedding, (B, D) shift of the frozen block to (B, 12, D)."""
         condition = torch.cat([id_embedding, F.silu(temb), video_shift], dim=-1)
         return self.linear_2(F.silu(self.linear_1(condition))).unflatten(-1, (12, -1))

@@ -1,6 +1,7 @@
-"""The Q-Former perceiver of both branches (paper Sec. 3.2, Eq. 3 and 4).
+"""The perceiver of both branches, in the manner of a Q-Former (paper, Eq. 3 and 4).
 
-Names and structure follow PhotoMaker-V2's published weights, because its ID branch is loaded from them.
+Names and structure follow the published weights of the second PhotoMaker, because the branch of the identity is loaded
+from them.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ class PerceiverResampler(nn.Module):
 
 
 class IDPerceiver(nn.Module):
-    """`x_id = tau_id(q_id, f)` (Eq. 3): the ArcFace embedding, as N query tokens, reads the ViT's image tokens."""
+    """The embedding of the face, made into N query tokens, reads the image tokens of the ViT (Eq. 3)."""
+
+    # Eq. 3: x_id = tau_id(q_id, f)
 
     def __init__(self, *, id_dim: int, image_dim: int, dim: int, num_tokens: int, depth: int, dim_head: int) -> None:
         super().__init__()

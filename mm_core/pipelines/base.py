@@ -175,7 +175,7 @@ class FileBase:
 
     transformer: Path
     text_encoder: Path
-    """T5-v1.1-XXL encoder, as in `t5xxl_fp16.safetensors`."""
+    """T5-XXL, as in `t5xxl_fp16.safetensors`."""
     vae: Path
     tokenizer_folder: Path
     """A folder with a T5 tokenizer (`tokenizer.json` or `spiece.model`)."""

@@ -157,7 +157,7 @@ class MagicMirror:
 
     @cached_property
     def encoder_fingerprint(self) -> str:
-        """SHA-256 of the ID encoder's weights, the same at every precision. Raises CheckpointError without encoder."""
+        """A hash of the weights of the ID encoder, the same at every precision. Raises CheckpointError without one."""
         if self._id_encoder_path is None:
             return fingerprint(self.id_encoder.state_dict())
         return read_fingerprint(self._id_encoder_path)

@@ -38,12 +38,12 @@ SUBTRACTS, MULTIPLIES = ("Sub", "_minus"), ("Mul", "_mul")
 
 
 class DifferentiableArcFace(nn.Module):
-    """An insightface recogniser (w600k_mbf, w600k_r50, glintr100, ...) as a frozen torch module.
+    """A recogniser of insightface, such as `w600k_r50`, as a frozen torch module.
 
-    It stays in evaluation mode whatever `train()` is asked for: its batch norms would otherwise use the batch's
-    statistics and overwrite their own, for good, in a single pass. Autocast is off inside.
+    It stays in evaluation mode whatever it is asked for: its batch norms would otherwise use the statistics of the
+    batch and overwrite their own, for good, in a single pass. Autocast is off inside.
 
-    path: the pack's recognition .onnx.
+    path: the recognition model of a pack, in the format of onnx.
 
     Raises CheckpointError where the file is missing, damaged or no recogniser, MagicMirrorError where onnx2torch
     cannot be imported.
@@ -55,7 +55,7 @@ class DifferentiableArcFace(nn.Module):
         if not path.is_file():
             raise CheckpointError(
                 f"the face recogniser {path} is missing: give the recognition .onnx of an insightface pack, such as "
-                "buffalo_l/w600k_r50.onnx or antelopev2/glintr100.onnx (licensed for non-commercial research only)"
+                "w600k_r50.onnx of buffalo_l or glintr100.onnx of antelopev2, licensed for non-commercial research"
             )
         self.network, normalises_itself = _convert(path)
         self.mean, self.scale = (0.0, 1.0) if normalises_itself else (PIXEL_MEAN, PIXEL_SCALE)
@@ -66,7 +66,7 @@ class DifferentiableArcFace(nn.Module):
         return super().train(False)
 
     def forward(self, faces: Tensor) -> Tensor:
-        """(B, 3, 112, 112) aligned faces, RGB, 0..1 -> (B, 512) embeddings, not normalised, in the network's dtype."""
+        """Aligned faces, (B, 3, 112, 112) RGB from 0 to 1, to embeddings, (B, 512), not normalised."""
         if faces.shape[1:] != (3, ALIGNED_SIZE, ALIGNED_SIZE):
             raise ValueError(
                 f"the recogniser wants (B, 3, {ALIGNED_SIZE}, {ALIGNED_SIZE}) aligned faces, not {tuple(faces.shape)}: "
@@ -174,7 +174,7 @@ def _check_recogniser(model: ModelProto, path: Path) -> None:
     if [shape[1:] for shape in inputs] != [wanted_in] or [shape[1:] for shape in outputs] != [wanted_out]:
         raise CheckpointError(
             f"{path} is no ArcFace recogniser: it turns {inputs} into {outputs}, not (B, 3, {ALIGNED_SIZE}, "
-            f"{ALIGNED_SIZE}) into (B, {EMBEDDING_SIZE}). Give the pack's recognition file, such as w600k_r50.onnx"
+            f"{ALIGNED_SIZE}) into (B, {EMBEDDING_SIZE}). Give the recognition file of a pack, such as w600k_r50.onnx"
         )
 
 

@@ -15,11 +15,12 @@ def alphas_bar(scheduler: CogVideoXDDIMScheduler) -> Tensor:
 
 
 def add_noise(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """`x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise`, (B, F, C, H, W); alpha_bar: (B,).
+    """Clean latents, (B, F, C, H, W), with noise of the level that alpha_bar, (B,), gives each of them.
 
-    diffusers' `scheduler.add_noise` casts `alphas_cumprod` to the latents' dtype: in bfloat16 it adds nothing at the
+    The schedulers of diffusers cast these levels to the dtype of the latents: in bfloat16 that adds nothing at the
     first two timesteps. This keeps float32 at least.
     """
+    # x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise
     dtype = torch.promote_types(clean.dtype, torch.float32)
     shape = (-1, *[1] * (clean.ndim - 1))
     signal, deviation = alpha_bar.sqrt().to(dtype).view(shape), (1 - alpha_bar).sqrt().to(dtype).view(shape)

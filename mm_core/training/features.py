@@ -1,14 +1,16 @@
 """Precomputed features of a data set, as training reads them.
 
-A folder holds `index.json`, written last, `empty.safetensors`, and two kinds of shards (F frames make F' latent ones):
-
-`references-NNNNN.safetensors`, each distinct picture of a person once:
-    id_tokens (n, N, c), structure_tokens (n, S, clip) float16; embedding (n, 512) float32, raw ArcFace.
-`samples-NNNNN.safetensors`:
-    latents (n, F', C, H', W') float16, times the VAE's scaling factor; prompt_embeds (n, T, Dtxt) float16 of the prompt
-    with room for the identity, slots (n, N) int64 where that is; boxes (n, F, 4), landmarks (n, F, 5, 2) float32, the
-    face in pixels of the frame.
+A folder holds an index, written last, the features of the empty prompt, and two kinds of shards: references, with each
+distinct picture of a person once, and samples.
 """
+
+# index.json, empty.safetensors, and (F frames make F' latent ones):
+# references-NNNNN.safetensors
+#     id_tokens (n, N, c), structure_tokens (n, S, clip) float16; embedding (n, 512) float32, raw ArcFace.
+# samples-NNNNN.safetensors
+#     latents (n, F', C, H', W') float16, times the VAE's scaling factor; prompt_embeds (n, T, Dtxt) float16 of the
+#     prompt with room for the identity, slots (n, N) int64 where that is; boxes (n, F, 4), landmarks (n, F, 5, 2)
+#     float32, the face in pixels of the frame.
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""The training loss's two parts (paper Sec. 3.4): `L = L_noise + lambda * (1 - cos(q_face, ArcFace(D(x0))))`.
+"""The two parts of the training loss: that of the noise, and that of the identity (paper, Sec. 3.4).
 
-Each is returned per sample, (B,), so that the loop can log and average them. Computed in float32 at least: near
-`alpha_bar = 1` bfloat16 cannot tell `1 - alpha_bar` from 0 and would drop the noise altogether.
+Each is returned for each sample, so that the loop can log and average them. They are computed in float32 at least: at
+the lowest noise levels bfloat16 cannot tell them from none, and would drop the noise altogether.
 """
+
+# L = L_noise + lambda * (1 - cos(q_face, ArcFace(D(x0))))
 
 from __future__ import annotations
 
@@ -20,22 +22,20 @@ TEMPORAL_COMPRESSION = 4
 def noise_loss(
     prediction: Tensor, clean: Tensor, noise: Tensor, alpha_bar: Tensor, face_mask: Tensor | None = None
 ) -> Tensor:
-    """CogVideoX's fine-tuning loss, `1 / (1 - alpha_bar) * (x0_predicted - x0)^2`, averaged over each clip.
+    """The loss that CogVideoX is fine-tuned with, averaged over each clip: (B,).
 
-    For a v-prediction `x0_predicted - x0 = sqrt(1 - alpha_bar) * (v - v_predicted)`, so the weight cancels and the loss
-    is the squared error of v. It is computed in that form, which is exact over the whole range: at `alpha_bar = 0`
-    (zero terminal SNR) the target is `-x0`; at `alpha_bar = 1`, where the weight is infinite, it is the noise.
+    It is the squared error of the clean latents by the share of noise. For a prediction of v the share cancels, so that
+    the loss is the squared error of v. It is computed in that form, which is exact over the whole range: for pure noise
+    the target is the latents with their sign turned, and without noise, where the weight is infinite, the noise.
 
     Args:
-        prediction: (B, F, C, H, W), the transformer's output, v.
-        clean, noise: the same shape, `noisy = sqrt(alpha_bar) * clean + sqrt(1 - alpha_bar) * noise`.
-        alpha_bar: (B,), 0..1, the scheduler's `alphas_cumprod` at each sample's timestep.
-        face_mask: (B, F, 1, H, W), 0..1: average over this area only (the paper does so for half of the samples; rows
-            of ones leave a sample whole).
-
-    Returns:
-        (B,).
+        prediction: (B, F, C, H, W), what the transformer says of the noisy latents, v.
+        clean, noise: of the same shape.
+        alpha_bar: (B,), 0 to 1, of the timestep of each sample.
+        face_mask: (B, F, 1, H, W), 0 to 1: average over this area only. The paper does so for half of the samples; rows
+            of ones leave a sample whole.
     """
+    # 1 / (1 - alpha_bar) * (x0_predicted - x0)^2, and x0_predicted - x0 = sqrt(1 - alpha_bar) * (v - v_predicted).
     prediction, clean, noise = (_at_least_float32(tensor) for tensor in (prediction, clean, noise))
     signal, deviation = _signal_and_deviation(alpha_bar, clean)
     error = (prediction - (signal * noise - deviation * clean)).square()  # (B, F, C, H, W)
@@ -53,35 +53,31 @@ def noise_loss(
 
 
 def predict_clean(prediction: Tensor, noisy: Tensor, alpha_bar: Tensor) -> Tensor:
-    """`x0 = sqrt(alpha_bar) * x_t - sqrt(1 - alpha_bar) * v`: the latents that the identity loss decodes.
+    """The clean latents that a prediction means, which the identity loss decodes: (B, F, C, H, W), float32 at least.
 
-    In float32 the same as diffusers' `scheduler.get_velocity(prediction, noisy, timesteps)`, which rounds `alpha_bar`
-    to the dtype of the latents: in bfloat16 to 1, and x0 to x_t, at CogVideoX-5b's first two timesteps.
+    In float32 the same as what the schedulers of diffusers make of it. They round the noise level to the dtype of the
+    latents: in bfloat16 to none, at the first two timesteps of CogVideoX.
 
     Args:
-        prediction, noisy: (B, F, C, H, W), the transformer's output (v) and its input.
-        alpha_bar: (B,), 0..1.
-
-    Returns:
-        (B, F, C, H, W), float32 at least.
+        prediction, noisy: (B, F, C, H, W), what the transformer says, v, and what it was given.
+        alpha_bar: (B,), 0 to 1.
     """
+    # x0 = sqrt(alpha_bar) * x_t - sqrt(1 - alpha_bar) * v
     prediction, noisy = _at_least_float32(prediction), _at_least_float32(noisy)
     signal, deviation = _signal_and_deviation(alpha_bar, noisy)
     return signal * noisy - deviation * prediction
 
 
 def identity_loss(frames: Tensor, landmarks: Tensor, target_embedding: Tensor, recogniser: nn.Module) -> Tensor:
-    """`1 - cos` between the faces in decoded frames and the reference person (paper Sec. 3.4).
+    """How unlike the reference person the faces in decoded frames are: (B,), from 0, the same, to 2 (paper, Sec. 3.4).
 
     Args:
-        frames: (B, 3, H, W) RGB, 0..1, decoded from `predict_clean`. Gradients flow to them.
-        landmarks: (B, 5, 2) x y in pixels, found in these frames; constants.
-        target_embedding: (B, 512) or (512,), ArcFace of the reference by the same recogniser, of any length.
-        recogniser: (B, 3, 112, 112) aligned faces, 0..1 -> (B, 512), as `DifferentiableArcFace`.
-
-    Returns:
-        (B,), 0 (the same) to 2.
+        frames: (B, 3, H, W) RGB, 0 to 1, decoded from `predict_clean`. Gradients flow to them.
+        landmarks: (B, 5, 2) in pixels, found in these frames; constants.
+        target_embedding: (B, 512) or (512,), of the reference by the same recogniser; its length does not matter.
+        recogniser: makes embeddings, (B, 512), of aligned faces, (B, 3, 112, 112), as that of this package does.
     """
+    # 1 - cos(q_face, ArcFace(D(x0)))
     embedding = recogniser(align_faces(frames, landmarks))  # (B, 512)
     target = target_embedding.to(embedding).expand_as(embedding)
     return 1 - F.cosine_similarity(embedding, target, dim=-1)

@@ -12,8 +12,8 @@ from torch.optim.adamw import adamw
 # Quintic Newton-Schulz iteration: singular values go to about 0.7 .. 1.2 in five steps, which is as good as 1.
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 RMS = 0.2
-"""Of an update of learning rate 1, as AdamW's are: one learning rate and one weight decay serve both
-(Liu et al. 2025, arXiv 2502.16982, Eq. 4)."""
+"""Of an update of learning rate 1, as those of AdamW are: one learning rate and one weight decay serve both."""
+# Liu et al. 2025, arXiv 2502.16982, Eq. 4.
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

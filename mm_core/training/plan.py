@@ -16,7 +16,7 @@ from .meta import DryStep, Models, Work, build_models, measure
 MFU = 0.4
 """Assumed part of a GPU's peak that training reaches."""
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "RTX 4090": 165}
-"""The vendors' numbers: dense bf16 with float32 accumulation."""
+"""The numbers of the vendors: dense, in bf16, adding in float32."""
 CARDS_GIB = (24, 40, 80)
 RESERVED = 0.1
 """Assumed part of a card that the CUDA context, kernels' workspaces and fragmentation take."""

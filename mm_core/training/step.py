@@ -139,9 +139,10 @@ def fuse_rows(text: Tensor, slots: Tensor, has_text: Tensor, id_tokens: Tensor, 
 
 
 def decode_frame(vae: AutoencoderKLCogVideoX, latents: Tensor) -> Tensor:
-    """(m, C, H, W) latents of single latent frames -> (m, 3, 8H, 8W) RGB, about 0..1; a clamp would kill gradients.
+    """Latents of single latent frames, (m, C, H, W), to RGB, (m, 3, 8H, 8W), of about 0 to 1.
 
-    The whole clip's decoder would need all of its activations; a latent frame by itself decodes to one frame.
+    They are not clamped, which would leave no gradient outside that range. The decoder of a whole clip would need all
+    of its activations; a latent frame by itself decodes to one frame.
     """
     latents = (latents / vae.config.scaling_factor).to(vae.dtype)
     return vae.decode(latents[:, :, None]).sample[:, :, 0].float() / 2 + 0.5

@@ -23,11 +23,11 @@ FRACTION_BITS = 4
 
 _rows, _columns = np.mgrid[0:ROWS, 0:COLUMNS].astype(np.float32)
 ANGLE = ((_columns + 0.5) / COLUMNS - 0.5) * np.float32(2 * math.pi)
-"""(ROWS, COLUMNS) float32 radians, -pi..pi, positive to the viewer's right."""
+"""(ROWS, COLUMNS) float32 radians, positive to the right of the viewer, who sees the face at zero."""
 Y = TOP - (_rows + 0.5) / np.float32(ROWS_PER_DM)
 """(ROWS, COLUMNS) float32, height."""
 X = np.sin(np.clip(ANGLE, -math.pi / 2, math.pi / 2))
-"""(ROWS, COLUMNS) float32, about the place across the face, -1 at and behind one ear to 1."""
+"""(ROWS, COLUMNS) float32, the place across the face: minus one at and behind an ear, one at the other."""
 
 
 def column_of(x: np.ndarray | float, z: np.ndarray | float = FACE_Z) -> np.ndarray:
@@ -41,7 +41,7 @@ def row_of(y: np.ndarray | float) -> np.ndarray:
 
 
 def fixed_point(x: np.ndarray | float, y: np.ndarray | float) -> np.ndarray:
-    """Places on the face as (..., 2) int32 coordinates with FRACTION_BITS for OpenCV's drawing functions."""
+    """Places on the face, (..., 2) int32, as the drawing functions want them: with bits for fractions."""
     return np.round(np.stack([column_of(x), row_of(y)], axis=-1) * (1 << FRACTION_BITS)).astype(np.int32)
 
 
@@ -79,5 +79,5 @@ def smoothstep(value: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def over(picture: np.ndarray, colour: np.ndarray, opacity: np.ndarray) -> np.ndarray:
-    """Lay a colour, (3,) or (ROWS, COLUMNS, 3), over a picture; opacity (ROWS, COLUMNS) 0..1."""
+    """Lay a colour, of one or of each place, over a picture; the opacity of each place is from 0 to 1."""
     return picture + opacity[..., None] * (np.asarray(colour, np.float32) - picture)

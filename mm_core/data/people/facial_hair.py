@@ -96,7 +96,7 @@ def paint_beard(skin: np.ndarray, hair_colour: np.ndarray, traits: PersonTraits)
 
 
 def _beard_region(beard: str) -> np.ndarray:
-    """(ROWS, COLUMNS) 0..1; ends at the jaw's edge, the neck stays bare."""
+    """(ROWS, COLUMNS), from 0 to 1; ends at the edge of the jaw, so that the neck stays bare."""
     angle, y = np.abs(canvas.ANGLE), canvas.Y
     jaw = np.interp(angle, (0, 0.5, 0.9, 1.3), (CHIN_BOTTOM, CHIN_BOTTOM + 0.03, 6.3, 6.6))
     cheeks = np.interp(angle, _BEARD_ANGLES, _BEARD_TOPS)

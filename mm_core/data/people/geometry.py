@@ -1,7 +1,7 @@
 """The head that every person is a variation of: a mesh, its shape targets and its expression units.
 
-The data is `head.npz` beside this file, made by `scripts/build_head.py`; HEAD_LICENSE.md says where it comes from.
-Units are decimetres: x to the viewer's right (the person's left), y up, z towards the viewer.
+The data is the `head.npz` beside this file, made by `scripts/build_head.py`; the licence beside it says where it comes
+from. Units are decimetres: x to the right of the viewer (the left of the person), y up, z towards the viewer.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ class HeadGeometry:
 
     control: (V, 3) float32, rest positions of the control mesh.
     targets: name -> (V, 3) float32 offsets at strength 1.
-    subdivision: (P, V) sparse float32, control positions -> drawn positions (one step of Catmull-Clark).
+    subdivision: (P, V) sparse float32, control positions -> drawn positions, which is one step of subdivision as by
+    Catmull and Clark.
     triangles: (T, 3) int32 of drawn vertices, counter-clockwise from outside.
     materials: (T,) int8, a Material each.
-    rest: (P, 3) float32, drawn positions at rest: the coordinates that everything painted refers to.
+    rest: (P, 3) float32, the drawn positions at rest, which are the coordinates that everything painted refers to.
     vertex_materials: (P,) int8; the first V are those of the control mesh.
     lips, mouth_inside, ears: (P,) float32, 0..1.
-    openness: (P,) float32, 0..1, how much of the sky a vertex sees at rest (ambient occlusion).
+    openness: (P,) float32, from 0 to 1, how much of the sky a vertex sees at rest, that is ambient occlusion.
     """
 
     control: np.ndarray

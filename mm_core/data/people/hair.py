@@ -37,12 +37,15 @@ FRINGE_Y = 7.66
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HeadHair:
-    """colour: (3,) sRGB. map: (ROWS, COLUMNS, 3) float32, colours of strands.
+    """The hair of a head: its mean colour, and maps over the canvas.
 
-    height: (ROWS, COLUMNS) float32, decimetres above the scalp, 0 where there is none.
-    cover: (ROWS, COLUMNS) float32, 0..1, how much of the scalp's colour the roots hide.
+    map: the colour of the strands at each place.
+    height: decimetres above the scalp, zero where there is none.
+    cover: how much of the colour of the scalp the roots hide, from none to all of it.
     curtain: the hanging hair, or None.
     """
+
+    # colour: (3,) sRGB. map: (ROWS, COLUMNS, 3), height and cover: (ROWS, COLUMNS), float32; cover 0..1.
 
     colour: np.ndarray
     map: np.ndarray
@@ -76,7 +79,7 @@ def grow_hair(traits: PersonTraits, rest: np.ndarray) -> HeadHair:
 
 
 def _strands(generator: np.random.Generator, hair: str) -> np.ndarray:
-    """(ROWS, COLUMNS) 0..1: strands that run down, combed aside in front; curls are grains instead."""
+    """How light the strands are at each place, from 0 to 1: they run down, and aside in front; curls are grains."""
     if hair == "curly":
         return np.clip(0.5 + 0.25 * canvas.noise(generator, (96, 192), 0.8), 0, 1)
     lengthwise = generator.random((10, canvas.COLUMNS // 2), np.float32)

@@ -36,7 +36,7 @@ class View:
 
 
 def rotation(pose: Pose) -> np.ndarray:
-    """(3, 3) float32: x right, y up, z towards the viewer; columns are multiplied."""
+    """(3, 3) float32, to be multiplied with columns: x to the right, y up, and z towards the viewer."""
     yaw, pitch, roll = np.radians([pose.yaw, -pose.pitch, -pose.roll])
     cy, sy, cp, sp, cr, sr = np.cos(yaw), np.sin(yaw), np.cos(pitch), np.sin(pitch), np.cos(roll), np.sin(roll)
     turn = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])

@@ -50,8 +50,8 @@ class Cutout:
 def rasterize(points: np.ndarray, triangles: np.ndarray, width: int, height: int, cutout: Cutout) -> Coverage:
     """The nearest triangle at each pixel's centre.
 
-    points: (V, 3) float32: x right and y down in pixels, z towards the viewer.
-    triangles: (T, 3) int32; both sides count. Pixel (column, row) has its centre at (column + 0.5, row + 0.5).
+    points: (V, 3) float32: x to the right and y down in pixels, z towards the viewer.
+    triangles: (T, 3) int32; both of their sides count. The centre of a pixel is half a pixel from its corner.
     """
     triangle = np.full((height, width), NOTHING, np.int32)
     barycentric = np.zeros((height, width, 2), np.float32)
@@ -61,9 +61,9 @@ def rasterize(points: np.ndarray, triangles: np.ndarray, width: int, height: int
 
 
 def interpolate(coverage: Coverage, triangles: np.ndarray, attributes: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """Vertex attributes at covered pixels.
+    """The attributes of vertices, (V, C) float32, at covered pixels: (N, C) float32.
 
-    triangles: (T, 3) int32; attributes: (V, C) float32; pixels: (N,) flat indices. Returns (N, C) float32.
+    triangles: (T, 3) int32. pixels: (N,) indices into the flat picture.
     """
     values = np.empty((len(pixels), attributes.shape[1]), np.float32)
     _interpolate(

@@ -75,11 +75,11 @@ class ClipDescription:
     """One clip of one person: `sample_clip(person, clip)` makes it, `render_clip` draws it, `caption` tells it.
 
     frames: 8N + 1. size: pixels, the side of the square picture.
-    yaw, pitch, roll: degrees at the first and last frame; positive: the face turned to the picture's right, up, and
-    tilted clockwise in the picture.
-    expressions: names (keys of EXPRESSIONS) at the first and last frame; in between both are blended.
-    clothes, background: names of COLOURS; *_colour: their sRGB in this clip, 0..1.
-    zoom: 1 shows 2.4 dm across. wording: chooses among the ways to say the same.
+    yaw, pitch, roll: degrees at the first and the last frame; positive: the face turned to the right of the picture,
+    up, and tilted clockwise in the picture.
+    expressions: their names at the first and the last frame; in between both are blended.
+    clothes, background: the names of their colours, and these in this clip as numbers from 0 to 1.
+    zoom: 1 shows 2.4 decimetres across. wording: chooses among the ways to say the same.
     """
 
     person: PersonTraits

@@ -141,7 +141,7 @@ def _eyes(rest: np.ndarray, person: Person) -> np.ndarray:
 
 
 def shade(fragments: Fragments, colour: np.ndarray, lamp: Lamp, lit: np.ndarray, gloss: float) -> np.ndarray:
-    """(N, 3) linear light; colour: (N, 3) sRGB albedo; lit: (N,) 0..1, where the key light reaches."""
+    """(N, 3) linear light of the fragments. colour: (N, 3) sRGB. lit: (N,), where the main light reaches, 0 to 1."""
     material, normal = fragments.material, fragments.normal
     skin, hair, eye = (material == kind for kind in (Material.SKIN, Material.HAIR, Material.EYE))
     mouth = (material == Material.TEETH) | (material == Material.TONGUE)

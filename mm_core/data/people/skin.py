@@ -41,10 +41,12 @@ WRINKLE_SCALE = 2  # lines are drawn on a canvas that many times larger
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Complexion:
-    """base: (3,) the skin's mean colour. skin: (ROWS, COLUMNS, 3) float32 canvas. lips, iris: (3,).
+    """The mean colour of the skin, the colours all over it, and those of lips and iris.
 
-    iris_size: of the eyeball's radius, pupil_size: of the iris'. gloss: strength of highlights, 0..1.
+    iris_size: as a part of the radius of the eyeball. pupil_size: as a part of the iris. gloss: strength of highlights.
     """
+
+    # base, lips, iris: (3,). skin: (ROWS, COLUMNS, 3) float32, on the canvas. gloss: 0..1.
 
     base: np.ndarray
     skin: np.ndarray
@@ -110,7 +112,7 @@ def _shade_eye_sockets(
 
 
 def _wrinkles(generator: np.random.Generator, lines: float) -> np.ndarray:
-    """(ROWS, COLUMNS) 0..1: folds beside the mouth, under the eyes, on the forehead; deeper with age."""
+    """(ROWS, COLUMNS), from 0 to 1: folds beside the mouth, under the eyes and on the forehead, deeper with age."""
     drawn = np.zeros((canvas.ROWS * WRINKLE_SCALE, canvas.COLUMNS * WRINKLE_SCALE), np.float32)
     depth = float(np.clip(0.02 + 0.75 * lines + 0.08 * generator.standard_normal(), 0.0, 0.9))
     fold, bags, forehead = generator.uniform(0.5, 1), generator.uniform(0.2, 0.8), generator.uniform(0.2, 0.7)

@@ -33,12 +33,11 @@ LIGHT_SKIN = 0.45  # up to here hair and eyes come in all colours
 
 @dataclass(frozen=True, kw_only=True)
 class PersonTraits:
-    """seed: the person. sex: "man" or "woman". age: years, 20..78.
+    """Who a person is; the same in every clip, glasses too.
 
-    ancestry: three shares that sum to 1: European, Asian, African face shapes.
-    skin: 0 (lightest) .. 1 (darkest).
-    hair: a key of HAIR_OF_MEN or HAIR_OF_WOMEN. hair_colour: of HAIR_COLOURS or GREY_HAIR_COLOURS.
-    fringe: hair over the forehead. beard: a key of BEARDS. eyes: a colour. glasses: worn in every clip.
+    ancestry: three shares of the shape of the face that sum to one: of Europe, of Asia, of Africa.
+    skin: from 0, the lightest, to 1, the darkest. age: years.
+    hair, hair_colour, beard: names from the tables of this file. fringe: whether hair covers the forehead.
     """
 
     seed: int

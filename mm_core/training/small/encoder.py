@@ -29,9 +29,9 @@ JITTER = 0.08  # of the box: detectors differ
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Faces:
-    """One looked-at frame of each clip. found: (M,) numbers of the clips with a face. frame: (M,). box: (M, 4) px.
+    """One frame of each clip that was looked at and has a face, in M of them.
 
-    embedding: (M, 512) raw ArcFace.
+    found: (M,) the numbers of the clips. frame: (M,) that of the frame. box: (M, 4) in pixels. embedding: (M, 512).
     """
 
     found: np.ndarray
@@ -73,7 +73,7 @@ class _Recognition(nn.Module):
         self.pixels = nn.Linear(config.clip_hidden_size, 3 * PATCH**2)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """pixels: (B, 2, 3, 224, 224), 0..1, two clips of each person; embeddings: (B, 2, 512)."""
+        """Reads the pixels, (B, 2, 3, 224, 224), and embeddings, (B, 2, 512), of two clips of each person."""
         pixels = batch["pixels"].flatten(0, 1)
         features = self.encoder(pixels, batch["embeddings"].flatten(0, 1))
         patches = features.structure_tokens[:, 1:]  # the first is the class token

@@ -1,4 +1,4 @@
-"""The small VAE: diffusers' `AutoencoderKLCogVideoX`, trained to give rendered people back."""
+"""The small VAE, of the class that diffusers has for it, trained to give rendered people back."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class _Reconstruction(nn.Module):
 
 
 class RecogniserFeatures:
-    """The last map of each of FEATURES' sizes in a recogniser, compared position by position (as LPIPS does)."""
+    """The last map of each of some sizes in a recogniser, compared position by position, as LPIPS does."""
 
     def __init__(self, recogniser: DifferentiableArcFace) -> None:
         self.recogniser, self._maps = recogniser, {}
@@ -81,7 +81,7 @@ class RecogniserFeatures:
             self._maps[output.shape[-1]] = output
 
     def distance(self, pictures: Tensor, targets: Tensor) -> Tensor:
-        """(B, 3, H, W) twice, -1..1 -> (B,): mean squared distance of the maps' unit vectors, 0 to 4."""
+        """Of pictures, (B, 3, H, W) from -1 to 1, the mean squared distance of their unit vectors: (B,), 0 to 4."""
         with torch.no_grad():
             wanted = self._look(targets)
         pairs = zip(self._look(pictures), wanted)
