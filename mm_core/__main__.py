@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import MagicMirrorError
+from .errors import MagicMirrorError, packages
 from .files import whole_file
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ FACES = Path.home() / ".insightface"
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        with packages():
+            args.run(args)
     except MagicMirrorError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

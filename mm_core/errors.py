@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class MagicMirrorError(Exception):
@@ -65,3 +67,28 @@ def downloading(what: str) -> Iterator[None]:
         raise MagicMirrorError(
             f"Downloading {what} failed: {error}. Check the connection and try again, or put the files there by hand."
         ) from error
+
+
+@contextmanager
+def packages() -> Iterator[None]:
+    """Around all that a node or a command does: a missing package becomes a message that says what to install."""
+    try:
+        yield
+    except (ImportError, RuntimeError) as error:  # diffusers imports late, and wraps what fails then in the second
+        missing = _root_import_error(error)
+        if missing is None:
+            raise
+        requirements = Path(__file__).resolve().parents[1] / "requirements.txt"
+        raise MagicMirrorError(
+            f"MagicMirror needs a Python package that is missing or too old ({missing}). Install its requirements and "
+            f'start again: "{sys.executable}" -m pip install -r "{requirements}"'
+        ) from error
+
+
+def _root_import_error(error: BaseException | None) -> ImportError | None:
+    """The innermost ImportError that led to an error, which names the package; None where there was none."""
+    found = None
+    while error is not None:
+        found = error if isinstance(error, ImportError) else found
+        error = error.__cause__
+    return found

@@ -9,8 +9,7 @@ import json
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,7 @@ from comfy_api.latest import io, ui
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ..mm_core.errors import CheckpointError, MagicMirrorError, SettingError
+from ..mm_core.errors import CheckpointError, MagicMirrorError, SettingError, packages
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -43,31 +42,6 @@ _PREVIEW_SIZE = 512
 _LOCALES = Path(__file__).resolve().parent.parent / "locales"
 
 _last_used: weakref.ref[MagicMirror] | None = None
-
-
-@contextmanager
-def packages() -> Iterator[None]:
-    """Around all that a node does: a package that is not installed becomes a message that says what to do."""
-    try:
-        yield
-    except (ImportError, RuntimeError) as error:  # diffusers imports late, and wraps what fails then in the second
-        missing = _root_import_error(error)
-        if missing is None:
-            raise
-        requirements = Path(__file__).resolve().parent.parent / "requirements.txt"
-        raise MagicMirrorError(
-            f"MagicMirror needs a Python package that is missing or too old ({missing}). Install its requirements into "
-            f'ComfyUI\'s Python and start again: python -m pip install -r "{requirements}"'
-        ) from error
-
-
-def _root_import_error(error: BaseException | None) -> ImportError | None:
-    """The innermost ImportError that led to an error, which names the package; None where there was none."""
-    found = None
-    while error is not None:
-        found = error if isinstance(error, ImportError) else found
-        error = error.__cause__
-    return found
 
 
 def in_users_language(node: type[io.ComfyNode]) -> type[io.ComfyNode]:

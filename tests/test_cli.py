@@ -143,3 +143,12 @@ def test_the_doctor_looks_where_generate_does(
 def test_the_doctor_needs_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--models", str(tmp_path / "nowhere")]) == 2
     assert "nowhere; give ComfyUI's models folder" in capsys.readouterr().err
+
+
+def test_without_a_package_it_says_what_to_install(arguments: list[str], repository: Path) -> None:
+    code = "import sys, runpy; sys.modules['diffusers'] = None; runpy.run_module('mm_core', run_name='__main__')"
+    run = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=repository, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert "diffusers" in run.stderr and "requirements.txt" in run.stderr
