@@ -57,8 +57,8 @@ def face_root(pack: str) -> Path:
 
 def fetch_face_pack(pack: str) -> None:
     """Download a face pack if it is missing; only when the user allowed it."""
-    with runtime.packages():
-        from ..mm_core.faces.analysis import download_pack
+    from ..mm_core.faces.analysis import download_pack
+
     download_pack(face_root(pack), pack)
 
 
@@ -69,8 +69,7 @@ def open_base(name: str, *, text_encoder: str, vae: str, allow_download: bool) -
         CheckpointError: it is not on disk, or not all of it.
         SettingError: a single file without its text encoder or VAE.
     """
-    with runtime.packages():
-        from ..mm_core.pipelines.base import FileBase, FolderBase, TinyBase
+    from ..mm_core.pipelines.base import FileBase, FolderBase, TinyBase
 
     if name == TINY:
         return TinyBase()
@@ -120,8 +119,8 @@ def find_id_encoder(choice: str, base_model: str, adapter: str, allow_download: 
     """
     if choice == AUTO and (base_model == TINY or adapter == NONE):
         return None
-    with runtime.packages():
-        from ..mm_core.checkpoints.photomaker import FILE_NAME, REPO, download_id_encoder
+    from ..mm_core.checkpoints.photomaker import FILE_NAME, REPO, download_id_encoder
+
     stem = Path(FILE_NAME).stem
     files = id_encoders()[1:]
     if choice in files or choice not in (AUTO, FILE_NAME):
@@ -176,8 +175,8 @@ def folders() -> Folders:
 
 def _published(repo: str, allow_download: bool) -> Path:
     """The folder of a model of the hub, fetched where that is allowed."""
-    with runtime.packages():
-        from ..mm_core.pipelines.base import FolderBase, download_folder
+    from ..mm_core.pipelines.base import FolderBase, download_folder
+
     folder = hub_folder(_diffusers_roots(), repo)
     missing = FolderBase(folder).missing_files()
     if not missing:

@@ -53,11 +53,11 @@ class MagicMirrorModelDoctor(io.ComfyNode):
 
     @classmethod
     def execute(cls, check_hashes: bool = False, convert: bool = False) -> io.NodeOutput:
-        with runtime.packages():
-            from ..mm_core import doctor
+        from ..mm_core import doctor
 
-            done = doctor.convert(catalog.folders()) + "\n" if convert else ""
-            findings = doctor.find_models(catalog.folders())
+        done = doctor.convert(catalog.folders()) + "\n" if convert else ""
+        findings = doctor.find_models(catalog.folders())
+
         if check_hashes:
             total = sum(finding.size for finding in findings)
             findings = doctor.add_hashes(findings, runtime.progress_callback(total))

@@ -110,9 +110,9 @@ class MagicMirrorExtractFaceEmbedding(io.ComfyNode):
         image_4: Tensor | None = None,
         weights: str = "",
     ) -> io.NodeOutput:
-        with runtime.packages():
-            from ..mm_core.faces.analysis import FaceAnalyzer
-            from ..mm_core.faces.references import look_at, parse_weights, references_from, with_faces
+        from ..mm_core.faces.analysis import FaceAnalyzer
+        from ..mm_core.faces.references import look_at, parse_weights, references_from, with_faces
+
         images = list(photos_from_images([image, image_2, image_3, image_4]))
         counts = parse_weights(weights, len(images))
         analyzer = FaceAnalyzer(catalog.face_root(model.face_pack), model.face_pack, runtime.face_device())
@@ -133,8 +133,8 @@ class MagicMirrorExtractFaceEmbedding(io.ComfyNode):
     @classmethod
     def _output(cls, photos: list[Photo], identity: Identity | None, report: str) -> io.NodeOutput:
         """The node shows the photos with all faces framed, then the crops."""
-        with runtime.packages():
-            from ..mm_core.faces.drawing import draw_faces
+        from ..mm_core.faces.drawing import draw_faces
+
         crops = np.zeros((1, _CROP_SIZE, _CROP_SIZE, 3), dtype=np.uint8) if identity is None else identity.crops
         faces = image_from_photos(crops)
         framed = [image_from_photos(draw_faces(photo.image, photo.faces, photo.taken)[None]) for photo in photos]

@@ -41,8 +41,8 @@ class MagicMirrorSaveIdentity(io.ComfyNode):
 
     @classmethod
     def execute(cls, identity: Person, filename_prefix: str) -> io.NodeOutput:
-        with runtime.packages():
-            from ..mm_core.pipelines.identity_file import save_identity
+        from ..mm_core.pipelines.identity_file import save_identity
+
         if identity.identity is None:
             raise MagicMirrorError(NOBODY)
         path = runtime.new_model_file(runtime.IDENTITIES, filename_prefix, SUFFIX)
@@ -99,8 +99,8 @@ class MagicMirrorLoadIdentity(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Model, file: str) -> io.NodeOutput:
-        with runtime.packages():
-            from ..mm_core.pipelines.identity_file import load_identity
+        from ..mm_core.pipelines.identity_file import load_identity
+
         identity = load_identity(_find(file), encoder=model.mirror.encoder_fingerprint)
         faces = image_from_photos(identity.crops)
         shown = ui.PreviewImage(faces).as_dict() | runtime.show(f"{file}\n{identity.report}").as_dict()

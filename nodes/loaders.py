@@ -71,8 +71,8 @@ class MagicMirrorLoader(io.ComfyNode):
             catalog.fetch_face_pack(face_pack)
         base = catalog.open_base(base_model, text_encoder=text_encoder, vae=vae, allow_download=allow_download)
         encoder_file = catalog.find_id_encoder(id_encoder, base_model, adapter, allow_download)
-        with runtime.packages():
-            from ..mm_core.pipelines.magic_mirror import MagicMirror
+        from ..mm_core.pipelines.magic_mirror import MagicMirror
+
         files = dict(base_model=base_model, adapter=adapter, id_encoder=id_encoder, text_encoder=text_encoder, vae=vae)
         key = (base, adapter_file, encoder_file, precision, offload, *_versions(files))
         mirror = _open.get(key) or MagicMirror(

@@ -93,8 +93,8 @@ class MagicMirrorApplyNative(io.ComfyNode):
         control: AdapterSettings | None = None,
         **strengths: float | bool,
     ) -> io.NodeOutput:
-        with runtime.packages():
-            from ..mm_core.pipelines.prompt import without_trigger
+        from ..mm_core.pipelines.prompt import without_trigger
+
         mirror, settings = magic_mirror.mirror, adapter_settings(control, **strengths)
         transformer = native_model.transformer_of(model)
 

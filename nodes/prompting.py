@@ -44,8 +44,8 @@ class MagicMirrorPromptHelper(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Model, prompt: str) -> io.NodeOutput:
-        with runtime.packages():
-            from ..mm_core.pipelines.prompt import explain_prompt
+        from ..mm_core.pipelines.prompt import explain_prompt
+
         mirror, settings = model.mirror, model.settings
         # Before Apply the prompt is shown as it will be read with an identity.
         off = settings is not None and (model.identity is None or not settings.fuses)

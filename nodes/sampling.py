@@ -78,8 +78,8 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
         scheduler: str,
         seed: int,
     ) -> io.NodeOutput:
-        with runtime.packages():
-            from ..mm_core.pipelines.magic_mirror import ClipSettings
+        from ..mm_core.pipelines.magic_mirror import ClipSettings
+
         clip = ClipSettings(
             prompt=prompt,
             negative_prompt=negative_prompt,

@@ -84,10 +84,10 @@ class MagicMirrorScoreIdentity(io.ComfyNode):
                 f"The identity was made with the face models {identity.identity.face_pack}, the model has "
                 f"{model.face_pack}: what two recognisers see cannot be compared. Choose the same face_pack."
             )
-        with runtime.packages():
-            from ..mm_core.evaluation.best_of import best_of, centre_of, split_clips
-            from ..mm_core.evaluation.picture import draw
-            from ..mm_core.faces.analysis import FaceAnalyzer
+        from ..mm_core.evaluation.best_of import best_of, centre_of, split_clips
+        from ..mm_core.evaluation.picture import draw
+        from ..mm_core.faces.analysis import FaceAnalyzer
+
         batches = split_clips(np.stack(list(photos_from_images([images]))), clips)
         analyzer = FaceAnalyzer(catalog.face_root(model.face_pack), model.face_pack, runtime.face_device())
         result = best_of(

@@ -75,8 +75,8 @@ class MagicMirrorVideoCombine(io.ComfyNode):
         audio: dict[str, Any] | None = None,
         save_metadata: bool = True,
     ) -> io.NodeOutput:
-        with runtime.packages():
-            from ..mm_core.video import write_picture, write_video
+        from ..mm_core.video import write_picture, write_video
+
         path, result = runtime.output_file(filename_prefix, f".{format}", images.shape[2], images.shape[1])
         metadata = runtime.workflow_metadata(cls.hidden) if save_metadata else None
         write_video(
