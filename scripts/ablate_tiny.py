@@ -107,7 +107,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1500, help="of the image stage; the video stage has half as many")
     parser.add_argument("--people", type=int, default=50)
     parser.add_argument("--sampling-steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--guidance", type=float, default=3.0)
     return parser.parse_args()
 
 

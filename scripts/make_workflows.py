@@ -106,7 +106,7 @@ def person(photos: int = 1, base: str = "tiny", faces: str = "buffalo_sc") -> di
 def small_clip(**inputs: Any) -> dict[str, Any]:
     """The sampler's settings for tiny."""
     return (
-        dict(width=64, height=64, num_frames=9, steps=25, guidance_scale=1.5, dynamic_guidance=False, scheduler="ddim")
+        dict(width=64, height=64, num_frames=9, steps=25, guidance_scale=3.0, dynamic_guidance=False, scheduler="ddim")
         | inputs
     )
 

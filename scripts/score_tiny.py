@@ -228,7 +228,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--id-encoder", type=Path, help="default: tiny's")
     parser.add_argument("--people", type=int, default=50)
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=1.5)
+    parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--out", type=Path, default=Path("scores.json"))
     return parser.parse_args()
 

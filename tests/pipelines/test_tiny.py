@@ -70,7 +70,7 @@ def clips(insightface_root: Path) -> dict[str, np.ndarray]:
     analyzer = FaceAnalyzer(insightface_root, "buffalo_sc", device="cpu")
     mirror = MagicMirror(TinyBase(), device=torch.device("cpu"))
     settings = ClipSettings(
-        prompt=PROMPT, width=64, height=64, num_frames=9, steps=20, guidance_scale=1.5, dynamic_guidance=False,
+        prompt=PROMPT, width=64, height=64, num_frames=9, steps=20, guidance_scale=3.0, dynamic_guidance=False,
         scheduler="ddim",
     )  # fmt: skip
     made = {"nobody": mirror.generate(settings).frames}
