@@ -122,7 +122,7 @@ def clip(prompt: str | Link, prefix: str, seed: int | Link = 3, **sampler: Any) 
     }
 
 
-SMILE = "A person img smiles, wearing a blue T-shirt, before a grey wall."
+SMILE = "A person img smiles, wearing a green T-shirt, before a white wall."
 
 
 def workflows() -> dict[str, tuple[str, dict[str, Node]]]:
@@ -175,7 +175,7 @@ def native(prompt: str) -> dict[str, Node]:
         "noise": Node(type="RandomNoise", inputs=dict(noise_seed=42)),
         "guider": Node(
             type="CFGGuider",
-            inputs=dict(model=("apply", 0), positive=("apply", 1), negative=("negative", 0), cfg=1.5),
+            inputs=dict(model=("apply", 0), positive=("apply", 1), negative=("negative", 0), cfg=3.0),
         ),
         "sample": Node(type="SamplerCustomAdvanced", inputs=sampled),
         "decode": Node(type="MagicMirrorDecode", inputs=dict(magic_mirror=mirror, samples=("sample", 0))),
