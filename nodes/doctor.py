@@ -57,7 +57,6 @@ class MagicMirrorModelDoctor(io.ComfyNode):
 
         done = doctor.convert(catalog.folders()) + "\n" if convert else ""
         findings = doctor.find_models(catalog.folders())
-
         if check_hashes:
             total = sum(finding.size for finding in findings)
             findings = doctor.add_hashes(findings, runtime.progress_callback(total))

@@ -9,7 +9,7 @@ import numpy as np
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..mm_core.errors import NoFaceError, SettingError
+from ..mm_core.errors import NoFaceError, SettingError, packages
 from . import catalog, runtime
 from .control import adapter_inputs, adapter_settings, control_input
 from .convert import image_from_photos, photos_from_images
@@ -88,7 +88,7 @@ class MagicMirrorExtractFaceEmbedding(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, weights: str | None = None) -> bool | str:
         """Weights that are none are told before anything runs; how many photos there are is not known yet."""
-        with runtime.packages():
+        with packages():
             from ..mm_core.faces.references import parse_weights
         try:
             parse_weights(weights or "")  # None: they come from another node

@@ -66,13 +66,13 @@ class MagicMirrorLoader(io.ComfyNode):
         text_encoder: str = catalog.NONE,
         vae: str = catalog.NONE,
     ) -> io.NodeOutput:
+        from ..mm_core.pipelines.magic_mirror import MagicMirror
+
         adapter_file = catalog.find_adapter(adapter, base_model)
         if allow_download:
             catalog.fetch_face_pack(face_pack)
         base = catalog.open_base(base_model, text_encoder=text_encoder, vae=vae, allow_download=allow_download)
         encoder_file = catalog.find_id_encoder(id_encoder, base_model, adapter, allow_download)
-        from ..mm_core.pipelines.magic_mirror import MagicMirror
-
         files = dict(base_model=base_model, adapter=adapter, id_encoder=id_encoder, text_encoder=text_encoder, vae=vae)
         key = (base, adapter_file, encoder_file, precision, offload, *_versions(files))
         mirror = _open.get(key) or MagicMirror(

@@ -126,7 +126,7 @@ class MagicMirrorEncodePrompt(io.ComfyNode):
             display_name="Encode Prompt (MagicMirror, native)",
             category=NATIVE,
             description="Text for ComfyUI's own CogVideoX from the base model's text encoder, for the negative prompt. "
-            "Where Load CLIP has loaded the text encoder, use the node of the core for texts instead.",
+            "If the text encoder comes from Load CLIP, use the core's own CLIP Text Encode instead.",
             inputs=[
                 ModelSocket.Input("magic_mirror", tooltip="From Load MagicMirror."),
                 io.String.Input("text", multiline=True, default="", tooltip="Usually what the clip should not show."),

@@ -258,11 +258,13 @@ def _rotary_of_1_0(transformer: Any, height: int, width: int, frames: int, devic
 
 
 class DDIM(comfy.samplers.Sampler):
-    """DDIM as CogVideoX has it, without new noise, in the space of its training: latents of the same variance at every
+    """DDIM as CogVideoX has it, without new noise, in the space of its training: latents of unit variance at every
     noise level.
 
     The usual samplers multiply the noise by the first sigma, thousands for this model, which it never saw.
     """
+
+    # KSampler: 4,500 at zero terminal SNR.
 
     def sample(
         self,

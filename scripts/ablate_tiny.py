@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(environment.ROOT))
 
-from score_tiny import Scorer, score_generated, tables
+from score_tiny import GUIDANCE, Scorer, score_generated, tables
 
 from mm_core.files import write_json
 from mm_core.pipelines.base import FolderBase
@@ -107,7 +107,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1500, help="of the image stage; the video stage has half as many")
     parser.add_argument("--people", type=int, default=50)
     parser.add_argument("--sampling-steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
     return parser.parse_args()
 
 

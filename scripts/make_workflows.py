@@ -25,6 +25,7 @@ from PIL import Image
 WORKFLOWS = environment.ROOT / "workflows"
 SUBGRAPHS = environment.ROOT / "subgraphs"
 THUMBNAIL = 256  # pixels of a picture in it
+GUIDANCE = 3.0  # keeps more of the person than 1.5
 LOADER, EXTRACT, APPLY = "MagicMirrorLoader", "MagicMirrorExtractFaceEmbedding", "MagicMirrorApplyCANAdapter"
 SAMPLER, COMBINE = "MagicMirrorCogVideoXSampler", "MagicMirrorVideoCombine"
 
@@ -106,7 +107,15 @@ def person(photos: int = 1, base: str = "tiny", faces: str = "buffalo_sc") -> di
 def small_clip(**inputs: Any) -> dict[str, Any]:
     """The sampler's settings for tiny."""
     return (
-        dict(width=64, height=64, num_frames=9, steps=25, guidance_scale=3.0, dynamic_guidance=False, scheduler="ddim")
+        dict(
+            width=64,
+            height=64,
+            num_frames=9,
+            steps=25,
+            guidance_scale=GUIDANCE,
+            dynamic_guidance=False,
+            scheduler="ddim",
+        )
         | inputs
     )
 
@@ -175,7 +184,7 @@ def native(prompt: str) -> dict[str, Node]:
         "noise": Node(type="RandomNoise", inputs=dict(noise_seed=42)),
         "guider": Node(
             type="CFGGuider",
-            inputs=dict(model=("apply", 0), positive=("apply", 1), negative=("negative", 0), cfg=3.0),
+            inputs=dict(model=("apply", 0), positive=("apply", 1), negative=("negative", 0), cfg=GUIDANCE),
         ),
         "sample": Node(type="SamplerCustomAdvanced", inputs=sampled),
         "decode": Node(type="MagicMirrorDecode", inputs=dict(magic_mirror=mirror, samples=("sample", 0))),

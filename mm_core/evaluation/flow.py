@@ -3,6 +3,8 @@
 The benchmark of the paper measures with a trained network, so its numbers differ: see the module beside this one.
 """
 
+# VBench with RAFT, that is: raft.py, docs/evaluation.md.
+
 from __future__ import annotations
 
 from collections.abc import Callable

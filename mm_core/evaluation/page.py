@@ -33,14 +33,15 @@ _HEADINGS = {
     "motion_px": "motion, px",
     "text_alignment": "text alignment",
 }
-_STYLE = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+_STYLE = Path(__file__).with_name("page.css")
 
 
 def render_page(evaluation: Evaluation, settings: Mapping[str, Any]) -> str:
     """The HTML of the whole page. settings: shown as they are; "threshold" is drawn into the plots."""
     threshold = float(settings["threshold"])
+    style = _STYLE.read_text(encoding="utf-8")
     parts = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title><style>{_STYLE}</style>',
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title><style>{style}</style>',
         "<h1>Evaluation</h1>",
         f"<p>{escape(', '.join(f'{name}: {value}' for name, value in settings.items()))}</p>",
     ]

@@ -38,6 +38,7 @@ def find_references(folder: Path) -> dict[str, list[Path]]:
 
     Raises MagicMirrorError if there are none.
     """
+    # <identity>/*.jpg, or <identity>.jpg, <identity>_1.jpg, ...
     found: dict[str, list[Path]] = {}
     for path in _files(folder, PHOTOS):
         parts = path.relative_to(folder).parts

@@ -162,7 +162,7 @@ def _face_packages() -> Iterator[None]:
     except (ImportError, AttributeError) as error:  # an uninstall can leave an empty onnxruntime behind
         raise MagicMirrorError(
             f"Face analysis needs insightface and onnxruntime ({error}). Install them for the Python of ComfyUI: "
-            "python -m pip install insightface onnxruntime, or with onnxruntime-gpu instead"
+            "python -m pip install insightface onnxruntime, or for CUDA onnxruntime-gpu"
         ) from error
 
 

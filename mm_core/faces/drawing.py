@@ -16,7 +16,7 @@ _OUTLINE, _TAKEN_OUTLINE = 2, 5  # pixels
 
 
 def draw_faces(image: np.ndarray, faces: Sequence[Face], taken: Face | None) -> np.ndarray:
-    """The picture, (H, W, 3) uint8 RGB, with its faces framed; made smaller where a side is too long.
+    """The picture, (H, W, 3) uint8 RGB, with its faces framed; its larger side at most MAX_SIDE.
 
     faces: as the analyzer gives them; each gets a frame and its number, counted from zero at the left.
     taken: the one among them whose frame is green and thick; None if none was taken.

@@ -142,7 +142,7 @@ def look_at(
     """Find the faces in photos of one person, and take one from each that shows any.
 
     images: (H, W, 3) uint8 RGB each, of any sizes. which: the face to take from each, as in `select_face`.
-    names: one for each image, for messages; by default their numbers.
+    names: one for each image, for messages; by default photo 1 and so on.
     weights: one for each image, 0 to MAX_WEIGHT, how much it counts; by default all the same. A photo of weight 0 is
     left out.
 

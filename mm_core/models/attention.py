@@ -48,7 +48,7 @@ def decoupled_attention(
     """Attention to all, and to the face beside it, before the output projection (Eq. 8).
 
     Args:
-        query, key, value: (n, heads, S, d) of text, face and video, normalised, before the rotary embedding.
+        query, key, value: (n, heads, S, d) of text, face and video, in this order, after their norms, before rotary.
         face: keys and values of the face, from `FaceKeyValue`.
         rotary: turns the video part of a query or key; text and face have no position.
         kernel: softmax attention.

@@ -12,6 +12,8 @@ from typing import Any
 class AdapterConfig:
     """The sizes of an adapter. The symbols are those of the paper, in its third section."""
 
+    # arXiv 2501.03931
+
     hidden_size: int
     """D, width of the DiT; heads x head size."""
     num_attention_heads: int

@@ -3,6 +3,8 @@
 The module tree is that of the published file, its second version, so that its weights load strictly.
 """
 
+# The published file: photomaker-v2.bin, read by checkpoints/photomaker.py.
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True, kw_only=True)
 class IDEncoderConfig:
-    """The sizes of the ID encoder; the published ones stand below it."""
+    """The sizes of the ID encoder; those of the published one are in PHOTOMAKER_V2."""
 
     clip_hidden_size: int
     clip_intermediate_size: int

@@ -68,5 +68,6 @@ class ConditionedModulation(nn.Module):
 
     def forward(self, id_embedding: Tensor, temb: Tensor, video_shift: Tensor) -> Tensor:
         """(B, c1) projected ID, (B, Dt) time embedding, (B, D) shift of the frozen block to (B, 12, D)."""
+        # video_shift: mu1_vid
         condition = torch.cat([id_embedding, F.silu(temb), video_shift], dim=-1)
         return self.linear_2(F.silu(self.linear_1(condition))).unflatten(-1, (12, -1))

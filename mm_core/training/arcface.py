@@ -66,7 +66,10 @@ class DifferentiableArcFace(nn.Module):
         return super().train(False)
 
     def forward(self, faces: Tensor) -> Tensor:
-        """Aligned faces, (B, 3, 112, 112) RGB from 0 to 1, to embeddings, (B, 512), not normalised."""
+        """Aligned faces, (B, 3, 112, 112) RGB from 0 to 1, to embeddings, (B, 512), not normalised.
+
+        These are of the dtype of the network.
+        """
         if faces.shape[1:] != (3, ALIGNED_SIZE, ALIGNED_SIZE):
             raise ValueError(
                 f"the recogniser wants (B, 3, {ALIGNED_SIZE}, {ALIGNED_SIZE}) aligned faces, not {tuple(faces.shape)}: "

@@ -36,6 +36,7 @@ def noise_loss(
             of ones leave a sample whole.
     """
     # 1 / (1 - alpha_bar) * (x0_predicted - x0)^2, and x0_predicted - x0 = sqrt(1 - alpha_bar) * (v - v_predicted).
+    # At alpha_bar = 0 (zero terminal SNR) the target is -x0, at alpha_bar = 1 the noise.
     prediction, clean, noise = (_at_least_float32(tensor) for tensor in (prediction, clean, noise))
     signal, deviation = _signal_and_deviation(alpha_bar, clean)
     error = (prediction - (signal * noise - deviation * clean)).square()  # (B, F, C, H, W)

@@ -80,4 +80,5 @@ def smoothstep(value: np.ndarray, low: float, high: float) -> np.ndarray:
 
 def over(picture: np.ndarray, colour: np.ndarray, opacity: np.ndarray) -> np.ndarray:
     """Lay a colour, of one or of each place, over a picture; the opacity of each place is from 0 to 1."""
+    # colour: (3,) or (ROWS, COLUMNS, 3). opacity: (ROWS, COLUMNS).
     return picture + opacity[..., None] * (np.asarray(colour, np.float32) - picture)

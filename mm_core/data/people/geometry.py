@@ -4,6 +4,8 @@ The data is the `head.npz` beside this file, made by `scripts/build_head.py`; th
 from. Units are decimetres: x to the right of the viewer (the left of the person), y up, z towards the viewer.
 """
 
+# Where the head comes from: HEAD_LICENSE.md.
+
 from __future__ import annotations
 
 from dataclasses import dataclass

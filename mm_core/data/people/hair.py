@@ -80,6 +80,7 @@ def grow_hair(traits: PersonTraits, rest: np.ndarray) -> HeadHair:
 
 def _strands(generator: np.random.Generator, hair: str) -> np.ndarray:
     """How light the strands are at each place, from 0 to 1: they run down, and aside in front; curls are grains."""
+    # (ROWS, COLUMNS)
     if hair == "curly":
         return np.clip(0.5 + 0.25 * canvas.noise(generator, (96, 192), 0.8), 0, 1)
     lengthwise = generator.random((10, canvas.COLUMNS // 2), np.float32)

@@ -82,6 +82,8 @@ class ClipDescription:
     zoom: 1 shows 2.4 decimetres across. wording: chooses among the ways to say the same.
     """
 
+    # Expressions are keys of EXPRESSIONS, colours of COLOURS; the fields that end in _colour are sRGB.
+
     person: PersonTraits
     clip: int
     frames: int

@@ -40,6 +40,9 @@ class PersonTraits:
     hair, hair_colour, beard: names from the tables of this file. fringe: whether hair covers the forehead.
     """
 
+    # sex: "man" or "woman". age: 20..78. hair: a key of HAIR_OF_MEN or HAIR_OF_WOMEN. hair_colour: of HAIR_COLOURS or
+    # GREY_HAIR_COLOURS. beard: a key of BEARDS. eyes: a colour.
+
     seed: int
     sex: str
     age: int

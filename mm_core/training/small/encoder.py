@@ -29,7 +29,7 @@ JITTER = 0.08  # of the box: detectors differ
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Faces:
-    """One frame of each clip that was looked at and has a face, in M of them.
+    """The faces that were found, looking at one frame of each clip.
 
     found: (M,) the numbers of the clips. frame: (M,) that of the frame. box: (M, 4) in pixels. embedding: (M, 512).
     """

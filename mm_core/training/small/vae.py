@@ -68,7 +68,7 @@ class _Reconstruction(nn.Module):
 
 
 class RecogniserFeatures:
-    """The last map of each of some sizes in a recogniser, compared position by position, as LPIPS does."""
+    """The last map of each size of FEATURES in a recogniser, compared place by place, as LPIPS does."""
 
     def __init__(self, recogniser: DifferentiableArcFace) -> None:
         self.recogniser, self._maps = recogniser, {}
@@ -81,7 +81,7 @@ class RecogniserFeatures:
             self._maps[output.shape[-1]] = output
 
     def distance(self, pictures: Tensor, targets: Tensor) -> Tensor:
-        """Of pictures, (B, 3, H, W) from -1 to 1, the mean squared distance of their unit vectors: (B,), 0 to 4."""
+        """Of pictures, (B, 3, H, W) from -1 to 1, the mean squared distance of the unit vectors of the maps: (B,)."""
         with torch.no_grad():
             wanted = self._look(targets)
         pairs = zip(self._look(pictures), wanted)
