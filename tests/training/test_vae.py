@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mm_core.training.arcface import DifferentiableArcFace
-from mm_core.training.small.clips import Clips
+from mm_core.training.small.clips import SCENE, Clips
 from mm_core.training.small.vae import RecogniserFeatures, VAETask, smooth
 
 
@@ -40,6 +40,7 @@ def test_a_step(recogniser: DifferentiableArcFace, frames: int) -> None:
         frames=np.random.default_rng(0).integers(0, 256, (4, 9, 64, 64, 3), dtype=np.uint8),
         persons=np.arange(4),
         captions=[""] * 4,
+        scenes=np.zeros((4, 9, SCENE), np.float32),
     )
     task = VAETask(clips, frames, recogniser, 0)
     first, again = task.batch(range(3, 5)), task.batch(range(3, 5))

@@ -36,6 +36,10 @@ ENCODER = LoopConfig(
     steps=600, batch_size=64, learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=30, weight_decay=0.05,
     ema_decay=0.99, save_every=100, validate_every=100, log_every=10,
 )  # fmt: skip
+TEXT = LoopConfig(
+    steps=3000, batch_size=128, optimizer="muon", learning_rate=1.5e-3, final_learning_rate=2e-5, warmup_steps=50,
+    weight_decay=0, ema_decay=0.99, save_every=500, validate_every=500, log_every=50, seed=2,
+)  # fmt: skip
 BASE_PICTURES = LoopConfig(
     steps=6000, batch_size=32, optimizer="muon", learning_rate=1e-3, final_learning_rate=5e-4, warmup_steps=100,
     ema_decay=0.998, save_every=500, validate_every=1000, log_every=20, compile=True,
@@ -131,14 +135,18 @@ class Recipe:
         from diffusers import AutoencoderKLCogVideoX
 
         from .base import BaseTask, Latents, save_base
+        from .text import TextTask
 
         vae_folder = latest_checkpoint(self.folder / "vae" / "clips") / "vae"
         vae = AutoencoderKLCogVideoX.from_pretrained(vae_folder).requires_grad_(False)
         folder = self.folder / "text-to-video"
         folder.mkdir(exist_ok=True)
+        text = self._run(folder / "text", TEXT, lambda: TextTask(TEXT.seed))
         pictures = Latents.encode(self.clips, vae, 1, folder / "pictures.pt")
         start = self._run(
-            folder / "pictures", BASE_PICTURES, lambda: BaseTask(self.clips.captions, pictures, vae, BASE_PICTURES.seed)
+            folder / "pictures",
+            BASE_PICTURES,
+            lambda: BaseTask(self.clips.captions, pictures, vae, BASE_PICTURES.seed, text),
         )
         clips = Latents.encode(self.clips, vae, 9, folder / "clips.pt")
         last = self._run(

@@ -9,25 +9,57 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...data.people.expressions import EXPRESSIONS, NEUTRAL
+from ...data.people.scene import PITCH_LIMIT, ROLL_LIMIT, YAW_LIMIT, ClipDescription
 from ...data.people.shards import read_clips
+
+SHOWN = [name for name in EXPRESSIONS if name != NEUTRAL]
+LIGHT_LIMIT = 70.0  # degrees of azimuth
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Clips:
-    """frames: (N, F, H, W, 3) uint8 RGB, by person and clip. persons: (N,) seeds. captions: N texts."""
+    """frames: (N, F, H, W, 3) uint8 RGB, by person and clip. persons: (N,) seeds. captions: N texts.
+
+    scenes: (N, F, SCENE) float32, what `scene_of` says of each frame.
+    """
 
     frames: np.ndarray
     persons: np.ndarray
     captions: list[str]
+    scenes: np.ndarray
 
     @classmethod
     def read(cls, folder: Path) -> Clips:
-        frames, persons, captions = [], [], []
+        frames, persons, captions, scenes = [], [], [], []
         for clip in read_clips(folder):
             frames.append(clip.frames)
             persons.append(clip.description.person.seed)
             captions.append(clip.caption)
-        return cls(frames=np.stack(frames), persons=np.array(persons), captions=captions)
+            scenes.append(scene_of(clip.description))
+        return cls(frames=np.stack(frames), persons=np.array(persons), captions=captions, scenes=np.stack(scenes))
+
+
+def scene_of(clip: ClipDescription) -> np.ndarray:
+    """(frames, SCENE) float32, about -1..1: pose, expression and light in each frame, and the clip's colours."""
+    parts = np.linspace(0, 1, clip.frames)
+    moved = parts * parts * (3 - 2 * parts)  # as the renderer moves
+    paths = [(clip.yaw, YAW_LIMIT), (clip.pitch, PITCH_LIMIT), (clip.roll, ROLL_LIMIT)]
+    columns = [(start + moved * (end - start)) / limit for (start, end), limit in paths]
+    first, last = clip.expressions
+    columns += [(first == name) * (1 - moved) + (last == name) * moved for name in SHOWN]
+    columns.append(np.interp(parts, (0, 1), clip.light.azimuth) / LIGHT_LIMIT)
+    columns += [np.full(clip.frames, 2 * value - 1) for value in (*clip.clothes_colour, *clip.background_colour)]
+    return np.stack(columns, axis=1).astype(np.float32)
+
+
+def of_latents(scenes: np.ndarray) -> np.ndarray:
+    """(F, SCENE) -> (F', SCENE): the VAE keeps the first frame for itself, then puts four into one."""
+    groups = [slice(0, 1), *(slice(first, first + 4) for first in range(1, len(scenes), 4))]
+    return np.stack([scenes[group].mean(0) for group in groups])
+
+
+SCENE = 3 + len(SHOWN) + 1 + 6
 
 
 def to_unit(frames: np.ndarray) -> Tensor:
