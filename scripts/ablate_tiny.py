@@ -25,11 +25,12 @@ from mm_core.pipelines.base import FolderBase
 from mm_core.pipelines.control import AdapterSettings
 from mm_core.pipelines.magic_mirror import MagicMirror
 from mm_core.training.__main__ import train_stage
-from mm_core.training.config import ABLATIONS, TrainingConfig
+from mm_core.training.config import ABLATIONS, StageConfig, TrainingConfig
 from mm_core.training.runs import METRICS
 from mm_core.training.small.__main__ import Recipe
 
-COLOURS = {"ours": (31, 119, 180), "F": (214, 39, 40)}
+CURVES = {"ours": ("with CAN", (31, 119, 180)), "C": ("without CAN", (214, 39, 40))}
+SAME = {"F": "C"}  # the paper's two rows without any modulation: one training here
 WIDTH, HEIGHT, MARGIN = 640, 360, 40
 
 
@@ -38,7 +39,11 @@ def main() -> None:
     recipe = Recipe(args.folder, environment.face_models(), {})
     scorer = Scorer(args.people)
     for row in args.rows:
-        adapter = train_row(recipe.config, row, args)
+        trained = SAME.get(row, row)
+        if trained in scorer.rows:
+            scorer.rows[row] = scorer.rows[trained]
+            continue
+        adapter = train_row(recipe.config, trained, args)
         base = FolderBase(Path(recipe.config.base))
         encoder = Path(recipe.config.id_encoder)
         mirror = MagicMirror(base, adapter=adapter, id_encoder=encoder, device=torch.device("cpu"))
@@ -47,27 +52,27 @@ def main() -> None:
     print(tables(report))
     out = args.folder / "ablations"
     write_json(out / "ablations.json", report)
-    curves = {row: curve(out / row / "image" / METRICS) for row in ("ours", "F") if row in args.rows}
+    curves = {row: curve(out / row / "image" / METRICS) for row in CURVES if row in scorer.rows}
     plot(curves).save(out / "convergence.png")
     print(out)
 
 
 def train_row(config: TrainingConfig, row: str, args: argparse.Namespace) -> Path:
     """Both stages, or the second alone for G, which gets the first one's steps as well."""
-    image = args.steps
-    video = args.steps // 2 + (args.steps if row == "G" else 0)
-    every = max(1, args.steps // 10)
-    shortened = {
-        name: replace(
-            getattr(config, name),
-            loop=replace(getattr(config, name).loop, steps=steps, validate_every=every, save_every=every),
-        )
-        for name, steps in (("image", image), ("video", video))
-    }
-    config = replace(config, ablation=row, output=str(args.folder / "ablations" / row), **shortened)
+    image = _shortened(config.image, args.steps, args.steps // 10 if row in CURVES else 0)
+    video = _shortened(config.video, args.steps // 2 + (args.steps if row == "G" else 0), 0)
+    folder = args.folder / "ablations" / row
+    config = replace(config, ablation=row, output=str(folder), image=image, video=video)
     if row != "G":
         train_stage(config, "image")
     return train_stage(config, "video")
+
+
+def _shortened(stage: StageConfig, steps: int, validate_every: int) -> StageConfig:
+    """The identity loss begins as early in it as in the whole stage."""
+    start = stage.identity_start * steps // stage.loop.steps
+    loop = replace(stage.loop, steps=steps, validate_every=validate_every, save_every=max(1, steps // 5))
+    return replace(stage, identity_start=start, loop=loop)
 
 
 def curve(metrics: Path) -> list[tuple[int, float]]:
@@ -91,9 +96,9 @@ def plot(curves: dict[str, list[tuple[int, float]]]) -> Image.Image:
         return across, HEIGHT - MARGIN - (HEIGHT - 1.5 * MARGIN) * (value - low) / max(high - low, 1e-6)
 
     for number, (name, points) in enumerate(curves.items()):
-        draw.line([place(*point) for point in points], fill=COLOURS[name], width=2)
-        label = "with CAN" if name == "ours" else "without CAN"
-        draw.text((MARGIN + 10, MARGIN // 2 + 6 + 14 * number), label, fill=COLOURS[name])
+        label, colour = CURVES[name]
+        draw.line([place(*point) for point in points], fill=colour, width=2)
+        draw.text((MARGIN + 10, MARGIN // 2 + 6 + 14 * number), label, fill=colour)
     for value in (low, high):
         draw.text((4, place(0, value)[1] - 6), f"{value:.2f}", fill="black")
     draw.text((WIDTH // 2 - 60, HEIGHT - MARGIN + 12), f"step, 0 to {last}", fill="black")

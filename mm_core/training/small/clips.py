@@ -15,6 +15,7 @@ from ...data.people.shards import read_clips
 
 SHOWN = [name for name in EXPRESSIONS if name != NEUTRAL]
 LIGHT_LIMIT = 70.0  # degrees of azimuth
+YAW_CHANGE, PITCH_CHANGE, ROLL_CHANGE = 30.0, 8.0, 6.0  # degrees over a clip that make a 1: rare movements count too
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +42,7 @@ class Clips:
 
 
 def scene_of(clip: ClipDescription) -> np.ndarray:
-    """(frames, SCENE) float32, about -1..1: pose, expression and light in each frame, and the clip's colours."""
+    """(frames, SCENE) float32, about -1..1: each frame's pose, expression and light, the clip's colours and movements."""
     parts = np.linspace(0, 1, clip.frames)
     moved = parts * parts * (3 - 2 * parts)  # as the renderer moves
     paths = [(clip.yaw, YAW_LIMIT), (clip.pitch, PITCH_LIMIT), (clip.roll, ROLL_LIMIT)]
@@ -50,6 +51,8 @@ def scene_of(clip: ClipDescription) -> np.ndarray:
     columns += [(first == name) * (1 - moved) + (last == name) * moved for name in SHOWN]
     columns.append(np.interp(parts, (0, 1), clip.light.azimuth) / LIGHT_LIMIT)
     columns += [np.full(clip.frames, 2 * value - 1) for value in (*clip.clothes_colour, *clip.background_colour)]
+    changes = [(clip.yaw, YAW_CHANGE), (clip.pitch, PITCH_CHANGE), (clip.roll, ROLL_CHANGE)]
+    columns += [np.full(clip.frames, (end - start) / unit) for (start, end), unit in changes]
     return np.stack(columns, axis=1).astype(np.float32)
 
 
@@ -59,7 +62,7 @@ def of_latents(scenes: np.ndarray) -> np.ndarray:
     return np.stack([scenes[group].mean(0) for group in groups])
 
 
-SCENE = 3 + len(SHOWN) + 1 + 6
+SCENE = 3 + len(SHOWN) + 1 + 6 + 3
 
 
 def to_unit(frames: np.ndarray) -> Tensor:
