@@ -42,7 +42,7 @@ class Clips:
 
 
 def scene_of(clip: ClipDescription) -> np.ndarray:
-    """(frames, SCENE) float32, about -1..1: each frame's pose, expression and light, the clip's colours and movements."""
+    """(frames, SCENE) float32, about -1..1: each frame's pose, expression and light, the clip's colours and changes."""
     parts = np.linspace(0, 1, clip.frames)
     moved = parts * parts * (3 - 2 * parts)  # as the renderer moves
     paths = [(clip.yaw, YAW_LIMIT), (clip.pitch, PITCH_LIMIT), (clip.roll, ROLL_LIMIT)]
