@@ -29,7 +29,7 @@ def vae() -> AutoencoderKLCogVideoX:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the text encoder's training."""
-    loop = LoopConfig(steps=40, batch_size=16, learning_rate=3e-3, optimizer="muon", validate_every=0, seed=2)
+    loop = LoopConfig(steps=100, batch_size=16, learning_rate=3e-3, optimizer="muon", validate_every=0, seed=2)
     return train(TextTask(2), loop, tmp_path_factory.mktemp("text"))
 
 

@@ -20,15 +20,12 @@ YAW_CHANGE, PITCH_CHANGE, ROLL_CHANGE = 30.0, 8.0, 6.0  # degrees over a clip th
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Clips:
-    """frames: (N, F, H, W, 3) uint8 RGB, by person and clip. persons: (N,) seeds. captions: N texts.
+    """By person and clip: pictures, seeds of people, captions, and what `scene_of` says of each frame."""
 
-    scenes: (N, F, SCENE) float32, what `scene_of` says of each frame.
-    """
-
-    frames: np.ndarray
-    persons: np.ndarray
+    frames: np.ndarray  # (N, F, H, W, 3) uint8 RGB
+    persons: np.ndarray  # (N,)
     captions: list[str]
-    scenes: np.ndarray
+    scenes: np.ndarray  # (N, F, SCENE) float32
 
     @classmethod
     def read(cls, folder: Path) -> Clips:
@@ -42,7 +39,8 @@ class Clips:
 
 
 def scene_of(clip: ClipDescription) -> np.ndarray:
-    """(frames, SCENE) float32, about -1..1: each frame's pose, expression and light, the clip's colours and changes."""
+    """Each frame's pose, expression and light, and the colours and movements of all of it."""
+    # (frames, SCENE) float32, about -1..1
     parts = np.linspace(0, 1, clip.frames)
     moved = parts * parts * (3 - 2 * parts)  # as the renderer moves
     paths = [(clip.yaw, YAW_LIMIT), (clip.pitch, PITCH_LIMIT), (clip.roll, ROLL_LIMIT)]

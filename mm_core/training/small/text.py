@@ -85,7 +85,7 @@ def _look_at_neighbours(text_encoder: T5EncoderModel) -> None:
 
 
 def tokens(tokenizer: PreTrainedTokenizerBase, text: str, doubled: bool) -> list[int]:
-    """TEXT_TOKENS ids; doubled: with the person's word twice."""
+    """The ids of a caption; doubled: the person's word twice."""
     if text and doubled:
         return identity_tokens(tokenizer, text, num_slots=2, max_length=tiny.TEXT_TOKENS).ids
     return tokenizer(without_trigger(text), padding="max_length", truncation=True, max_length=tiny.TEXT_TOKENS)[
