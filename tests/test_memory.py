@@ -244,11 +244,11 @@ def test_loading_holds_one_copy(tmp_path: Path, stored: torch.dtype, copies: flo
     path = tmp_path / "adapter.safetensors"
     save_adapter(adapter, path, base_model="a/b", trained=Trained(stage="untrained", steps=0, data=""))
     command = [sys.executable, "-c", LOAD, str(path)]
-    growth = int(
-        subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True).stdout
-    )
-    # Less than one copy is seen where the second load gets memory that the first had let go.
-    assert 0.25 * size < growth < copies * size
+    root = Path(__file__).parents[1]
+    # What the first load lets go late makes the second seem smaller, never larger: the largest of three counts.
+    runs = [subprocess.run(command, cwd=root, check=True, capture_output=True, text=True) for _ in range(3)]
+    growth = max(int(run.stdout) for run in runs)
+    assert 0.75 * size < growth < copies * size
 
 
 @pytest.fixture(scope="module")

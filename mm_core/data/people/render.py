@@ -10,7 +10,7 @@ from .geometry import Material, load_head
 from .person import Person
 from .pose import Pose, turn_eyes, view
 from .raster import NOTHING, interpolate, rasterize, vertex_normals
-from .scene import ClipDescription, Path
+from .scene import ClipDescription, at, eased
 from .shading import GAMMA, Fragments, albedo, develop, lamp_at, reached_by, shade
 from .streams import stream
 
@@ -36,8 +36,8 @@ def render_frame(
     background: (size * samples, size * samples, 3) linear light.
     """
     head, mesh, size = load_head(), person.mesh, clip.size * samples
-    moved = part * part * (3 - 2 * part)
-    pose = Pose(yaw=_at(clip.yaw, moved), pitch=_at(clip.pitch, moved), roll=_at(clip.roll, moved))
+    moved = eased(part)
+    pose = Pose(yaw=at(clip.yaw, moved), pitch=at(clip.pitch, moved), roll=at(clip.roll, moved))
     positions = turn_eyes(person.head_positions(blended(*clip.expressions, moved)), head, pose)
     eyes = positions[head.vertex_materials == Material.EYE].mean(0)
     seen = view(person.mesh_positions(positions, head.triangles), eyes, pose, clip.zoom, size)
@@ -61,10 +61,6 @@ def paint_background(clip: ClipDescription, size: int) -> np.ndarray:
     lighting = cv2.resize(lighting, (size, size), interpolation=cv2.INTER_CUBIC)
     wall = np.clip(np.float32(clip.background_colour) * (0.92 + BACKGROUND_CONTRAST * lighting[..., None]), 0.01, 0.97)
     return (wall**GAMMA).astype(np.float32)
-
-
-def _at(path: Path, part: float) -> float:
-    return path[0] + part * (path[1] - path[0])
 
 
 def _attributes(person: Person, centred: np.ndarray) -> np.ndarray:

@@ -55,6 +55,16 @@ Path = tuple[float, float]
 """Value at the first and at the last frame."""
 
 
+def at(path: Path, part: float) -> float:
+    """Part of the way, 0..1; of an array of parts, an array."""
+    return path[0] + part * (path[1] - path[0])
+
+
+def eased(part: float) -> float:
+    """How far pose and expression are at a part, 0..1, of the clip: they start and stop softly."""
+    return part * part * (3 - 2 * part)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Light:
     """azimuth: degrees, first and last frame, 0 from the camera, positive from the viewer's right.

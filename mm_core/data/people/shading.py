@@ -11,7 +11,7 @@ from . import canvas
 from .geometry import EYE_RADIUS, EYE_X, EYE_Y, Material
 from .person import Person
 from .raster import Cutout, rasterize
-from .scene import ClipDescription
+from .scene import ClipDescription, at
 
 GAMMA = 2.2
 NECKLINES = {"T-shirt": (5.7, 0.2), "turtleneck": (6.0, 0.12)}
@@ -62,7 +62,7 @@ class Lamp:
 def lamp_at(clip: ClipDescription, part: float) -> Lamp:
     """The light part of the way, 0..1, through a clip."""
     light = clip.light
-    azimuth, elevation = np.radians([light.azimuth[0] + part * (light.azimuth[1] - light.azimuth[0]), light.elevation])
+    azimuth, elevation = np.radians([at(light.azimuth, part), light.elevation])
     direction = [np.sin(azimuth) * np.cos(elevation), np.sin(elevation), np.cos(azimuth) * np.cos(elevation)]
     return Lamp(
         direction=np.array(direction, np.float32),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...data.people.expressions import EXPRESSIONS, NEUTRAL
-from ...data.people.scene import PITCH_LIMIT, ROLL_LIMIT, YAW_LIMIT, ClipDescription
+from ...data.people.scene import PITCH_LIMIT, ROLL_LIMIT, YAW_LIMIT, ClipDescription, at, eased
 from ...data.people.shards import read_clips
 
 SHOWN = [name for name in EXPRESSIONS if name != NEUTRAL]
@@ -42,12 +42,12 @@ def scene_of(clip: ClipDescription) -> np.ndarray:
     """Each frame's pose, expression and light, and the colours and movements of all of it."""
     # (frames, SCENE) float32, about -1..1
     parts = np.linspace(0, 1, clip.frames)
-    moved = parts * parts * (3 - 2 * parts)  # as the renderer moves
+    moved = eased(parts)
     paths = [(clip.yaw, YAW_LIMIT), (clip.pitch, PITCH_LIMIT), (clip.roll, ROLL_LIMIT)]
-    columns = [(start + moved * (end - start)) / limit for (start, end), limit in paths]
+    columns = [at(path, moved) / limit for path, limit in paths]
     first, last = clip.expressions
     columns += [(first == name) * (1 - moved) + (last == name) * moved for name in SHOWN]
-    columns.append(np.interp(parts, (0, 1), clip.light.azimuth) / LIGHT_LIMIT)
+    columns.append(at(clip.light.azimuth, parts) / LIGHT_LIMIT)
     columns += [np.full(clip.frames, 2 * value - 1) for value in (*clip.clothes_colour, *clip.background_colour)]
     changes = [(clip.yaw, YAW_CHANGE), (clip.pitch, PITCH_CHANGE), (clip.roll, ROLL_CHANGE)]
     columns += [np.full(clip.frames, (end - start) / unit) for (start, end), unit in changes]
