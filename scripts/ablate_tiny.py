@@ -38,6 +38,7 @@ def main() -> None:
     args = _parse()
     recipe = Recipe(args.folder, environment.face_models(), {})
     scorer = Scorer(args.people)
+    out = args.folder / "ablations"
     for row in args.rows:
         trained = SAME.get(row, row)
         if trained in scorer.rows:
@@ -48,12 +49,13 @@ def main() -> None:
         encoder = Path(recipe.config.id_encoder)
         mirror = MagicMirror(base, adapter=adapter, id_encoder=encoder, device=torch.device("cpu"))
         score_generated(scorer, row, mirror, AdapterSettings(**ABLATIONS[row]), args.sampling_steps, args.guidance)
+        write_json(out / "ablations.json", scorer.report())
     report = scorer.report()
-    print(tables(report))
-    out = args.folder / "ablations"
     write_json(out / "ablations.json", report)
+    print(tables(report))
     curves = {row: curve(out / row / "image" / METRICS) for row in CURVES if row in scorer.rows}
-    plot(curves).save(out / "convergence.png")
+    if curves:
+        plot(curves).save(out / "convergence.png")
     print(out)
 
 
