@@ -61,7 +61,7 @@ def main() -> None:
 
 def train_row(config: TrainingConfig, row: str, args: argparse.Namespace) -> Path:
     """Both stages, or the second alone for G, which gets the first one's steps as well."""
-    image = _shortened(config.image, args.steps, args.steps // 10 if row in CURVES else 0)
+    image = _shortened(config.image, args.steps, max(1, args.steps // 8) if row in CURVES else 0)
     video = _shortened(config.video, args.steps // 2 + (args.steps if row == "G" else 0), 0)
     folder = args.folder / "ablations" / row
     config = replace(config, ablation=row, output=str(folder), image=image, video=video)
@@ -71,9 +71,11 @@ def train_row(config: TrainingConfig, row: str, args: argparse.Namespace) -> Pat
 
 
 def _shortened(stage: StageConfig, steps: int, validate_every: int) -> StageConfig:
-    """The identity loss begins as early in it as in the whole stage."""
-    start = stage.identity_start * steps // stage.loop.steps
-    loop = replace(stage.loop, steps=steps, validate_every=validate_every, save_every=max(1, steps // 5))
+    """The identity loss begins as early in it as in the whole stage, and the warm-up is as short."""
+    start, warmup = (whole * steps // stage.loop.steps for whole in (stage.identity_start, stage.loop.warmup_steps))
+    loop = replace(
+        stage.loop, steps=steps, warmup_steps=warmup, validate_every=validate_every, save_every=max(1, steps // 5)
+    )
     return replace(stage, identity_start=start, loop=loop)
 
 

@@ -169,6 +169,7 @@ class _Run:
         groups = parameter_groups(task.model, config.weight_decay)
         optimizer = OPTIMIZERS[config.optimizer](groups, lr=config.learning_rate, betas=config.betas)
         if config.compile:
+            torch.compiler.reset()  # what a run before this one compiled counts towards a limit
             part = getattr(task.model, "compiled", task.model)
             part.forward = compiled(part.forward)
         self.model, self.optimizer = self.accelerator.prepare(task.model, optimizer)
@@ -282,7 +283,8 @@ class _Run:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.model.train(False)
-            with self._averaged(), torch.no_grad():
+            # Clips have other shapes than batches: compiled for both, the model would reach the limit.
+            with self._averaged(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 values = self.task.validate(step, folder)
             self.model.train()
             self._write(step, {f"validation/{name}": value for name, value in values.items()})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..faces.analysis import FaceAnalyzer
+from ..faces.tracking import find_faces
 from ..files import write_json
 from ..memory import on_device
 from ..models.id_encoder import FaceFeatures
@@ -40,7 +41,7 @@ def validate_clips(task: AdapterTask, folder: Path) -> dict[str, float]:
         write_video(folder / f"{number:02d}.mp4", frames, task.base.limits.fps, format="mp4")
         target = reference["embedding"].numpy()
         for frame in (frames.numpy() * 255).round().astype(np.uint8):
-            faces = analyzer.detect(frame)
+            faces = find_faces(analyzer, frame)
             found.append(bool(faces))
             if faces:
                 face = max(faces, key=lambda face: face.size)
