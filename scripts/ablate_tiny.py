@@ -1,7 +1,8 @@
 """The paper's ablations (Tab. 3) on the small model, each trained anew, and convergence with and without CAN (Fig. 12).
 
 Every row runs both stages of tiny.yaml, shortened by --steps, on the base and features of a finished run of
-`python -m mm_core.training.small`, and is scored on held-out people as `score_tiny.py` does. Finished rows are kept.
+`python -m mm_core.training.small`, and is scored on held-out people as `score_tiny.py` does. Finished rows and their
+scores are kept: the same command goes on, and several processes may each take some --rows.
 """
 
 from __future__ import annotations
@@ -38,22 +39,22 @@ def main() -> None:
     args = _parse()
     recipe = Recipe(args.folder, environment.face_models(), {})
     scorer = Scorer(args.people)
-    out = args.folder / "ablations"
+    out, report = args.folder / "ablations", {}
     for row in args.rows:
         trained = SAME.get(row, row)
-        if trained in scorer.rows:
-            scorer.rows[row] = scorer.rows[trained]
-            continue
-        adapter = train_row(recipe.config, trained, args)
-        base = FolderBase(Path(recipe.config.base))
-        encoder = Path(recipe.config.id_encoder)
-        mirror = MagicMirror(base, adapter=adapter, id_encoder=encoder, device=torch.device("cpu"))
-        score_generated(scorer, row, mirror, AdapterSettings(**ABLATIONS[row]), args.sampling_steps, args.guidance)
-        write_json(out / "ablations.json", scorer.report())
-    report = scorer.report()
+        adapter = train_row(recipe.config, trained, args)  # refuses what was trained for other --steps
+        scores = out / trained / f"scores-{args.people}-people-{args.sampling_steps}-steps.json"
+        if not scores.is_file():
+            base = FolderBase(Path(recipe.config.base))
+            encoder = Path(recipe.config.id_encoder)
+            mirror = MagicMirror(base, adapter=adapter, id_encoder=encoder, device=torch.device("cpu"))
+            settings = AdapterSettings(**ABLATIONS[trained])
+            score_generated(scorer, trained, mirror, settings, args.sampling_steps, args.guidance)
+            write_json(scores, scorer.report()[trained])
+        report[row] = json.loads(scores.read_text(encoding="utf-8"))
     write_json(out / "ablations.json", report)
     print(tables(report))
-    curves = {row: curve(out / row / "image" / METRICS) for row in CURVES if row in scorer.rows}
+    curves = {row: curve(out / row / "image" / METRICS) for row in CURVES if row in report}
     if curves:
         plot(curves).save(out / "convergence.png")
     print(out)
