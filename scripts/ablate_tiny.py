@@ -62,7 +62,7 @@ def main() -> None:
 
 def train_row(config: TrainingConfig, row: str, args: argparse.Namespace) -> Path:
     """Both stages, or the second alone for G, which gets the first one's steps as well."""
-    image = _shortened(config.image, args.steps, max(1, args.steps // 8) if row in CURVES else 0)
+    image = _shortened(config.image, args.steps, max(1, args.steps // 5) if row in CURVES else 0)
     video = _shortened(config.video, args.steps // 2 + (args.steps if row == "G" else 0), 0)
     folder = args.folder / "ablations" / row
     config = replace(config, ablation=row, output=str(folder), image=image, video=video)
