@@ -43,7 +43,7 @@ def main() -> None:
     for row in args.rows:
         trained = SAME.get(row, row)
         adapter = train_row(recipe.config, trained, args)  # refuses what was trained for other --steps
-        scores = out / trained / f"scores-{args.people}-people-{args.sampling_steps}-steps.json"
+        scores = out / trained / f"scores-people{args.people}-steps{args.sampling_steps}-guidance{args.guidance:g}.json"
         if not scores.is_file():
             base = FolderBase(Path(recipe.config.base))
             encoder = Path(recipe.config.id_encoder)
