@@ -16,13 +16,12 @@ from ..models.adapter import MagicMirrorAdapter
 from ..pipelines.control import AdapterSettings
 from .arcface import DifferentiableArcFace
 from .config import ABLATIONS, TrainingConfig, adapter_config
-from .detector import DifferentiableDetector
 from .diffusion import add_noise, alphas_bar, rotary_embedding
 from .features import Features
 from .losses import TEMPORAL_COMPRESSION, face_area
 from .precompute import base_of
 from .randomness import generator_for, shuffled
-from .step import AdapterTraining, Judge
+from .step import AdapterTraining, IdentityJudge
 from .validation import validate_clips
 
 ADAPTER_FILE = "adapter.safetensors"
@@ -53,8 +52,7 @@ class AdapterTask:
             adapter,
             AdapterSettings(**ABLATIONS[config.ablation]),
             self.stage.identity_weight,
-            self.stage.pose_weight,
-            self._judge() if self._judges else None,
+            self._judge() if self.stage.identity_weight else None,
         )
         self.alphas_bar = alphas_bar(CogVideoXDDIMScheduler.from_config(pipe.scheduler.config))
         frames, _, height, width = self.features.sample(0)["latents"].shape
@@ -69,21 +67,11 @@ class AdapterTask:
         torch.manual_seed(self.stage.loop.seed)
         return MagicMirrorAdapter(adapter_config(self.config, self.base.name, self.base.transformer_config))
 
-    @property
-    def _judges(self) -> bool:
-        """Whether any loss looks at decoded frames."""
-        return bool(self.stage.identity_weight or self.stage.pose_weight)
-
-    def _judge(self) -> Judge:
+    def _judge(self) -> IdentityJudge:
         vae = self.pipe.vae.requires_grad_(False)
         if self.config.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
-        stage, config = self.stage, self.config
-        return Judge(
-            vae=vae,
-            recogniser=DifferentiableArcFace(recogniser_file(config)) if stage.identity_weight else None,
-            detector=DifferentiableDetector(detector_file(config)) if stage.pose_weight else None,
-        )
+        return IdentityJudge(vae=vae, recogniser=DifferentiableArcFace(recogniser_file(self.config)))
 
     def batch(self, samples: range) -> dict[str, Tensor]:
         drawn = [self._draw(sample) for sample in samples]
@@ -96,7 +84,7 @@ class AdapterTask:
         batch["noisy"] = add_noise(batch["clean"], batch["noise"], batch["alpha_bar"])
         if self.rotary is not None:
             batch["cos"], batch["sin"] = self.rotary
-        if self._judges:
+        if self.stage.identity_weight:
             batch |= self._judged(drawn, samples)
         return batch
 
@@ -144,25 +132,21 @@ class AdapterTask:
         return [self.features.reference(known[order[i % len(order)]]) for i in range(count + 1)]
 
     def _judged(self, drawn: list[dict[str, Tensor | bool]], samples: range) -> dict[str, Tensor]:
-        """The samples that a loss on decoded frames acts on."""
-        step = samples.start // self.stage.loop.batch_size
-        judges = {
-            row: by
-            for row, sample in enumerate(drawn)
-            if sample["keeps_identity"]
-            and any(by := [self.stage.judged_by(loss, int(sample["timestep"]), step) for loss in ("identity", "pose")])
-        }
-        chosen = [drawn[row] for row in judges]
-        by_identity, by_pose = torch.tensor(list(judges.values()), dtype=torch.bool).reshape(len(judges), 2).T
+        """The samples that the identity loss acts on."""
+        low, high = self.stage.identity_timesteps
+        started = samples.start // self.stage.loop.batch_size >= self.stage.identity_start
+        rows = [
+            row for row, sample in enumerate(drawn)
+            if started and sample["keeps_identity"] and low <= int(sample["timestep"]) < high
+        ]  # fmt: skip
+        chosen = [drawn[row] for row in rows]
         # A latent frame holds four frames, the first one only the first; decoded alone it shows the last it holds.
         landmarks = [s["landmarks"][(int(s["judged_frame"]) - self.padding) * TEMPORAL_COMPRESSION] for s in chosen]
         return {
-            "judged": torch.tensor(list(judges), dtype=torch.long),
+            "judged": torch.tensor(rows, dtype=torch.long),
             "judged_frame": torch.tensor([int(s["judged_frame"]) for s in chosen], dtype=torch.long),
             "landmarks": torch.stack(landmarks) if chosen else torch.zeros(0, 5, 2),
             "target": torch.stack([s["target"] for s in chosen]) if chosen else torch.zeros(0, 512),
-            "by_identity": by_identity,
-            "by_pose": by_pose,
         }
 
     def export(self, weights: Mapping[str, Tensor], path: Path, step: int) -> None:
@@ -188,19 +172,10 @@ _STACKED = ("clean", "noise", "timestep", "alpha_bar", "text", "slots", "has_tex
 
 def recogniser_file(config: TrainingConfig) -> Path:
     """The recognition network of the config's face pack."""
-    return _file_of_pack(config, "recogniser", "identity", ("w600k_*.onnx", "glintr*.onnx"))
-
-
-def detector_file(config: TrainingConfig) -> Path:
-    """The detection network of the config's face pack."""
-    return _file_of_pack(config, "detector", "pose", ("det_*.onnx", "scrfd_*.onnx"))
-
-
-def _file_of_pack(config: TrainingConfig, what: str, loss: str, patterns: tuple[str, ...]) -> Path:
     folder = Path(config.insightface_root).expanduser() / "models" / config.face_pack
-    found = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    found = sorted(path for pattern in ("w600k*.onnx", "glintr*.onnx") for path in folder.glob(pattern))
     if not found:
-        raise SettingError(f"{folder} holds no {what} ({', '.join(patterns)}): the {loss} loss needs one.")
+        raise SettingError(f"{folder} holds no recogniser (w600k_*.onnx, glintr*.onnx): the identity loss needs one.")
     return found[0]
 
 

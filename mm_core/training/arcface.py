@@ -7,14 +7,14 @@ torch computes them, so that the loss reaches the pixels of the generated frames
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
-from .onnx_network import load_network, shape_of
+from ..errors import CheckpointError, MagicMirrorError
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -51,11 +51,14 @@ class DifferentiableArcFace(nn.Module):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        instead = "w600k_r50.onnx of buffalo_l or glintr100.onnx of antelopev2"
-        self.network, model = load_network(path, "face recogniser", instead, _check_recogniser)
-        names = [node.name for node in model.graph.node[:FIRST_NODES]]
-        starts = [any(name.startswith(prefixes) for name in names) for prefixes in (SUBTRACTS, MULTIPLIES)]
-        self.mean, self.scale = (0.0, 1.0) if all(starts) else (PIXEL_MEAN, PIXEL_SCALE)
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise CheckpointError(
+                f"the face recogniser {path} is missing: give the recognition .onnx of an insightface pack, such as "
+                "w600k_r50.onnx of buffalo_l or glintr100.onnx of antelopev2, licensed for non-commercial research"
+            )
+        self.network, normalises_itself = _convert(path)
+        self.mean, self.scale = (0.0, 1.0) if normalises_itself else (PIXEL_MEAN, PIXEL_SCALE)
         self.requires_grad_(False).train(False)
 
     def train(self, mode: bool = True) -> DifferentiableArcFace:
@@ -130,14 +133,54 @@ def _similarity(points: Tensor, template: Tensor) -> tuple[Tensor, Tensor]:
     return turn, target - turn * centre[:, 0]
 
 
+def _convert(path: Path) -> tuple[nn.Module, bool]:
+    """The recogniser as a torch module, and whether it normalises pixels of 0..255 by itself."""
+    onnx, onnx2torch = _import_converter()
+    try:
+        model = onnx.load(str(path))
+    except Exception as error:  # protobuf's, onnx's and the system's errors share no base class
+        raise CheckpointError(
+            f"the face recogniser {path} cannot be read ({error}): download its pack again"
+        ) from error
+    _check_recogniser(model, path)
+    try:
+        network = onnx2torch.convert(model)
+    except NotImplementedError as error:
+        raise CheckpointError(
+            f"the face recogniser {path} holds an operation that onnx2torch cannot convert ({error}): use w600k_r50 of "
+            "buffalo_l or glintr100 of antelopev2"
+        ) from error
+    names = [node.name for node in model.graph.node[:FIRST_NODES]]
+    starts = [any(name.startswith(prefixes) for name in names) for prefixes in (SUBTRACTS, MULTIPLIES)]
+    return network, all(starts)
+
+
+def _import_converter() -> tuple[ModuleType, ModuleType]:
+    """The modules onnx and onnx2torch."""
+    try:
+        import onnx
+        import onnx2torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
+        raise MagicMirrorError(
+            f"the identity loss needs onnx2torch ({error}). Install it: python -m pip install onnx2torch. "
+            "It imports torchvision, which must be the release that belongs to the installed torch"
+        ) from error
+    return onnx, onnx2torch
+
+
 def _check_recogniser(model: ModelProto, path: Path) -> None:
     """Raise CheckpointError unless the network turns (B, 3, 112, 112) into (B, 512)."""
     weights = {tensor.name for tensor in model.graph.initializer}  # old files list these among the inputs
-    inputs = [shape_of(value) for value in model.graph.input if value.name not in weights]
-    outputs = [shape_of(value) for value in model.graph.output]
+    inputs = [_shape(value) for value in model.graph.input if value.name not in weights]
+    outputs = [_shape(value) for value in model.graph.output]
     wanted_in, wanted_out = [3, ALIGNED_SIZE, ALIGNED_SIZE], [EMBEDDING_SIZE]
     if [shape[1:] for shape in inputs] != [wanted_in] or [shape[1:] for shape in outputs] != [wanted_out]:
         raise CheckpointError(
             f"{path} is no ArcFace recogniser: it turns {inputs} into {outputs}, not (B, 3, {ALIGNED_SIZE}, "
             f"{ALIGNED_SIZE}) into (B, {EMBEDDING_SIZE}). Give the recognition file of a pack, such as w600k_r50.onnx"
         )
+
+
+def _shape(value: object) -> list[int | str]:
+    """Sizes of an ONNX input or output; a free size is given by its name."""
+    return [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]

@@ -46,10 +46,6 @@ class StageConfig:
     """Step from which on it acts."""
     identity_timesteps: tuple[int, int] = (0, 500)
     """Noise levels at which it acts, first included, last excluded: at high noise `x0` is a blur without a face."""
-    pose_weight: float = 0.0
-    """mu of the pose loss, which is not in the paper: how the head is held; 0 switches it off."""
-    pose_timesteps: tuple[int, int] = (0, 1000)
-    """Noise levels at which it acts."""
 
     def __post_init__(self) -> None:
         for name in ("text_dropout", "identity_dropout", "both_dropout", "face_area"):
@@ -59,21 +55,12 @@ class StageConfig:
             raise SettingError("text_dropout, identity_dropout and both_dropout together must be below 1.")
         if self.max_references < 1:
             raise SettingError(f"max_references is {self.max_references}; it must be 1 or more.")
-        for name in ("identity", "pose"):
-            weight, (low, high) = vars(self)[f"{name}_weight"], vars(self)[f"{name}_timesteps"]
-            if not weight >= 0:
-                raise SettingError(f"{name}_weight is {weight}; it must be 0 (off) or more.")
-            if not 0 <= low < high <= 1000:
-                raise SettingError(
-                    f"{name}_timesteps is {low}, {high}; it must be two numbers rising within 0 to 1000."
-                )
-            object.__setattr__(self, f"{name}_timesteps", (low, high))
-
-    def judged_by(self, loss: str, timestep: int, step: int) -> bool:
-        """Whether `identity` or `pose`, the losses on decoded frames, acts at a noise level, in a step of training."""
-        low, high = vars(self)[f"{loss}_timesteps"]
-        started = loss != "identity" or step >= self.identity_start
-        return bool(vars(self)[f"{loss}_weight"]) and started and low <= timestep < high
+        if not self.identity_weight >= 0:
+            raise SettingError(f"identity_weight is {self.identity_weight}; it must be 0 (off) or more.")
+        low, high = self.identity_timesteps
+        if not 0 <= low < high <= 1000:
+            raise SettingError(f"identity_timesteps is {low}, {high}; it must be two numbers rising within 0 to 1000.")
+        object.__setattr__(self, "identity_timesteps", (low, high))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,10 @@
-"""The parts of the training loss: that of the noise and that of the identity (paper, Sec. 3.4), and one of the pose.
+"""The two parts of the training loss: that of the noise, and that of the identity (paper, Sec. 3.4).
 
 Each is returned for each sample, so that the loop can log and average them. They are computed in float32 at least: at
 the lowest noise levels bfloat16 cannot tell them from none, and would drop the noise altogether.
 """
 
-# L = L_noise + lambda * (1 - cos(q_face, ArcFace(D(x0)))), and ours, off in the paper's recipe: + mu * L_pose(D(x0))
+# L = L_noise + lambda * (1 - cos(q_face, ArcFace(D(x0))))
 
 from __future__ import annotations
 
@@ -82,23 +82,6 @@ def identity_loss(frames: Tensor, landmarks: Tensor, target_embedding: Tensor, r
     embedding = recogniser(align_faces(frames, landmarks))  # (B, 512)
     target = target_embedding.to(embedding).expand_as(embedding)
     return 1 - F.cosine_similarity(embedding, target, dim=-1)
-
-
-def pose_loss(found: Tensor, landmarks: Tensor) -> Tensor:
-    """How differently faces are held, and mouths drawn, than they should be: (B,), from 0 to 1. Not in the paper.
-
-    The identity loss hardly sees how a head is held, since it aligns the face first, and outweighs the noise loss,
-    which does: it teaches the adapter to draw faces straight. This is the squared distance between landmarks, each
-    taken from their own centre, as a share of the squared distances from it: where the face is, is not judged.
-
-    Args:
-        found: (B, 5, 2), where a detector finds the landmarks in decoded frames. Gradients flow to them.
-        landmarks: (B, 5, 2), where they are in the training clip; constants.
-    """
-    wanted = landmarks - landmarks.mean(dim=1, keepdim=True)
-    error = found - found.mean(dim=1, keepdim=True) - wanted
-    loss = error.square().sum(dim=(1, 2)) / wanted.square().sum(dim=(1, 2))
-    return loss.clamp_max(1)  # farther off the detector saw something else than the face
 
 
 def face_area(boxes: Tensor, height: int, width: int, cell: int = SPATIAL_COMPRESSION) -> Tensor:

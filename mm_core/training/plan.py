@@ -135,7 +135,8 @@ def _stage(config: TrainingConfig, name: str, mfu: float) -> StagePlan:
     recomputed = work.forward if config.gradient_checkpointing else 0
     share, decoding = 0.0, 0
     if identity is not None:
-        share = _judged_share(stage)
+        low, high = stage.identity_timesteps
+        share = (high - low) / 1000 * max(0, loop.steps - stage.identity_start) / loop.steps
         decoding = identity.forward * (2 if config.gradient_checkpointing else 1) + identity.backward
     flops = loop.batch_size * (work.forward + work.backward + recomputed + share * decoding)
     return StagePlan(
@@ -166,21 +167,11 @@ def _work(models: Models, config: TrainingConfig, stage: StageConfig) -> tuple[D
     weights = [*models.transformer.parameters(), *models.transformer.buffers(), *models.adapter.parameters()]
     with step.fitting():
         work = measure(step.noise_loss, weights, models.transformer.transformer_blocks, precision)
-        if not (stage.identity_weight or stage.pose_weight):
+        if not stage.identity_weight:
             return step, work, None
         clean = step.predicted_clean().requires_grad_()
         blocks = [models.vae.decoder.mid_block, *models.vae.decoder.up_blocks]
         return step, work, measure(lambda: step.decode(clean), models.vae.parameters(), blocks, precision)
-
-
-def _judged_share(stage: StageConfig) -> float:
-    """Of all samples, those of which a frame is decoded: all noise levels are drawn alike."""
-    steps, start = stage.loop.steps, min(stage.identity_start, stage.loop.steps)
-    before, after = (
-        sum(any(stage.judged_by(loss, level, step) for loss in ("identity", "pose")) for level in range(1000)) / 1000
-        for step in (start - 1, start)
-    )
-    return (before * start + after * (steps - start)) / steps
 
 
 def _memory(

@@ -13,17 +13,15 @@ from ..models.diffusers_block import STATE, attach, face_state
 from ..pipelines.conditioning import ablate
 from ..pipelines.control import AdapterSettings
 from .arcface import DifferentiableArcFace
-from .detector import DifferentiableDetector
-from .losses import identity_loss, noise_loss, pose_loss, predict_clean
+from .losses import identity_loss, noise_loss, predict_clean
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judge:
-    """What the losses on decoded frames look through; None for a loss that is off."""
+class IdentityJudge:
+    """What the identity loss looks through; None in the model when the loss is off."""
 
     vae: AutoencoderKLCogVideoX
-    recogniser: DifferentiableArcFace | None
-    detector: DifferentiableDetector | None
+    recogniser: DifferentiableArcFace
 
 
 class AdapterTraining(nn.Module):
@@ -35,8 +33,7 @@ class AdapterTraining(nn.Module):
         adapter: MagicMirrorAdapter,
         settings: AdapterSettings,
         identity_weight: float = 0.0,
-        pose_weight: float = 0.0,
-        judge: Judge | None = None,
+        judge: IdentityJudge | None = None,
     ) -> None:
         super().__init__()
         self.transformer = transformer.requires_grad_(False)
@@ -44,7 +41,7 @@ class AdapterTraining(nn.Module):
         # Nobody reads the face stream after the last adapted block, so its second norm can never have a gradient.
         adapter.blocks[str(adapter.config.adapted_layers[-1])].face_norm2.requires_grad_(False)
         attach(self.transformer, adapter)
-        self.settings, self.weights = settings, {"identity": identity_weight, "pose": pose_weight}
+        self.settings, self.identity_weight = settings, identity_weight
         # Not a submodule: frozen, in its own dtype, and none of the trained model's state.
         self._judge = (judge,)
 
@@ -62,8 +59,8 @@ class AdapterTraining(nn.Module):
             id_tokens: (n, R, N, c) and structure_tokens: (n, R, S, clip) of R photos each.
             face_mask: (B, F, 1, H, W), ones where the whole frame counts; absent where it does for all samples.
             cos, sin: rotary positions, absent for a base without.
-            Of the m samples that a loss on decoded frames acts on: judged: (m,) rows; judged_frame: (m,) latent frame;
-            landmarks: (m, 5, 2) px; target: (m, 512) raw ArcFace of the reference; by_identity, by_pose: (m,) bool.
+            For the identity loss, of the m samples it acts on: judged: (m,) rows; judged_frame: (m,) latent frame;
+            landmarks: (m, 5, 2) px; target: (m, 512) raw ArcFace of the reference.
         """
         rows = len(batch["id_tokens"])
         text = batch["text"]
@@ -88,16 +85,12 @@ class AdapterTraining(nn.Module):
             "base_loss": torch.where(plain, noise.detach(), nothing),
             "timestep": batch["timestep"],
         }
-        if self._judge[0] is not None:
-            values |= {f"{name}_loss": nothing for name, weight in self.weights.items() if weight}
+        if self.identity_weight and self._judge[0] is not None:
+            values["identity_loss"] = nothing
             if len(batch["judged"]):
-                frames = self._decoded(prediction, batch)
-                for name, weight in self.weights.items():
-                    rows = batch[f"by_{name}"].nonzero()[:, 0]
-                    if weight and len(rows):
-                        own, samples = self._judged(name, frames[rows], batch, rows), batch["judged"][rows]
-                        values["loss"] = values["loss"].index_add(0, samples, weight * own)
-                        values[f"{name}_loss"] = nothing.index_copy(0, samples, own.detach())
+                identity = self._identity_loss(prediction, batch)
+                values["loss"] = noise.index_add(0, batch["judged"], self.identity_weight * identity)
+                values["identity_loss"] = nothing.index_copy(0, batch["judged"], identity.detach())
         if not values["loss"].requires_grad and torch.is_grad_enabled():
             # All samples dropped the identity: there is nothing to learn, but a backward pass wants a graph.
             values["loss"] = values["loss"] + 0 * sum(p.sum() for p in self.adapter.parameters() if p.requires_grad)
@@ -126,19 +119,13 @@ class AdapterTraining(nn.Module):
         state.factors = {layer: ablate(factors, settings) for layer, factors in state.factors.items()}
         return text, state
 
-    def _decoded(self, prediction: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """(m, 3, 8H, 8W): x0, one latent frame of it, through the VAE's decoder."""
-        judged = batch["judged"]
+    def _identity_loss(self, prediction: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """(m,), through x0, one latent frame of it, the VAE's decoder and ArcFace."""
+        judge, judged = self._judge[0], batch["judged"]
         clean = predict_clean(prediction[judged], batch["noisy"][judged], batch["alpha_bar"][judged])
         chosen = clean[torch.arange(len(judged), device=clean.device), batch["judged_frame"]]  # (m, C, H, W)
-        return decode_frame(self._judge[0].vae, chosen)
-
-    def _judged(self, loss: str, frames: Tensor, batch: dict[str, Tensor], rows: Tensor) -> Tensor:
-        """`identity` or `pose` of the decoded frames of some of the judged samples."""
-        judge, landmarks = self._judge[0], batch["landmarks"][rows]
-        if loss == "pose":
-            return pose_loss(judge.detector(frames, landmarks), landmarks)
-        return identity_loss(frames, landmarks, batch["target"][rows], judge.recogniser)
+        frames = decode_frame(judge.vae, chosen)
+        return identity_loss(frames, batch["landmarks"], batch["target"], judge.recogniser)
 
 
 def fuse_rows(text: Tensor, slots: Tensor, has_text: Tensor, id_tokens: Tensor, adapter: MagicMirrorAdapter) -> Tensor:

@@ -249,43 +249,6 @@ def test_identity_loss_acts_where_it_should(config: TrainingConfig, monkeypatch:
     values["loss"].mean().backward()
 
 
-class Found(nn.Module):
-    """Stands where the detector does: landmarks that move with the brightness of parts of the frame."""
-
-    def forward(self, frames: Tensor, near: Tensor) -> Tensor:
-        return near + nn.functional.adaptive_avg_pool2d(frames.mean(dim=1), (5, 2))
-
-
-def test_pose_loss_acts_beside_the_identity_loss(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each at its own noise levels; what one frame costs is the sum. Off, its detector is not even looked for."""
-    for name, network in (("recogniser", Judged()), ("detector", Found())):
-        monkeypatch.setattr(f"mm_core.training.adapter_task.{name}_file", lambda config: Path())
-        kind = {"recogniser": "DifferentiableArcFace", "detector": "DifferentiableDetector"}[name]
-        monkeypatch.setattr(f"mm_core.training.adapter_task.{kind}", lambda path, network=network: network)
-    both = with_stage(
-        config, identity_weight=0.5, identity_timesteps=(0, 600), pose_weight=20.0, pose_timesteps=(400, 900),
-        text_dropout=0.0, identity_dropout=0.2,
-    )  # fmt: skip
-    task = AdapterTask(both, "video")
-    batch = task.batch(range(24))
-    values = task.model(batch)
-    carries = torch.arange(24) >= 24 - len(batch["id_tokens"])
-    level = batch["timestep"]
-    assert torch.equal(values["identity_loss"].isfinite(), carries & (level < 600))
-    assert torch.equal(values["pose_loss"].isfinite(), carries & (level >= 400) & (level < 900))
-    noise = values["noise_loss"].nan_to_num(0) + values["base_loss"].nan_to_num(0)
-    judged = 0.5 * values["identity_loss"].nan_to_num(0) + 20 * values["pose_loss"].nan_to_num(0)
-    assert torch.allclose(values["loss"], noise + judged, atol=1e-5)
-    gradients = []
-    for weight in (0.0, 20.0):
-        task.model.weights["pose"] = weight
-        task.model.zero_grad()
-        task.model(batch)["loss"].mean().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in task.model.parameters() if p.grad is not None]))
-    assert not torch.allclose(*gradients)
-    assert AdapterTask(with_stage(both, pose_weight=0.0), "video").model._judge[0].detector is None
-
-
 def test_eight_clips_are_learnt_by_heart(config: TrainingConfig) -> None:
     """The clips are what another adapter makes of the same base and photos, so that the loss can fall to zero."""
     loop = replace(config.video.loop, steps=1000, batch_size=8, learning_rate=4e-3, log_every=50, save_every=1000)
@@ -318,8 +281,6 @@ def test_what_is_missing_is_said(config: TrainingConfig, tmp_path: Path, capsys:
         AdapterTask(with_stage(config, features=str(tmp_path / "none")), "video")
     with pytest.raises(SettingError, match="holds no recogniser"):
         AdapterTask(with_stage(replace(config, insightface_root=str(tmp_path)), identity_weight=0.1), "video")
-    with pytest.raises(SettingError, match=r"holds no detector .* the pose loss needs one"):
-        AdapterTask(with_stage(replace(config, insightface_root=str(tmp_path)), pose_weight=1.0), "video")
     (tmp_path / "bad.yaml").write_text("base: tiny\nbatch: 4\n", encoding="utf-8")
     assert main(["plan", "--config", str(tmp_path / "bad.yaml")]) == 2
     assert "unknown batch; missing height, image, output, video, width" in capsys.readouterr().err

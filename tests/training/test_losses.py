@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from mm_core.pipelines.presets import PRESETS
 from mm_core.training.arcface import align_faces
-from mm_core.training.losses import face_area, identity_loss, noise_loss, pose_loss, predict_clean
+from mm_core.training.losses import face_area, identity_loss, noise_loss, predict_clean
 
 SHAPE = (4, 3, 2, 6, 5)  # B, F, C, H, W
 LAST = 999
@@ -200,21 +199,6 @@ def test_descending_the_identity_loss_turns_a_face_into_another(recogniser, port
     assert losses[-1] < 0.5
     seen = recogniser(align_faces(frame.detach(), portrait.landmarks))
     assert F.cosine_similarity(seen, target) > F.cosine_similarity(seen, portrait.embedding)
-
-
-def turned(landmarks: Tensor, degrees: float) -> Tensor:
-    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    return landmarks @ torch.tensor([[c, s], [-s, c]])
-
-
-def test_pose_loss_is_how_far_landmarks_are_turned_and_not_where_they_are(portraits) -> None:
-    landmarks = torch.cat([portraits[name].landmarks for name in ("person_a_1", "person_b_1", "impostor_1")])
-    assert pose_loss(landmarks + torch.tensor([40.0, -7.0]), landmarks).max() < 1e-9
-    # A turn by an angle moves each point by 2 sin(angle / 2) of its distance to the centre.
-    for degrees in (5, 30):
-        expected = (2 * math.sin(math.radians(degrees) / 2)) ** 2
-        torch.testing.assert_close(pose_loss(turned(landmarks, degrees), landmarks), torch.full((3,), expected))
-    assert pose_loss(turned(landmarks, 180), landmarks).tolist() == [1, 1, 1]  # no face is drawn upside down
 
 
 def test_face_area_covers_every_cell_and_frame_the_face_touches() -> None:
