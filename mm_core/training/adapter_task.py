@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checkpoints.adapter_file import Trained, load_adapter, save_adapter
 from ..errors import SettingError
+from ..faces.analysis import FaceAnalyzer
 from ..models.adapter import MagicMirrorAdapter
 from ..pipelines.control import AdapterSettings
 from .arcface import DifferentiableArcFace
@@ -21,6 +22,7 @@ from .features import Features
 from .losses import TEMPORAL_COMPRESSION, face_area
 from .precompute import base_of
 from .randomness import generator_for, shuffled
+from .rollouts import Rollouts
 from .step import AdapterTraining, IdentityJudge
 from .validation import validate_clips
 
@@ -47,14 +49,21 @@ class AdapterTask:
         adapter = self._adapter(start)
         if config.gradient_checkpointing:
             pipe.transformer.enable_gradient_checkpointing()
+        scheduler = CogVideoXDDIMScheduler.from_config(pipe.scheduler.config)
+        self.alphas_bar = alphas_bar(scheduler)
+        # Clips in the making, which a resumed run needs; the loop saves what is called `state`.
+        self.state = None
+        if self.stage.sampling is not None:
+            start = self.stage.identity_start
+            self.state = Rollouts(self.stage.sampling, scheduler, self.stage.loop.batch_size, start)
         self.model = AdapterTraining(
             pipe.transformer,
             adapter,
             AdapterSettings(**ABLATIONS[config.ablation]),
             self.stage.identity_weight,
             self._judge() if self.stage.identity_weight else None,
+            self.state,
         )
-        self.alphas_bar = alphas_bar(CogVideoXDDIMScheduler.from_config(pipe.scheduler.config))
         frames, _, height, width = self.features.sample(0)["latents"].shape
         # CogVideoX 1.5 patches in time: a clip's first latent frame is repeated until they are whole.
         self.padding = -frames % (pipe.transformer.config.patch_size_t or 1)
@@ -71,7 +80,11 @@ class AdapterTask:
         vae = self.pipe.vae.requires_grad_(False)
         if self.config.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
-        return IdentityJudge(vae=vae, recogniser=DifferentiableArcFace(recogniser_file(self.config)))
+        recogniser = DifferentiableArcFace(recogniser_file(self.config))
+        detector = None
+        if self.stage.sampling is not None:
+            detector = FaceAnalyzer(Path(self.config.insightface_root).expanduser(), self.config.face_pack)
+        return IdentityJudge(vae=vae, recogniser=recogniser, detector=detector)
 
     def batch(self, samples: range) -> dict[str, Tensor]:
         drawn = [self._draw(sample) for sample in samples]
@@ -86,15 +99,47 @@ class AdapterTask:
             batch["cos"], batch["sin"] = self.rotary
         if self.stage.identity_weight:
             batch |= self._judged(drawn, samples)
+            if self.state is not None and self._identity_acts(samples):
+                batch["rollout"] = self._rollout(samples)
         return batch
 
-    def _draw(self, number: int) -> dict[str, Tensor | bool]:
-        """All that is random about a sample, from its number."""
+    def _rollout(self, samples: range) -> dict[str, Tensor]:
+        """The clips that are being sampled beside these samples; each keeps its prompt, and sees one photo."""
+        drawn, rollouts = [], self.state
+        low, high = self.stage.identity_timesteps
+        for number in samples:
+            sample = self._draw(rollouts.progress(number)[1], whole=True)
+            sample["timestep"] = timestep = rollouts.timestep(number)
+            sample["alpha_bar"] = self.alphas_bar[timestep]
+            latents = rollouts.latents(number)
+            if latents is None:
+                latents = add_noise(sample["clean"][None], sample["noise"][None], sample["alpha_bar"][None])[0]
+            sample["noisy"] = latents
+            generator = generator_for(self.stage.loop.seed, number, 2)
+            sample["judged_frame"] = torch.randint(self.padding, len(latents), (), generator=generator)
+            drawn.append(sample)
+        batch = {name: torch.stack([sample[name] for sample in drawn]) for name in _SAMPLED}
+        judged = [row for row, sample in enumerate(drawn) if low <= int(sample["timestep"]) < high]
+        if self.rotary is not None:
+            batch["cos"], batch["sin"] = self.rotary
+        return batch | {
+            "judged": torch.tensor(judged, dtype=torch.long),
+            "numbers": torch.tensor(list(samples)),
+            "negative": self.features.empty.float(),
+        }
+
+    def _identity_acts(self, samples: range) -> bool:
+        return samples.start // self.stage.loop.batch_size >= self.stage.identity_start
+
+    def _draw(self, number: int, whole: bool = False) -> dict[str, Tensor | bool]:
+        """All that is random about a sample, from its number. whole: nothing is dropped, and one photo is seen."""
         stage, generator = self.stage, generator_for(self.stage.loop.seed, number)
         row = self.training[shuffled(number, len(self.training), stage.loop.seed)]
         sample = self.features.sample(row)
         timestep = torch.randint(1000, (), generator=generator)
         dropped, area = torch.rand(2, generator=generator).tolist()
+        if whole:
+            dropped = 1.0
         no_text = dropped < stage.text_dropout + stage.both_dropout
         no_identity = stage.text_dropout <= dropped < stage.text_dropout + stage.both_dropout + stage.identity_dropout
         clean = self._padded(sample["latents"].float())
@@ -102,7 +147,7 @@ class AdapterTask:
         mask = torch.ones(frames, 1, height, width)
         if area < stage.face_area:
             mask = self._padded(face_area(sample["boxes"][None], height, width, self.cell)[0])
-        references = self._references(sample["references"], number, generator)
+        references = self._references(sample["references"], number, generator)[: 1 if whole else None]
         return {
             "clean": clean,
             "noise": torch.randn(clean.shape, generator=generator),
@@ -134,10 +179,10 @@ class AdapterTask:
     def _judged(self, drawn: list[dict[str, Tensor | bool]], samples: range) -> dict[str, Tensor]:
         """The samples that the identity loss acts on."""
         low, high = self.stage.identity_timesteps
-        started = samples.start // self.stage.loop.batch_size >= self.stage.identity_start
+        acts = self.state is None and self._identity_acts(samples)
         rows = [
             row for row, sample in enumerate(drawn)
-            if started and sample["keeps_identity"] and low <= int(sample["timestep"]) < high
+            if acts and sample["keeps_identity"] and low <= int(sample["timestep"]) < high
         ]  # fmt: skip
         chosen = [drawn[row] for row in rows]
         # A latent frame holds four frames, the first one only the first; decoded alone it shows the last it holds.
@@ -166,6 +211,10 @@ class AdapterTask:
         return validate_clips(self, folder)
 
 
+_SAMPLED = (
+    "noisy", "timestep", "alpha_bar", "text", "slots", "has_text", "id_tokens", "structure_tokens", "target",
+    "judged_frame",
+)  # fmt: skip
 # What every sample has; the rest depends on whether it keeps its identity.
 _STACKED = ("clean", "noise", "timestep", "alpha_bar", "text", "slots", "has_text", "face_mask")
 

@@ -19,6 +19,31 @@ from .loop import LoopConfig
 
 
 @dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the model samples the clips that its identity loss then judges: DDIM, as validation and inference do."""
+
+    clips: int
+    """In the making at a time, a multiple of `batch_size`; each step of training takes the next batch of them a step
+    further. Many: a clip that comes up again soon is learnt by heart."""
+    steps: int = 25
+    guidance: float = 6.0
+    """Of the classifier-free guidance; what is judged is the guided x0, which is what a user sees."""
+    motion_weight: float = 0.0
+    """Of the squared distance to the base's own prediction in what changes within a clip, the mean over frames left
+    out: identity does not change there. 0 saves that pass of the base."""
+
+    def __post_init__(self) -> None:
+        if self.clips < 1:
+            raise SettingError(f"sampling.clips is {self.clips}; it must be a multiple of batch_size.")
+        if not 1 <= self.steps <= 1000:
+            raise SettingError(f"sampling.steps is {self.steps}; it must be from 1 to 1000.")
+        if not self.guidance >= 1:
+            raise SettingError(f"sampling.guidance is {self.guidance}; it must be 1 (off) or more.")
+        if not self.motion_weight >= 0:
+            raise SettingError(f"sampling.motion_weight is {self.motion_weight}; it must be 0 (off) or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One of the two stages: `image`, single pictures, or `video` (paper Sec. 3.4)."""
 
@@ -46,6 +71,8 @@ class StageConfig:
     """Step from which on it acts."""
     identity_timesteps: tuple[int, int] = (0, 500)
     """Noise levels at which it acts, first included, last excluded: at high noise `x0` is a blur without a face."""
+    sampling: SamplingConfig | None = None
+    """Judge clips that the model samples itself, one beside each sample; None: the noised samples, as in the paper."""
 
     def __post_init__(self) -> None:
         for name in ("text_dropout", "identity_dropout", "both_dropout", "face_area"):
@@ -61,6 +88,12 @@ class StageConfig:
         if not 0 <= low < high <= 1000:
             raise SettingError(f"identity_timesteps is {low}, {high}; it must be two numbers rising within 0 to 1000.")
         object.__setattr__(self, "identity_timesteps", (low, high))
+        if self.sampling is not None and not self.identity_weight:
+            raise SettingError("sampling is for the identity loss: set identity_weight above 0, or leave sampling out.")
+        if self.sampling is not None and self.sampling.clips % self.loop.batch_size:
+            raise SettingError(
+                f"sampling.clips is {self.sampling.clips}; it must be a multiple of batch_size, {self.loop.batch_size}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

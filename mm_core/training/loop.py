@@ -124,6 +124,9 @@ class Task(Protocol):
     """Its `forward(batch)` returns per-sample values by name, (B,) each; the mean of `loss` is minimised. The ones with
     NaN for a sample are averaged over the others. Parameters that require gradients are trained, no others."""
 
+    state: Any | None
+    """Optional: what else a resumed run needs, with `state_dict` and `load_state_dict`."""
+
     def batch(self, samples: range) -> Any:
         """The samples with these numbers, as nested dicts and lists of tensors; the same whenever and by whom ever."""
 
@@ -177,6 +180,8 @@ class _Run:
         self.ema = EMAModel(self.parameters, decay=config.ema_decay) if config.ema_decay else None
         if self.ema is not None:
             self.accelerator.register_for_checkpointing(self.ema)
+        if getattr(task, "state", None) is not None:
+            self.accelerator.register_for_checkpointing(task.state)
         self.accelerator.register_save_state_pre_hook(self._save_trainable)
         self.accelerator.register_load_state_pre_hook(self._load_trainable)
         self.stopping = threading.Event()

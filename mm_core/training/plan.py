@@ -133,12 +133,16 @@ def _stage(config: TrainingConfig, name: str, mfu: float) -> StagePlan:
     models = build_models(config, loop.precision)
     step, work, identity = _work(models, config, stage)
     recomputed = work.forward if config.gradient_checkpointing else 0
-    share, decoding = 0.0, 0
+    share, decoding, sampled = 0.0, 0, 0.0
     if identity is not None:
         low, high = stage.identity_timesteps
-        share = (high - low) / 1000 * max(0, loop.steps - stage.identity_start) / loop.steps
+        acting = max(0, loop.steps - stage.identity_start) / loop.steps
+        share = (high - low) / 1000 * acting
         decoding = identity.forward * (2 if config.gradient_checkpointing else 1) + identity.backward
-    flops = loop.batch_size * (work.forward + work.backward + recomputed + share * decoding)
+        if stage.sampling is not None:  # guided, beside the base's own word if its motion counts
+            passes = 2 + bool(stage.sampling.motion_weight)
+            sampled = acting * (passes * work.forward + work.backward + recomputed)
+    flops = loop.batch_size * (work.forward + work.backward + recomputed + sampled + share * decoding)
     return StagePlan(
         frames=stage.frames,
         video_tokens=step.video_tokens,
@@ -184,6 +188,7 @@ def _memory(
     checkpointing: bool,
 ) -> Memory:
     micro = stage.loop.micro_batch or -(-stage.loop.batch_size // gpus)
+    clips = micro if stage.sampling is None else 2 * micro  # as many again that are being sampled
     shards = gpus if strategy == "FSDP" else 1
     trained = -(-_count(models.adapter) // shards)
     states, average = ADAM * trained, EMA * trained if stage.loop.ema_decay else 0
@@ -199,7 +204,7 @@ def _memory(
         "weight copies": work.weight_copies,
         # Two at a time: the one that computes and the one that comes next.
         "gathered weights": 2 * block if strategy == "offload" else 0,
-        "activations": micro * (work.saved_checkpointed if checkpointing else work.saved),
+        "activations": clips * (work.saved_checkpointed if checkpointing else work.saved),
         "identity loss": 0,
     }
     if strategy == "FSDP":  # gathered in low precision, unit by unit, so that there are no other copies

@@ -8,12 +8,15 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch import Tensor, nn
 
+from ..faces.analysis import FaceAnalyzer
+from ..faces.tracking import find_faces, follow
 from ..models.adapter import MagicMirrorAdapter
 from ..models.diffusers_block import STATE, attach, face_state
 from ..pipelines.conditioning import ablate
 from ..pipelines.control import AdapterSettings
 from .arcface import DifferentiableArcFace
 from .losses import identity_loss, noise_loss, predict_clean
+from .rollouts import Rollouts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,8 @@ class IdentityJudge:
 
     vae: AutoencoderKLCogVideoX
     recogniser: DifferentiableArcFace
+    detector: FaceAnalyzer | None = None
+    """Finds the landmarks in clips that the model samples itself; those of training clips are known."""
 
 
 class AdapterTraining(nn.Module):
@@ -34,6 +39,7 @@ class AdapterTraining(nn.Module):
         settings: AdapterSettings,
         identity_weight: float = 0.0,
         judge: IdentityJudge | None = None,
+        rollouts: Rollouts | None = None,
     ) -> None:
         super().__init__()
         self.transformer = transformer.requires_grad_(False)
@@ -44,6 +50,7 @@ class AdapterTraining(nn.Module):
         self.settings, self.identity_weight = settings, identity_weight
         # Not a submodule: frozen, in its own dtype, and none of the trained model's state.
         self._judge = (judge,)
+        self.rollouts = rollouts
 
     @property
     def compiled(self) -> nn.Module:
@@ -61,21 +68,15 @@ class AdapterTraining(nn.Module):
             cos, sin: rotary positions, absent for a base without.
             For the identity loss, of the m samples it acts on: judged: (m,) rows; judged_frame: (m,) latent frame;
             landmarks: (m, 5, 2) px; target: (m, 512) raw ArcFace of the reference.
+            rollout: B clips that the model samples itself, which it acts on instead: the same without clean, noise,
+            face_mask and landmarks, with numbers: (B,) of the samples beside them, negative: (1, T, Dtxt).
         """
         rows = len(batch["id_tokens"])
         text = batch["text"]
         state = None
         if rows:
             text, state = self._identity(batch, rows)
-        rotary = (batch["cos"], batch["sin"]) if "cos" in batch else None
-        prediction = self.transformer(
-            hidden_states=batch["noisy"].to(self.transformer.dtype),
-            encoder_hidden_states=text,
-            timestep=batch["timestep"],
-            image_rotary_emb=rotary,
-            attention_kwargs={} if state is None else {STATE: state},
-            return_dict=False,
-        )[0]
+        prediction = self._predict(batch, text, state)
         noise = noise_loss(prediction, batch["clean"], batch["noise"], batch["alpha_bar"], batch.get("face_mask"))
         plain = torch.arange(len(noise), device=noise.device) < len(noise) - rows
         nothing = torch.full_like(noise, torch.nan)
@@ -91,10 +92,59 @@ class AdapterTraining(nn.Module):
                 identity = self._identity_loss(prediction, batch)
                 values["loss"] = noise.index_add(0, batch["judged"], self.identity_weight * identity)
                 values["identity_loss"] = nothing.index_copy(0, batch["judged"], identity.detach())
+            if "rollout" in batch:
+                self._add_rollout(batch["rollout"], values)
         if not values["loss"].requires_grad and torch.is_grad_enabled():
             # All samples dropped the identity: there is nothing to learn, but a backward pass wants a graph.
             values["loss"] = values["loss"] + 0 * sum(p.sum() for p in self.adapter.parameters() if p.requires_grad)
         return values
+
+    def _predict(self, batch: dict[str, Tensor], text: Tensor, state: object) -> Tensor:
+        """v, (B, F, C, H, W)."""
+        return self.transformer(
+            hidden_states=batch["noisy"].to(self.transformer.dtype),
+            encoder_hidden_states=text,
+            timestep=batch["timestep"],
+            image_rotary_emb=(batch["cos"], batch["sin"]) if "cos" in batch else None,
+            attention_kwargs={} if state is None else {STATE: state},
+            return_dict=False,
+        )[0]
+
+    def _add_rollout(self, rollout: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+        """The losses of the clips that are being sampled, each of which then takes its step."""
+        config, noisy, rows = self.rollouts.config, rollout["noisy"], len(rollout["noisy"])
+        with torch.no_grad():
+            negative = self._predict(rollout, rollout["negative"].expand(rows, -1, -1), None)
+            plain = self._predict(rollout, rollout["text"], None) if config.motion_weight else None
+        prediction = self._predict(rollout, *self._identity(rollout, rows))
+        guided = negative + config.guidance * (prediction - negative)
+        if plain is not None:
+            change = prediction.float() - plain.float()
+            motion = (change - change.mean(dim=1, keepdim=True)).square().flatten(1).mean(dim=1)  # (B,)
+            values["loss"] = values["loss"] + config.motion_weight * motion
+            values["motion_loss"] = motion.detach()
+        judged, identity = self._identity_of_samples(guided, rollout)
+        if len(judged):
+            values["loss"] = values["loss"].index_add(0, judged, self.identity_weight * identity)
+            values["identity_loss"] = values["identity_loss"].index_copy(0, judged, identity.detach())
+        self.rollouts.advance(rollout["numbers"].tolist(), guided, noisy)
+
+    def _identity_of_samples(self, guided: Tensor, rollout: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The rows with a face among the judged ones, (k,), and their losses, (k,)."""
+        judge, judged = self._judge[0], rollout["judged"]
+        if not len(judged):
+            return judged, guided.new_zeros(0)
+        clean = predict_clean(guided[judged], rollout["noisy"][judged], rollout["alpha_bar"][judged])
+        chosen = clean[torch.arange(len(judged), device=clean.device), rollout["judged_frame"][judged]]
+        frames = decode_frame(judge.vae, chosen)  # (m, 3, 8H, 8W)
+        pictures = (frames.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        faces = [follow(find_faces(judge.detector, picture, recognise=False), None) for picture in pictures]
+        found = [row for row, face in enumerate(faces) if face is not None]
+        if not found:
+            return judged[:0], guided.new_zeros(0)
+        landmarks = torch.stack([torch.from_numpy(faces[row].landmarks) for row in found]).to(frames)
+        rows = judged[found]
+        return rows, identity_loss(frames[found], landmarks, rollout["target"][rows], judge.recogniser)
 
     def _identity(self, batch: dict[str, Tensor], rows: int) -> tuple[Tensor, object]:
         """The prompts with the fused word, and the state that carries the identity through the blocks."""

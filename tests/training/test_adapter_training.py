@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from feature_files import write_features
+from stand_ins import LinearView
 from tiny_models import ADAPTER_SIZES, save_tiny_folder
-from torch import Tensor, nn
+from torch import nn
 
 from mm_core.checkpoints.adapter_file import expected_tensors, load_adapter
 from mm_core.errors import CheckpointError, SettingError
@@ -219,18 +220,11 @@ def test_gradient_checkpointing_changes_nothing(config: TrainingConfig) -> None:
     assert all(torch.equal(tensor, gradients[1][name]) for name, tensor in gradients[0].items())
 
 
-class Judged(nn.Module):
-    """Stands where ArcFace does: a fixed linear view of the aligned face."""
-
-    def forward(self, faces: Tensor) -> Tensor:
-        return nn.functional.adaptive_avg_pool2d(faces, 13).flatten(1).repeat(1, 2)[:, :512]
-
-
 def test_identity_loss_acts_where_it_should(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """From its step on, at its noise levels, on samples with an identity; and it is free when it is off."""
     assert AdapterTask(config, "video").model._judge == (None,)
     monkeypatch.setattr("mm_core.training.adapter_task.recogniser_file", lambda config: Path())
-    monkeypatch.setattr("mm_core.training.adapter_task.DifferentiableArcFace", lambda path: Judged())
+    monkeypatch.setattr("mm_core.training.adapter_task.DifferentiableArcFace", lambda path: LinearView())
     config = with_stage(config, identity_weight=0.5, identity_start=1, identity_timesteps=(0, 600))
     config = with_stage(config, text_dropout=0.0, identity_dropout=0.3)
     task = AdapterTask(config, "video")

@@ -190,6 +190,15 @@ def test_the_identity_loss_is_counted_where_it_acts(small: Plan) -> None:
     assert off.memory[0].parts["frozen weights"] < video.memory[0].parts["frozen weights"]  # no VAE
 
 
+def test_sampled_clips_are_counted(small: Plan) -> None:
+    """The guided pass and the base's, the adapter's and its way back, beside what a noised sample costs."""
+    without = small.stages["video"]
+    sampled = plan(configured(**SMALL, video__sampling="{clips: 8, motion_weight: 1}")).stages["video"]
+    more = without.batch_size * (3 * without.forward_flops + without.backward_flops + without.recomputed_flops)
+    assert sampled.step_flops == pytest.approx(without.step_flops + more)
+    assert sampled.memory[0].parts["activations"] == 2 * without.memory[0].parts["activations"]
+
+
 def test_reports(small: Plan) -> None:
     """The text has every part's name, and JSON every number."""
     text, numbers = str(small), json.loads(small.to_json())
