@@ -1,7 +1,6 @@
 """The paper's ablations (Tab. 3) on the small model, each trained anew, and convergence with and without CAN (Fig. 12).
 
-Every row runs both stages of tiny.yaml, shortened by --steps and with the identity loss on noised samples, as the
-paper has it, on the base and features of a finished run of
+Every row runs both stages of tiny.yaml, shortened by --steps, on the base and features of a finished run of
 `python -m mm_core.training.small`, and is scored on held-out people as `score_tiny.py` does. Finished rows and their
 scores are kept: the same command goes on, and several processes may each take some --rows.
 """
@@ -32,8 +31,6 @@ from mm_core.training.runs import METRICS
 from mm_core.training.small.__main__ import Recipe
 
 CURVES = {"ours": ("with CAN", (31, 119, 180)), "C": ("without CAN", (214, 39, 40))}
-# Of the identity loss: part of the stage before it begins, noise levels. tiny.yaml's acts on clips the model samples.
-IDENTITY_WEIGHT, IDENTITY = 2.5, {"image": (1 / 6, (300, 800)), "video": (0.0, (350, 850))}
 SAME = {"F": "C"}  # the paper's two rows without any modulation: one training here
 WIDTH, HEIGHT, MARGIN = 640, 360, 40
 
@@ -65,8 +62,8 @@ def main() -> None:
 
 def train_row(config: TrainingConfig, row: str, args: argparse.Namespace) -> Path:
     """Both stages, or the second alone for G, which gets the first one's steps as well."""
-    image = _shortened(config, "image", args.steps, max(1, args.steps // 5) if row in CURVES else 0)
-    video = _shortened(config, "video", args.steps // 2 + (args.steps if row == "G" else 0), 0)
+    image = _shortened(config.image, args.steps, max(1, args.steps // 5) if row in CURVES else 0)
+    video = _shortened(config.video, args.steps // 2 + (args.steps if row == "G" else 0), 0)
     folder = args.folder / "ablations" / row
     config = replace(config, ablation=row, output=str(folder), image=image, video=video)
     if row != "G":
@@ -74,17 +71,13 @@ def train_row(config: TrainingConfig, row: str, args: argparse.Namespace) -> Pat
     return train_stage(config, "video")
 
 
-def _shortened(config: TrainingConfig, name: str, steps: int, validate_every: int) -> StageConfig:
-    """The warm-up is as short."""
-    stage, (start, timesteps) = config.stage(name), IDENTITY[name]
+def _shortened(stage: StageConfig, steps: int, validate_every: int) -> StageConfig:
+    """The identity loss begins as early in it as in the whole stage, and the warm-up is as short."""
+    start, warmup = (whole * steps // stage.loop.steps for whole in (stage.identity_start, stage.loop.warmup_steps))
     loop = replace(
-        stage.loop, steps=steps, warmup_steps=stage.loop.warmup_steps * steps // stage.loop.steps,
-        validate_every=validate_every, save_every=max(1, steps // 5),
-    )  # fmt: skip
-    return replace(
-        stage, loop=loop, sampling=None, identity_weight=IDENTITY_WEIGHT, identity_start=int(start * steps),
-        identity_timesteps=timesteps,
-    )  # fmt: skip
+        stage.loop, steps=steps, warmup_steps=warmup, validate_every=validate_every, save_every=max(1, steps // 5)
+    )
+    return replace(stage, identity_start=start, loop=loop)
 
 
 def curve(metrics: Path) -> list[tuple[int, float]]:
