@@ -53,9 +53,8 @@ class AdapterTask:
         self.alphas_bar = alphas_bar(scheduler)
         # Clips in the making, which a resumed run needs; the loop saves what is called `state`.
         self.state = None
-        if self.stage.sampling is not None:
-            start = self.stage.identity_start
-            self.state = Rollouts(self.stage.sampling, scheduler, self.stage.loop.batch_size, start)
+        if (sampling := self.stage.sampling) is not None:
+            self.state = Rollouts(sampling, scheduler, self.stage.loop.batch_size, self.stage.identity_start)
         self.model = AdapterTraining(
             pipe.transformer,
             adapter,
@@ -98,15 +97,15 @@ class AdapterTask:
         if self.rotary is not None:
             batch["cos"], batch["sin"] = self.rotary
         if self.stage.identity_weight:
-            batch |= self._judged(drawn, samples)
-            if self.state is not None and self._identity_acts(samples):
+            acts = samples.start // self.stage.loop.batch_size >= self.stage.identity_start
+            batch |= self._judged(drawn if acts and self.state is None else [])
+            if acts and self.state is not None:
                 batch["rollout"] = self._rollout(samples)
         return batch
 
     def _rollout(self, samples: range) -> dict[str, Tensor]:
         """The clips that are being sampled beside these samples; each keeps its prompt, and sees one photo."""
         drawn, rollouts = [], self.state
-        low, high = self.stage.identity_timesteps
         for number in samples:
             sample = self._draw(rollouts.progress(number)[1], whole=True)
             sample["timestep"] = timestep = rollouts.timestep(number)
@@ -119,17 +118,10 @@ class AdapterTask:
             sample["judged_frame"] = torch.randint(self.padding, len(latents), (), generator=generator)
             drawn.append(sample)
         batch = {name: torch.stack([sample[name] for sample in drawn]) for name in _SAMPLED}
-        judged = [row for row, sample in enumerate(drawn) if low <= int(sample["timestep"]) < high]
         if self.rotary is not None:
             batch["cos"], batch["sin"] = self.rotary
-        return batch | {
-            "judged": torch.tensor(judged, dtype=torch.long),
-            "numbers": torch.tensor(list(samples)),
-            "negative": self.features.empty.float(),
-        }
-
-    def _identity_acts(self, samples: range) -> bool:
-        return samples.start // self.stage.loop.batch_size >= self.stage.identity_start
+        own = {"numbers": torch.tensor(list(samples)), "negative": self.features.empty.float()}
+        return batch | self._judged(drawn) | own
 
     def _draw(self, number: int, whole: bool = False) -> dict[str, Tensor | bool]:
         """All that is random about a sample, from its number. whole: nothing is dropped, and one photo is seen."""
@@ -176,13 +168,12 @@ class AdapterTask:
         order = torch.randperm(len(known), generator=generator).tolist()
         return [self.features.reference(known[order[i % len(order)]]) for i in range(count + 1)]
 
-    def _judged(self, drawn: list[dict[str, Tensor | bool]], samples: range) -> dict[str, Tensor]:
-        """The samples that the identity loss acts on."""
+    def _judged(self, drawn: list[dict[str, Tensor | bool]]) -> dict[str, Tensor]:
+        """The samples that the identity loss acts on. Landmarks are the training clip's."""
         low, high = self.stage.identity_timesteps
-        acts = self.state is None and self._identity_acts(samples)
         rows = [
             row for row, sample in enumerate(drawn)
-            if acts and sample["keeps_identity"] and low <= int(sample["timestep"]) < high
+            if sample["keeps_identity"] and low <= int(sample["timestep"]) < high
         ]  # fmt: skip
         chosen = [drawn[row] for row in rows]
         # A latent frame holds four frames, the first one only the first; decoded alone it shows the last it holds.
@@ -212,8 +203,7 @@ class AdapterTask:
 
 
 _SAMPLED = (
-    "noisy", "timestep", "alpha_bar", "text", "slots", "has_text", "id_tokens", "structure_tokens", "target",
-    "judged_frame",
+    "noisy", "timestep", "alpha_bar", "text", "slots", "has_text", "id_tokens", "structure_tokens",
 )  # fmt: skip
 # What every sample has; the rest depends on whether it keeps its identity.
 _STACKED = ("clean", "noise", "timestep", "alpha_bar", "text", "slots", "has_text", "face_mask")

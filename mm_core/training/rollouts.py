@@ -60,7 +60,7 @@ class Rollouts:
     def state_dict(self) -> dict[str, Tensor]:
         """The latents of all processes, by place."""
         held = gather_object([(place, latents) for place, latents in sorted(self._latents.items())])
-        return {str(place): latents.clone() for place, latents in held}
+        return {str(place): latents for place, latents in held}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._latents = {int(place): latents for place, latents in state.items()}

@@ -68,8 +68,8 @@ class AdapterTraining(nn.Module):
             cos, sin: rotary positions, absent for a base without.
             For the identity loss, of the m samples it acts on: judged: (m,) rows; judged_frame: (m,) latent frame;
             landmarks: (m, 5, 2) px; target: (m, 512) raw ArcFace of the reference.
-            rollout: B clips that the model samples itself, which it acts on instead: the same without clean, noise,
-            face_mask and landmarks, with numbers: (B,) of the samples beside them, negative: (1, T, Dtxt).
+            rollout: B clips that the model samples itself, which it acts on instead: the same without clean, noise
+            and face_mask, with numbers: (B,) of the samples beside them, negative: (1, T, Dtxt).
         """
         rows = len(batch["id_tokens"])
         text = batch["text"]
@@ -134,17 +134,14 @@ class AdapterTraining(nn.Module):
         judge, judged = self._judge[0], rollout["judged"]
         if not len(judged):
             return judged, guided.new_zeros(0)
-        clean = predict_clean(guided[judged], rollout["noisy"][judged], rollout["alpha_bar"][judged])
-        chosen = clean[torch.arange(len(judged), device=clean.device), rollout["judged_frame"][judged]]
-        frames = decode_frame(judge.vae, chosen)  # (m, 3, 8H, 8W)
+        frames = self._judged_frames(guided, rollout)
         pictures = (frames.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         faces = [follow(find_faces(judge.detector, picture, recognise=False), None) for picture in pictures]
         found = [row for row, face in enumerate(faces) if face is not None]
         if not found:
             return judged[:0], guided.new_zeros(0)
         landmarks = torch.stack([torch.from_numpy(faces[row].landmarks) for row in found]).to(frames)
-        rows = judged[found]
-        return rows, identity_loss(frames[found], landmarks, rollout["target"][rows], judge.recogniser)
+        return judged[found], identity_loss(frames[found], landmarks, rollout["target"][found], judge.recogniser)
 
     def _identity(self, batch: dict[str, Tensor], rows: int) -> tuple[Tensor, object]:
         """The prompts with the fused word, and the state that carries the identity through the blocks."""
@@ -171,11 +168,15 @@ class AdapterTraining(nn.Module):
 
     def _identity_loss(self, prediction: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """(m,), through x0, one latent frame of it, the VAE's decoder and ArcFace."""
-        judge, judged = self._judge[0], batch["judged"]
+        frames = self._judged_frames(prediction, batch)
+        return identity_loss(frames, batch["landmarks"], batch["target"], self._judge[0].recogniser)
+
+    def _judged_frames(self, prediction: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The frame of each judged sample's x0 that is looked at: (m, 3, 8H, 8W)."""
+        judged = batch["judged"]
         clean = predict_clean(prediction[judged], batch["noisy"][judged], batch["alpha_bar"][judged])
         chosen = clean[torch.arange(len(judged), device=clean.device), batch["judged_frame"]]  # (m, C, H, W)
-        frames = decode_frame(judge.vae, chosen)
-        return identity_loss(frames, batch["landmarks"], batch["target"], judge.recogniser)
+        return decode_frame(self._judge[0].vae, chosen)
 
 
 def fuse_rows(text: Tensor, slots: Tensor, has_text: Tensor, id_tokens: Tensor, adapter: MagicMirrorAdapter) -> Tensor:

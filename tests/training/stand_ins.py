@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,7 +39,3 @@ def install(setattr: Callable[[str, object], None] | None = None) -> None:
         else:
             module, name = place.rsplit(".", 1)
             vars(importlib.import_module(module))[name] = stand_in
-
-
-def losses(metrics: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in metrics.read_text(encoding="utf-8").splitlines()]

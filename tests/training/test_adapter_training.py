@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from adapter_runs import losses, train_on_two_processes, with_stage
 from feature_files import write_features
 from stand_ins import LinearView
 from tiny_models import ADAPTER_SIZES, save_tiny_folder
@@ -25,7 +22,7 @@ from mm_core.training.adapter_task import ADAPTER_FILE, AdapterTask
 from mm_core.training.config import ABLATIONS, StageConfig, TrainingConfig
 from mm_core.training.loop import LoopConfig, train
 from mm_core.training.losses import noise_loss
-from mm_core.training.runs import METRICS, latest_checkpoint
+from mm_core.training.runs import latest_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,20 +53,12 @@ def config(base: Path, features: Path, tmp_path: Path) -> TrainingConfig:
     )
 
 
-def with_stage(config: TrainingConfig, stage: str = "video", **changes: object) -> TrainingConfig:
-    return replace(config, **{stage: replace(getattr(config, stage), **changes)})
-
-
 def hashes(modules: dict[str, nn.Module]) -> dict[str, str]:
     return {
         f"{part}.{name}": hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
         for part, module in modules.items()
         for name, tensor in module.state_dict().items()
     }
-
-
-def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
 def test_without_identity_the_loss_is_the_bases(config: TrainingConfig) -> None:
@@ -173,18 +162,7 @@ def test_two_processes_equal_one(config: TrainingConfig, tmp_path: Path) -> None
     """The same global batch on two processes: the same losses, also where a process has samples without identity."""
     config = with_stage(config, identity_dropout=0.4)
     train(AdapterTask(config, "video"), config.video.loop, tmp_path / "one")
-    script = tmp_path / "two.py"
-    script.write_text(
-        f"import sys; from pathlib import Path; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from mm_core.training.config import *; from mm_core.training.loop import *\n"
-        "from mm_core.training.adapter_task import AdapterTask\n"
-        f"config = {config!r}\n"
-        f"train(AdapterTask(config, 'video'), config.video.loop, Path({str(tmp_path / 'two')!r}))\n",
-        encoding="utf-8",
-    )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["--mixed_precision", "no", str(script)]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    train_on_two_processes(config, tmp_path / "two")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import stand_ins
 import torch
+from adapter_runs import losses, train_on_two_processes, with_stage
 from feature_files import PIXEL_FRAMES, write_features
 from tiny_models import ADAPTER_SIZES, save_tiny_folder
 from torch import Tensor, nn
@@ -24,9 +22,7 @@ from mm_core.pipelines.magic_mirror import ClipSettings
 from mm_core.training.adapter_task import AdapterTask
 from mm_core.training.config import SamplingConfig, StageConfig, TrainingConfig
 from mm_core.training.loop import LoopConfig, train
-from mm_core.training.runs import METRICS
 
-ROOT = Path(__file__).parents[2]
 STEPS, GUIDANCE, BATCH = 4, 3.0, 4
 
 
@@ -53,10 +49,6 @@ def config(base: Path, tmp_path: Path) -> TrainingConfig:
         base=str(base), output=str(tmp_path / "run"), width=48, height=32, adapter=ADAPTER_SIZES, image=image,
         video=stage,
     )  # fmt: skip
-
-
-def with_stage(config: TrainingConfig, **changes: object) -> TrainingConfig:
-    return replace(config, video=replace(config.video, **changes))
 
 
 def away_from_zero(task: AdapterTask) -> None:
@@ -171,27 +163,14 @@ def test_resume(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(MemoryError):
         train(killed, config.video.loop, cut)
     train(AdapterTask(config, "video"), config.video.loop, cut)
-    assert stand_ins.losses(cut / METRICS) == stand_ins.losses(whole / METRICS)
+    assert losses(cut) == losses(whole)
 
 
 def test_two_processes_equal_one(config: TrainingConfig, tmp_path: Path) -> None:
     """Each place's clip is made by the process that has the place, whichever; and a checkpoint has all of them."""
     train(AdapterTask(config, "video"), config.video.loop, tmp_path / "one")
-    script = tmp_path / "two.py"
-    script.write_text(
-        f"import sys; from pathlib import Path; sys.path[:0] = {[str(ROOT), str(Path(__file__).parent)]!r}\n"
-        "import stand_ins; stand_ins.install()\n"
-        "from mm_core.training.config import *; from mm_core.training.loop import *\n"
-        "from mm_core.training.adapter_task import AdapterTask\n"
-        f"config = {config!r}\n"
-        f"task = AdapterTask(config, 'video')\n"
-        f"train(task, config.video.loop, Path({str(tmp_path / 'two')!r}))\n",
-        encoding="utf-8",
-    )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["--mixed_precision", "no", str(script)]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    one, two = (stand_ins.losses(tmp_path / name / METRICS) for name in ("one", "two"))
+    train_on_two_processes(config, tmp_path / "two", "import stand_ins; stand_ins.install()")
+    one, two = (losses(tmp_path / name) for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-4)
     last = tmp_path / "two" / "checkpoints" / "step-00000006"
     states = [torch.load(path, weights_only=True) for path in last.glob("custom_checkpoint_*.pkl")]
