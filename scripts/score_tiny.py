@@ -26,7 +26,7 @@ from mm_core.data.people.render import render_clip
 from mm_core.data.people.scene import ClipDescription, sample_clip
 from mm_core.data.people.traits import HELD_OUT
 from mm_core.evaluation.metrics import largest_found, mean_found, motion_between
-from mm_core.evaluation.recognisers import all_judges, find_face
+from mm_core.evaluation.recognisers import DlibJudge, all_judges, find_face
 from mm_core.faces.analysis import FaceAnalyzer, estimate_pose
 from mm_core.faces.references import analyse_references
 from mm_core.files import write_json
@@ -38,8 +38,11 @@ REFERENCE_CLIP, CEILING_CLIP, PROMPT_CLIPS = 0, 1, (2, 3)
 REFERENCE_FRAME = 4
 GUIDANCE = 3.0  # as in the workflows of tiny
 CENTRING_PEOPLE = 50  # training people whose mean embedding is subtracted
-MOVED = 4.0  # degrees, estimated from five landmarks, that count as a movement
-WIDER = 1.03  # mouth over eye distance, last to first frame, that counts as a smile
+ENDS = 2  # frames at each end of a clip that are taken together: movements begin and end softly, landmarks tremble
+MOVED = 4.0  # degrees, estimated from five landmarks, that count as a turn or a tilt
+NODDED = 0.03  # of the way from chin to bridge, that the tip of the nose moves in a nod
+WIDER = 1.03  # mouth over eye distance, last to first, that counts as a smile
+CHIN, BRIDGE, NOSE = 8, 27, 30  # of dlib's 68 landmarks
 SMILES = ("smile", "grin")
 ASKED = ("turn", "nod", "tilt", "smile", "all")
 
@@ -108,6 +111,7 @@ class Scorer:
     def __init__(self, people: int) -> None:
         self.analyzer = FaceAnalyzer(environment.face_models(), "buffalo_sc", device="cpu")
         judges = self.judges = all_judges(self.analyzer)
+        self._dlib = next(judge for judge in judges if isinstance(judge, DlibJudge))
         self.people = range(HELD_OUT, HELD_OUT + people)
         self.rows: dict[str, Row] = {}
         centring = [self._of_person(seed, [REFERENCE_FRAME]) for seed in tqdm(range(CENTRING_PEOPLE), desc="centre")]
@@ -122,14 +126,15 @@ class Scorer:
         return {name: _unit(np.stack(e)) for name, e in self._embed(clip[frames])[0].items()}
 
     def _embed(self, frames: np.ndarray) -> tuple[dict[str, list[np.ndarray]], np.ndarray]:
-        """Embeddings of the frames with a face, by judge, and (F, 5, 2) landmarks in pixels, NaN without a face."""
+        """Embeddings of the frames with a face, by judge, and (F, 5 + 68, 2) landmarks in pixels, NaN without one."""
         embeddings: dict[str, list[np.ndarray]] = {judge.name: [] for judge in self.judges}
-        landmarks = np.full((len(frames), 5, 2), np.nan)
+        landmarks = np.full((len(frames), 5 + 68, 2), np.nan)
         for number, frame in enumerate(frames):
             seen = find_face(self.analyzer, frame)
             if seen is not None:
                 picture, face = seen
-                landmarks[number] = face.landmarks * (len(frame) / len(picture))
+                points = np.concatenate([face.landmarks, self._dlib.landmarks(picture, face)])
+                landmarks[number] = points * (len(frame) / len(picture))
                 for judge in self.judges:
                     embeddings[judge.name].append(judge.describe(picture, face))
         return embeddings, landmarks
@@ -149,7 +154,7 @@ class Scorer:
                     others = self.rows.setdefault("real, other people", Row())
                     wrong = others.cosines.setdefault(judge, [[] for _ in self.people])
                     wrong[person] += np.delete(cosines, person, axis=1).ravel().tolist()
-        row.motion.append(largest_found(motion_between(landmarks)) / len(frames[0]))
+        row.motion.append(largest_found(motion_between(landmarks[:, :5])) / len(frames[0]))
         if asked is not None:
             for what, done in followed(asked, landmarks):
                 row.followed.setdefault(what, []).append(done)
@@ -159,24 +164,38 @@ class Scorer:
 
 
 def followed(asked: ClipDescription, landmarks: np.ndarray) -> Iterator[tuple[str, bool]]:
-    """Whether the face did what the caption says, for each thing that five landmarks can tell."""
+    """Whether the face did what the caption says, for each thing that landmarks, (F, 5 + 68, 2), can tell."""
     seen = landmarks[~np.isnan(landmarks[:, 0, 0])]
     if len(seen) < 2:
-        first = last = np.full(3, np.nan)
-        wider = np.nan
-    else:
-        first, last = np.array(estimate_pose(seen[0])), np.array(estimate_pose(seen[-1]))
-        mouths = [np.linalg.norm(s[4] - s[3]) / np.linalg.norm(s[1] - s[0]) for s in (seen[0], seen[-1])]
-        wider = mouths[1] / mouths[0]
-    yaw, pitch, roll = last - first
-    for what, direction, positive, change in (
-        ("turn", turn(asked), "right", yaw), ("nod", nod(asked), "up", pitch), ("tilt", tilt(asked), "right", roll),
-    ):  # fmt: skip
+        seen = np.full((2, *landmarks.shape[1:]), np.nan)
+    ends = seen[:ENDS].mean(axis=0), seen[-ENDS:].mean(axis=0)
+    first, last = (np.array(pose_of(points)) for points in ends)
+    yaw, raised, roll, _ = last - first
+    for what, direction, positive, change, least in (
+        ("turn", turn(asked), "right", yaw, MOVED),
+        ("nod", nod(asked), "up", raised, NODDED),
+        ("tilt", tilt(asked), "right", roll, MOVED),
+    ):
         if direction:
-            yield what, bool(change > MOVED if direction == positive else change < -MOVED)
+            yield what, bool(change > least if direction == positive else change < -least)
     begin, end = asked.expressions
     if end in SMILES and begin not in SMILES and not turn(asked):  # a turned mouth looks narrower
-        yield "smile", bool(wider > WIDER)
+        yield "smile", bool(last[3] > WIDER * first[3])
+
+
+def pose_of(points: np.ndarray) -> tuple[float, float, float, float]:
+    """Yaw in degrees, how far up the nose is, roll in degrees, and the mouth's width, of (5 + 68, 2) landmarks.
+
+    Pitch would be the natural second, but five landmarks tell it badly at 64 px. The tip of a nose moves up between
+    chin, 0, and bridge, 1, when the head does.
+    """
+    five, outline = points[:5], points[5:]
+    if np.isnan(points).any():
+        return (np.nan,) * 4
+    yaw, _, roll = estimate_pose(five)
+    face = outline[BRIDGE] - outline[CHIN]
+    raised = (outline[NOSE] - outline[CHIN]) @ face / (face @ face)
+    return yaw, float(raised), roll, float(np.linalg.norm(five[4] - five[3]) / np.linalg.norm(five[1] - five[0]))
 
 
 @torch.no_grad()

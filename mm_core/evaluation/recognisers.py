@@ -100,10 +100,17 @@ class DlibJudge:
 
     def describe(self, picture: np.ndarray, face: Face) -> np.ndarray:
         picture = np.ascontiguousarray(picture)
-        box = self._dlib.rectangle(*(round(float(value)) for value in face.box))
-        shape = self._landmarks(picture, box)
         # It cuts out the aligned face, 150 px, itself.
-        return np.array(self._recogniser.compute_face_descriptor(picture, shape), np.float32)
+        descriptor = self._recogniser.compute_face_descriptor(picture, self._shape(picture, face))
+        return np.array(descriptor, np.float32)
+
+    def landmarks(self, picture: np.ndarray, face: Face) -> np.ndarray:
+        """(68, 2) pixels of what `find_face` returned, in the order of the iBUG 300-W annotations."""
+        parts = self._shape(np.ascontiguousarray(picture), face).parts()
+        return np.array([(point.x, point.y) for point in parts], float)
+
+    def _shape(self, picture: np.ndarray, face: Face) -> Any:
+        return self._landmarks(picture, self._dlib.rectangle(*(round(float(value)) for value in face.box)))
 
 
 class SFaceJudge:

@@ -60,6 +60,7 @@ class AdapterTask:
             adapter,
             AdapterSettings(**ABLATIONS[config.ablation]),
             self.stage.identity_weight,
+            self.stage.motion_weight,
             self._judge() if self.stage.identity_weight else None,
             self.state,
         )

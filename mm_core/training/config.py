@@ -28,9 +28,6 @@ class SamplingConfig:
     steps: int = 25
     guidance: float = 6.0
     """Of the classifier-free guidance; what is judged is the guided x0, which is what a user sees."""
-    motion_weight: float = 0.0
-    """Of the squared distance to the base's own prediction in what changes within a clip, the mean over frames left
-    out: identity does not change there. 0 saves that pass of the base."""
 
     def __post_init__(self) -> None:
         if self.clips < 1:
@@ -39,8 +36,6 @@ class SamplingConfig:
             raise SettingError(f"sampling.steps is {self.steps}; it must be from 1 to 1000.")
         if not self.guidance >= 1:
             raise SettingError(f"sampling.guidance is {self.guidance}; it must be 1 (off) or more.")
-        if not self.motion_weight >= 0:
-            raise SettingError(f"sampling.motion_weight is {self.motion_weight}; it must be 0 (off) or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +66,9 @@ class StageConfig:
     """Step from which on it acts."""
     identity_timesteps: tuple[int, int] = (0, 500)
     """Noise levels at which it acts, first included, last excluded: at high noise `x0` is a blur without a face."""
+    motion_weight: float = 0.0
+    """Of the share of a clip's motion that x0 has wrong, at all noise levels; in clips that the model samples itself,
+    of the motion that the base alone would give them. 0 is the paper's."""
     sampling: SamplingConfig | None = None
     """Judge clips that the model samples itself, one beside each sample; None: the noised samples, as in the paper."""
 
@@ -82,8 +80,9 @@ class StageConfig:
             raise SettingError("text_dropout, identity_dropout and both_dropout together must be below 1.")
         if self.max_references < 1:
             raise SettingError(f"max_references is {self.max_references}; it must be 1 or more.")
-        if not self.identity_weight >= 0:
-            raise SettingError(f"identity_weight is {self.identity_weight}; it must be 0 (off) or more.")
+        for name in ("identity_weight", "motion_weight"):
+            if not vars(self)[name] >= 0:
+                raise SettingError(f"{name} is {vars(self)[name]}; it must be 0 (off) or more.")
         low, high = self.identity_timesteps
         if not 0 <= low < high <= 1000:
             raise SettingError(f"identity_timesteps is {low}, {high}; it must be two numbers rising within 0 to 1000.")

@@ -140,7 +140,7 @@ def _stage(config: TrainingConfig, name: str, mfu: float) -> StagePlan:
         share = (high - low) / 1000 * acting
         decoding = identity.forward * (2 if config.gradient_checkpointing else 1) + identity.backward
         if stage.sampling is not None:  # guided, beside the base's own word if its motion counts
-            passes = 2 + bool(stage.sampling.motion_weight)
+            passes = 2 + bool(stage.motion_weight)
             sampled = acting * (passes * work.forward + work.backward + recomputed)
     flops = loop.batch_size * (work.forward + work.backward + recomputed + sampled + share * decoding)
     return StagePlan(

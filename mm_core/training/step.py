@@ -15,7 +15,7 @@ from ..models.diffusers_block import STATE, attach, face_state
 from ..pipelines.conditioning import ablate
 from ..pipelines.control import AdapterSettings
 from .arcface import DifferentiableArcFace
-from .losses import identity_loss, noise_loss, predict_clean
+from .losses import identity_loss, motion_loss, noise_loss, predict_clean
 from .rollouts import Rollouts
 
 
@@ -38,6 +38,7 @@ class AdapterTraining(nn.Module):
         adapter: MagicMirrorAdapter,
         settings: AdapterSettings,
         identity_weight: float = 0.0,
+        motion_weight: float = 0.0,
         judge: IdentityJudge | None = None,
         rollouts: Rollouts | None = None,
     ) -> None:
@@ -47,7 +48,7 @@ class AdapterTraining(nn.Module):
         # Nobody reads the face stream after the last adapted block, so its second norm can never have a gradient.
         adapter.blocks[str(adapter.config.adapted_layers[-1])].face_norm2.requires_grad_(False)
         attach(self.transformer, adapter)
-        self.settings, self.identity_weight = settings, identity_weight
+        self.settings, self.identity_weight, self.motion_weight = settings, identity_weight, motion_weight
         # Not a submodule: frozen, in its own dtype, and none of the trained model's state.
         self._judge = (judge,)
         self.rollouts = rollouts
@@ -86,11 +87,15 @@ class AdapterTraining(nn.Module):
             "base_loss": torch.where(plain, noise.detach(), nothing),
             "timestep": batch["timestep"],
         }
+        if self.motion_weight:
+            motion = motion_loss(predict_clean(prediction, batch["noisy"], batch["alpha_bar"]), batch["clean"])
+            values["loss"] = values["loss"] + self.motion_weight * motion
+            values["motion_loss"] = torch.where(plain, nothing, motion.detach())
         if self.identity_weight and self._judge[0] is not None:
             values["identity_loss"] = nothing
             if len(batch["judged"]):
                 identity = self._identity_loss(prediction, batch)
-                values["loss"] = noise.index_add(0, batch["judged"], self.identity_weight * identity)
+                values["loss"] = values["loss"].index_add(0, batch["judged"], self.identity_weight * identity)
                 values["identity_loss"] = nothing.index_copy(0, batch["judged"], identity.detach())
             if "rollout" in batch:
                 self._add_rollout(batch["rollout"], values)
@@ -115,14 +120,13 @@ class AdapterTraining(nn.Module):
         config, noisy, rows = self.rollouts.config, rollout["noisy"], len(rollout["noisy"])
         with torch.no_grad():
             negative = self._predict(rollout, rollout["negative"].expand(rows, -1, -1), None)
-            plain = self._predict(rollout, rollout["text"], None) if config.motion_weight else None
+            plain = self._predict(rollout, rollout["text"], None) if self.motion_weight else None
         prediction = self._predict(rollout, *self._identity(rollout, rows))
         guided = negative + config.guidance * (prediction - negative)
         if plain is not None:
-            change = prediction.float() - plain.float()
-            motion = (change - change.mean(dim=1, keepdim=True)).square().flatten(1).mean(dim=1)  # (B,)
-            values["loss"] = values["loss"] + config.motion_weight * motion
-            values["motion_loss"] = motion.detach()
+            motion = motion_loss(*(predict_clean(v, noisy, rollout["alpha_bar"]) for v in (prediction, plain)))
+            values["loss"] = values["loss"] + self.motion_weight * motion
+            values["sampled_motion_loss"] = motion.detach()
         judged, identity = self._identity_of_samples(guided, rollout)
         if len(judged):
             values["loss"] = values["loss"].index_add(0, judged, self.identity_weight * identity)

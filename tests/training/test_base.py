@@ -75,7 +75,8 @@ def test_a_step(clips: Clips, vae: AutoencoderKLCogVideoX, text: Path, tmp_path:
     task = BaseTask(clips.captions, Latents.encode(clips, vae, frames, tmp_path / "latents.pt"), vae, 0, text)
     assert torch.equal(task.batch(range(2))["noisy"], task.batch(range(2))["noisy"])
     values = task.model(task.batch(range(2)))
-    assert torch.allclose(values["loss"], values["noise_loss"] + values["scene_loss"])
+    assert torch.allclose(values["loss"], values["noise_loss"] + values["scene_loss"] + values["motion_loss"])
+    assert (values["motion_loss"] > 0).all() == (frames > 1)
     values["scene_loss"].mean().backward()
     reached = {name for name, parameter in task.model.named_parameters() if parameter.grad is not None}
     assert any(name.startswith("text_encoder") for name in reached)

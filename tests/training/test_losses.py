@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mm_core.pipelines.presets import PRESETS
 from mm_core.training.arcface import align_faces
-from mm_core.training.losses import face_area, identity_loss, noise_loss, predict_clean
+from mm_core.training.losses import STILLNESS, face_area, identity_loss, motion_loss, noise_loss, predict_clean
 
 SHAPE = (4, 3, 2, 6, 5)  # B, F, C, H, W
 LAST = 999
@@ -51,6 +51,25 @@ def test_noise_loss_has_cogvideoxs_gradient(scheduler) -> None:
     (ours,) = torch.autograd.grad(noise_loss(output, clean, noise, scheduler.alphas_cumprod[timesteps]).mean(), output)
     (theirs,) = torch.autograd.grad(cogvideox_loss(scheduler, output, clean, noise, timesteps).mean(), output)
     torch.testing.assert_close(ours, theirs)
+
+
+def test_motion_loss_is_the_share_that_is_wrong() -> None:
+    still, motion, other = randoms(3)
+    still = still.mean(dim=1, keepdim=True).expand_as(motion)
+    motion = motion - motion.mean(dim=1, keepdim=True)
+    clean = still + motion
+    share = motion.square().flatten(1).mean(dim=1)
+    share = share / (share + STILLNESS)
+    # Another person who moves alike costs nothing; one who stands still, all; one who moves the other way, four times.
+    moved = other.mean(dim=1, keepdim=True)
+    torch.testing.assert_close(motion_loss(moved + motion, clean), torch.zeros_like(share))
+    torch.testing.assert_close(motion_loss(moved.expand_as(clean), clean), share)
+    torch.testing.assert_close(motion_loss(moved - motion, clean), 4 * share)
+
+
+def test_single_pictures_have_no_motion() -> None:
+    first, second = randoms(2, shape=(4, 1, 2, 6, 5))
+    assert not motion_loss(first, second).any()
 
 
 def test_the_perfect_prediction_costs_nothing(scheduler) -> None:

@@ -193,7 +193,7 @@ def test_the_identity_loss_is_counted_where_it_acts(small: Plan) -> None:
 def test_sampled_clips_are_counted(small: Plan) -> None:
     """The guided pass and the base's, the adapter's and its way back, beside what a noised sample costs."""
     without = small.stages["video"]
-    sampled = plan(configured(**SMALL, video__sampling="{clips: 8, motion_weight: 1}")).stages["video"]
+    sampled = plan(configured(**SMALL, video__motion_weight="1", video__sampling="{clips: 8}")).stages["video"]
     more = without.batch_size * (3 * without.forward_flops + without.backward_flops + without.recomputed_flops)
     assert sampled.step_flops == pytest.approx(without.step_flops + more)
     assert sampled.memory[0].parts["activations"] == 2 * without.memory[0].parts["activations"]

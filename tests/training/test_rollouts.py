@@ -42,7 +42,7 @@ def config(base: Path, tmp_path: Path) -> TrainingConfig:
     loop = LoopConfig(steps=6, batch_size=BATCH, learning_rate=1e-3, ema_decay=0.0, log_every=1, save_every=2, keep=9)
     stage = StageConfig(
         data="", features=str(features), frames=9, loop=loop, identity_weight=0.5, identity_timesteps=(0, 900),
-        sampling=SamplingConfig(clips=BATCH, steps=STEPS, guidance=GUIDANCE, motion_weight=1.0),
+        motion_weight=0.25, sampling=SamplingConfig(clips=BATCH, steps=STEPS, guidance=GUIDANCE),
     )  # fmt: skip
     image = replace(stage, frames=1, sampling=None)
     return TrainingConfig(
@@ -123,15 +123,17 @@ def test_losses_act_where_they_should(config: TrainingConfig) -> None:
     task = AdapterTask(with_stage(config, identity_start=1, text_dropout=0.0, identity_dropout=0.0), "video")
     away_from_zero(task)
     before = step(task, 0)
-    assert torch.equal(before["loss"], before["noise_loss"]) and not before["identity_loss"].isfinite().any()
+    noised = before["noise_loss"] + 0.25 * before["motion_loss"]
+    assert torch.equal(before["loss"], noised) and not before["identity_loss"].isfinite().any()
     batch = task.batch(range(BATCH, 2 * BATCH))
     assert len(batch["judged"]) == 0
     judged = batch["rollout"]["timestep"] < 900
     assert 0 < judged.sum() < BATCH
     values = task.model(batch)
     assert torch.equal(values["identity_loss"].isfinite(), judged)
-    assert (values["motion_loss"] > 0).all()
-    added = values["motion_loss"] + 0.5 * values["identity_loss"].nan_to_num(0)
+    assert (values["sampled_motion_loss"] > 0).all()
+    motion = values["motion_loss"] + values["sampled_motion_loss"]
+    added = 0.25 * motion + 0.5 * values["identity_loss"].nan_to_num(0)
     assert torch.allclose(values["loss"], values["noise_loss"] + added)
     task.model.zero_grad()
     (values["loss"] - values["loss"].detach()).sum().backward()
@@ -143,7 +145,8 @@ def test_a_clip_without_a_face_is_not_judged(config: TrainingConfig, monkeypatch
     task = AdapterTask(with_stage(config, text_dropout=0.0, identity_dropout=0.0), "video")
     values = step(task, 0)
     assert not values["identity_loss"].isfinite().any()
-    assert torch.allclose(values["loss"], values["noise_loss"] + values["motion_loss"])
+    motion = values["motion_loss"] + values["sampled_motion_loss"]
+    assert torch.allclose(values["loss"], values["noise_loss"] + 0.25 * motion)
 
 
 def test_resume(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +186,6 @@ def test_two_processes_equal_one(config: TrainingConfig, tmp_path: Path) -> None
         (dict(clips=0), r"sampling.clips is 0; it must be a multiple of batch_size"),
         (dict(steps=0), r"sampling.steps is 0; it must be from 1 to 1000"),
         (dict(guidance=0.5), r"sampling.guidance is 0.5; it must be 1 \(off\) or more"),
-        (dict(motion_weight=-1.0), r"sampling.motion_weight is -1.0; it must be 0"),
     ],
 )
 def test_wrong_settings(changes: dict[str, float], message: str) -> None:

@@ -3,6 +3,7 @@
 It never sees who is in a clip. Trained on single pictures first, then on clips. What the words say of pose and
 expression hardly changes the noise loss, which alone had not taught "left" from "right" in 9,000 steps. So the hidden
 states are also asked for the scene, which the renderer knows; the map that reads it off them is thrown away.
+Nor does that loss mind much whether a clip moves, so its motion is judged once more, by the share that is wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ...files import whole_file, whole_folder
 from ...pipelines import tiny
 from ...pipelines.prompt import without_trigger
 from ..diffusion import add_noise, alphas_bar, rotary_embedding
-from ..losses import noise_loss
+from ..losses import motion_loss, noise_loss, predict_clean
 from ..randomness import generator_for, shuffled
 from .clips import SCENE, Clips, of_latents, to_unit
 from .text import DOUBLED, export_part, tokens
@@ -31,6 +32,7 @@ TEXT_DROPOUT = 0.1  # guidance needs a model of clips without a caption
 PICTURES = 2  # of each clip, for the first phase
 CHUNK = 32
 SCENE_WEIGHT = 1.0
+MOTION_WEIGHT = 1.0
 SCENE_BLOCK = 3  # after this block the video's tokens should know the scene; the later ones draw it
 
 
@@ -88,9 +90,10 @@ class _TextToVideo(nn.Module):
         told = self.scene(self.hidden).unflatten(1, (batch["scene"].shape[1], -1))  # (B, F', tokens, SCENE)
         scene = (told - batch["scene"][:, :, None]).square().mean((1, 2, 3))
         self.hidden = None
+        motion = motion_loss(predict_clean(prediction, batch["noisy"], batch["alpha_bar"]), batch["clean"])
         return {
-            "loss": noise + SCENE_WEIGHT * scene, "noise_loss": noise, "scene_loss": scene,
-            "timestep": batch["timestep"],
+            "loss": noise + SCENE_WEIGHT * scene + MOTION_WEIGHT * motion, "noise_loss": noise,
+            "scene_loss": scene, "motion_loss": motion, "timestep": batch["timestep"],
         }  # fmt: skip
 
 
