@@ -193,6 +193,12 @@ def test_wrong_settings(changes: dict[str, float], message: str) -> None:
         SamplingConfig(**dict(clips=4) | changes)
 
 
+@pytest.mark.parametrize("name", ["motion_weight", "identity_weight"])
+def test_weights_are_not_negative(config: TrainingConfig, name: str) -> None:
+    with pytest.raises(SettingError, match=rf"{name} is -1.0; it must be 0 \(off\) or more"):
+        with_stage(config, **{name: -1.0})
+
+
 def test_sampling_wants_an_identity_loss(config: TrainingConfig) -> None:
     with pytest.raises(SettingError, match="set identity_weight above 0"):
         with_stage(config, identity_weight=0.0)
