@@ -105,7 +105,7 @@ class DlibJudge:
         return np.array(descriptor, np.float32)
 
     def landmarks(self, picture: np.ndarray, face: Face) -> np.ndarray:
-        """(68, 2) pixels of what `find_face` returned, in the order of the iBUG 300-W annotations."""
+        """(68, 2), in pixels of the picture in which the face was found."""
         parts = self._shape(np.ascontiguousarray(picture), face).parts()
         return np.array([(point.x, point.y) for point in parts], float)
 
