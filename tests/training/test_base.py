@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 
 from mm_core.data.people.scene import sample_clip
+from mm_core.errors import SettingError
 from mm_core.pipelines import tiny
+from mm_core.training.diffusion import add_noise
 from mm_core.training.loop import LoopConfig, train
-from mm_core.training.small.base import BaseTask, Latents
-from mm_core.training.small.clips import SCENE, SHOWN, Clips, scene_of
+from mm_core.training.small.base import BaseTask, Latents, mislead
+from mm_core.training.small.clips import SCENE, SHOWN, Clips, repeats_of, scene_of
 from mm_core.training.small.text import TextTask
 
 CAPTION = "A man img turns left, in a red T-shirt, before a green wall."
@@ -40,6 +43,7 @@ def clips() -> Clips:
         persons=np.arange(3),
         captions=[CAPTION] * 3,
         scenes=np.stack([scene_of(sample_clip(seed, 0)) for seed in range(3)]),
+        repeats=np.array([1, 2, 1]),
     )
 
 
@@ -91,3 +95,55 @@ def test_latents_know_the_scene_of_their_frames(clips: Clips, vae: AutoencoderKL
     assert scenes.shape == (3, 3, SCENE)
     assert np.allclose(scenes[:, 0], clips.scenes[:, 0])
     assert np.allclose(scenes[:, 2], clips.scenes[:, 5:9].mean(1), atol=1e-6)
+
+
+def test_latents_of_other_clips_are_not_used(clips: Clips, vae: AutoencoderKLCogVideoX, tmp_path: Path) -> None:
+    Latents.encode(clips, vae, 9, tmp_path / "clips.pt")
+    fewer = replace(clips, frames=clips.frames[:2], captions=clips.captions[:2], scenes=clips.scenes[:2])
+    with pytest.raises(SettingError, match="holds 3 latents, not 2: delete it"):
+        Latents.encode(fewer, vae, 9, tmp_path / "clips.pt")
+
+
+def test_misled_clips_lack_their_motion_and_lead_to_the_clean_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(4, 3, 2, 4, 4, generator=generator) for _ in range(2))
+    alpha_bar = torch.tensor([0.0, 0.1, 0.5, 0.9], dtype=torch.float64)
+    signal, rest = (values.float().view(-1, 1, 1, 1, 1) for values in (alpha_bar.sqrt(), (1 - alpha_bar).sqrt()))
+    noisy = add_noise(clean, noise, alpha_bar)
+    still = clean.mean(dim=1, keepdim=True)
+    for share in (1.0, 0.0, -0.2):
+        misled, between = mislead(noisy, clean, alpha_bar, torch.full((4,), share))
+        assert misled.dtype == between.dtype == torch.float32
+        assert torch.allclose(misled, signal * (still + share * (clean - still)) + rest * noise, atol=1e-5)
+        assert torch.allclose(misled, signal * clean + rest * between, atol=1e-5)
+
+
+def test_half_of_the_noisy_clips_are_misled(vae: AutoencoderKLCogVideoX, text: Path) -> None:
+    latents = Latents(
+        values=torch.randn(3, 3, 16, 16, 16, generator=torch.Generator().manual_seed(0)).half(),
+        clip=np.arange(3),
+        scenes=np.zeros((3, 3, SCENE), np.float32),
+        repeats=np.ones(3, int),
+    )
+    batch = BaseTask([CAPTION] * 3, latents, vae, 0, text).batch(range(200))
+    motion = batch["clean"] - batch["clean"].mean(dim=1, keepdim=True)
+    snr = (batch["alpha_bar"] / (1 - batch["alpha_bar"])).sqrt()
+    left = 1 + ((batch["noise"] * motion).flatten(1).sum(1) / motion.square().flatten(1).sum(1)) / snr
+    assert ((left - 1).abs() < 0.1)[(batch["timestep"] > 200) & (batch["timestep"] < 400)].all()
+    left = left[(batch["timestep"] >= 400) & (batch["timestep"] < 700)]
+    assert 0.3 < (left < 0.8).float().mean() < 0.6 and left.min() > -0.4
+    assert torch.allclose(batch["noisy"], add_noise(batch["clean"], batch["noise"], batch["alpha_bar"]), atol=1e-4)
+
+
+def test_small_movements_are_shown_more_often(
+    clips: Clips, vae: AutoencoderKLCogVideoX, text: Path, tmp_path: Path
+) -> None:
+    still = replace(sample_clip(0, 0), pitch=(0.0, 0.0), roll=(0.0, 0.0), expressions=("neutral", "neutral"))
+    assert repeats_of(still) == 1
+    assert repeats_of(replace(still, pitch=(5.0, -5.0))) == repeats_of(replace(still, roll=(-4.0, 4.0))) == 2
+    assert repeats_of(replace(still, expressions=("neutral", "smile"))) == 3
+    assert repeats_of(replace(still, expressions=("grin", "smile"))) == 1
+    task = BaseTask(clips.captions, Latents.encode(clips, vae, 9, tmp_path / "latents.pt"), vae, 0, text)
+    scenes = task.batch(range(4))["scene"]  # once through all
+    counts = [sum(torch.equal(torch.from_numpy(task.latents.scenes[clip]), one) for one in scenes) for clip in range(3)]
+    assert counts == [1, 2, 1]

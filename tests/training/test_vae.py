@@ -41,6 +41,7 @@ def test_a_step(recogniser: DifferentiableArcFace, frames: int) -> None:
         persons=np.arange(4),
         captions=[""] * 4,
         scenes=np.zeros((4, 9, SCENE), np.float32),
+        repeats=np.ones(4, int),
     )
     task = VAETask(clips, frames, recogniser, 0)
     first, again = task.batch(range(3, 5)), task.batch(range(3, 5))

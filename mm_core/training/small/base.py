@@ -3,7 +3,8 @@
 It never sees who is in a clip. Trained on single pictures first, then on clips. What the words say of pose and
 expression hardly changes the noise loss, which alone had not taught "left" from "right" in 9,000 steps. So the hidden
 states are also asked for the scene, which the renderer knows; the map that reads it off them is thrown away.
-Nor does that loss mind much whether a clip moves, so its motion is judged once more, by the share that is wrong.
+Nor does that loss mind much whether a clip moves, so its motion is judged once more, by the share that is wrong; and
+some noisy clips move less than the true one or the other way, since those that the model itself samples do.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXP
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
+from ...errors import SettingError
 from ...files import whole_file, whole_folder
 from ...pipelines import tiny
 from ...pipelines.prompt import without_trigger
@@ -33,16 +35,22 @@ PICTURES = 2  # of each clip, for the first phase
 CHUNK = 32
 SCENE_WEIGHT = 1.0
 MOTION_WEIGHT = 1.0
+EYES_AND_MOUTH = ((slice(2, 7), slice(3, 13)), (slice(7, 12), slice(4, 12)))  # rows and columns of a latent's 16
+PART_WEIGHT = 0.5
+MISLED = 0.5  # of the samples at these noise levels
+MISLED_FROM = 400
+MOTION_LEFT = (-0.2, 1.0)
 SCENE_BLOCK = 3  # after this block the video's tokens should know the scene; the later ones draw it
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Latents:
-    """(N, F', C, H', W') float16, times the scaling factor, and for each which clip it is of and its (F', SCENE)."""
+    """What the transformer draws, of N clips or single pictures of them, and what of each clip goes with it."""
 
-    values: Tensor
-    clip: np.ndarray
-    scenes: np.ndarray
+    values: Tensor  # (N, F', C, H', W') float16, times the scaling factor
+    clip: np.ndarray  # (N,) its number
+    scenes: np.ndarray  # (N, F', SCENE)
+    repeats: np.ndarray  # (N,)
 
     @classmethod
     @torch.no_grad()
@@ -61,8 +69,10 @@ class Latents:
             with whole_file(cache) as temporary:
                 torch.save({"values": torch.cat(parts), "clip": torch.from_numpy(rows)}, temporary)
         content = torch.load(cache, weights_only=True)
+        if len(content["values"]) != len(rows):
+            raise SettingError(f"{cache} holds {len(content['values'])} latents, not {len(rows)}: delete it.")
         scenes = [of_latents(clips.scenes[row, first : first + frames]) for row, first in zip(rows, start)]
-        return cls(values=content["values"], clip=content["clip"].numpy(), scenes=np.array(scenes))
+        return cls(values=content["values"], clip=rows, scenes=np.array(scenes), repeats=clips.repeats[rows])
 
 
 class _TextToVideo(nn.Module):
@@ -90,11 +100,28 @@ class _TextToVideo(nn.Module):
         told = self.scene(self.hidden).unflatten(1, (batch["scene"].shape[1], -1))  # (B, F', tokens, SCENE)
         scene = (told - batch["scene"][:, :, None]).square().mean((1, 2, 3))
         self.hidden = None
-        motion = motion_loss(predict_clean(prediction, batch["noisy"], batch["alpha_bar"]), batch["clean"])
+        x0, clean = predict_clean(prediction, batch["noisy"], batch["alpha_bar"]), batch["clean"]
+        parts = [motion_loss(x0[..., rows, columns], clean[..., rows, columns]) for rows, columns in EYES_AND_MOUTH]
+        motion = motion_loss(x0, clean) + PART_WEIGHT * sum(parts)
         return {
             "loss": noise + SCENE_WEIGHT * scene + MOTION_WEIGHT * motion, "noise_loss": noise,
             "scene_loss": scene, "motion_loss": motion, "timestep": batch["timestep"],
         }  # fmt: skip
+
+
+def mislead(noisy: Tensor, clean: Tensor, alpha_bar: Tensor, motion_left: Tensor) -> tuple[Tensor, Tensor]:
+    """Give noisy clips only a share of the clean ones' motion: those, and the noise that then makes them of the clean.
+
+    What the model samples itself moves too little, which no noised clip does: so it had learnt to believe the noisy
+    clip rather than the caption, and never made up for it.
+
+    Args:
+        noisy, clean: (B, F, C, H, W). alpha_bar: (B,), below 1.
+        motion_left: (B,), 1 leaves a clip as it is, below 0 it moves the other way.
+    """
+    share, signal = (values.view(-1, 1, 1, 1, 1).to(clean) for values in (motion_left, alpha_bar.sqrt()))
+    noisy = noisy - signal * (1 - share) * (clean - clean.mean(dim=1, keepdim=True))
+    return noisy, (noisy - signal * clean) / (1 - signal.square()).sqrt()
 
 
 class BaseTask:
@@ -115,27 +142,32 @@ class BaseTask:
         self.vae = vae.requires_grad_(False).train(False)
         self.latents, self.seed = latents, seed
         self.captions = [captions[i] for i in latents.clip]
+        self.order = np.repeat(np.arange(len(latents.clip)), latents.repeats)
         self.alphas_bar = alphas_bar(CogVideoXDDIMScheduler(**tiny.SCHEDULER))
         frames = latents.values.shape[1]
         self.rotary = rotary_embedding(transformer, frames, tiny.SIZE // 4, tiny.SIZE // 4)
 
     def batch(self, samples: range) -> dict[str, Tensor]:
-        rows, ids, noise, timesteps = [], [], [], []
+        rows, ids, noise, timesteps, left = [], [], [], [], []
         for sample in samples:
             generator = generator_for(self.seed, sample)
-            row = shuffled(sample, len(self.captions), self.seed)
+            row = self.order[shuffled(sample, len(self.order), self.seed)]
             rows.append(row)
             # Twice as often where the words decide: at low noise levels a caption changes nothing.
             timesteps.append((1000 * torch.rand(1, generator=generator).sqrt()).long().clamp(max=999))
             noise.append(torch.randn(self.latents.values.shape[1:], generator=generator))
             drop, double = torch.rand(2, generator=generator).tolist()
             ids.append(tokens(self.tokenizer, "" if drop < TEXT_DROPOUT else self.captions[row], double < DOUBLED))
+            misled, share = torch.rand(2, generator=generator)
+            left.append(torch.lerp(*torch.tensor(MOTION_LEFT), share) if misled < MISLED else torch.ones(()))
         clean, noise, timestep = self.latents.values[rows].float(), torch.stack(noise), torch.cat(timesteps)
         alpha_bar = self.alphas_bar[timestep]
+        left = torch.where(timestep < MISLED_FROM, 1, torch.stack(left))
+        noisy, noise = mislead(add_noise(clean, noise, alpha_bar), clean, alpha_bar, left)
         cos, sin = self.rotary
         return {
             "ids": torch.tensor(ids), "clean": clean, "noise": noise, "timestep": timestep, "alpha_bar": alpha_bar,
-            "noisy": add_noise(clean, noise, alpha_bar), "cos": cos, "sin": sin,
+            "noisy": noisy, "cos": cos, "sin": sin,
             "scene": torch.from_numpy(self.latents.scenes[rows]),
         }  # fmt: skip
 

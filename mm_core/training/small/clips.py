@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...data.people.captions import nod, tilt
 from ...data.people.expressions import EXPRESSIONS, NEUTRAL
 from ...data.people.scene import PITCH_LIMIT, ROLL_LIMIT, YAW_LIMIT, ClipDescription, at, eased
 from ...data.people.shards import read_clips
 
 SHOWN = [name for name in EXPRESSIONS if name != NEUTRAL]
+SMILES = ("smile", "grin")
 LIGHT_LIMIT = 70.0  # degrees of azimuth
 YAW_CHANGE, PITCH_CHANGE, ROLL_CHANGE = 30.0, 8.0, 6.0  # degrees over a clip that make a 1: rare movements count too
 
@@ -26,16 +28,27 @@ class Clips:
     persons: np.ndarray  # (N,)
     captions: list[str]
     scenes: np.ndarray  # (N, F, SCENE) float32
+    repeats: np.ndarray  # (N,) how often it is shown for another's once
 
     @classmethod
     def read(cls, folder: Path) -> Clips:
-        frames, persons, captions, scenes = [], [], [], []
+        frames, persons, captions, scenes, repeats = [], [], [], [], []
         for clip in read_clips(folder):
             frames.append(clip.frames)
             persons.append(clip.description.person.seed)
             captions.append(clip.caption)
             scenes.append(scene_of(clip.description))
-        return cls(frames=np.stack(frames), persons=np.array(persons), captions=captions, scenes=np.stack(scenes))
+            repeats.append(repeats_of(clip.description))
+        return cls(
+            frames=np.stack(frames), persons=np.array(persons), captions=captions, scenes=np.stack(scenes),
+            repeats=np.array(repeats),
+        )  # fmt: skip
+
+
+def repeats_of(clip: ClipDescription) -> int:
+    """1 to 5: movements that are small or seldom are shown more often, or they are learnt last."""
+    begin, end = clip.expressions
+    return 1 + bool(nod(clip)) + bool(tilt(clip)) + 2 * (end in SMILES and begin not in SMILES)
 
 
 def scene_of(clip: ClipDescription) -> np.ndarray:
