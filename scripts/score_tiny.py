@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(environment.ROOT))
 
-from mm_core.data.people.captions import caption, nod, tilt, turn
+from mm_core.data.people.captions import caption, nod, smiles, tilt, turn
 from mm_core.data.people.person import Person
 from mm_core.data.people.render import render_clip
 from mm_core.data.people.scene import ClipDescription, sample_clip
@@ -43,7 +43,6 @@ MOVED = 4.0  # degrees, estimated from five landmarks, that count as a turn or a
 NODDED = 0.03  # of the way from chin to bridge, that the tip of the nose moves in a nod
 WIDER = 1.03  # mouth over eye distance, last to first, that counts as a smile
 CHIN, BRIDGE, NOSE = 8, 27, 30  # of dlib's 68 landmarks
-SMILES = ("smile", "grin")
 ASKED = ("turn", "nod", "tilt", "smile", "all")
 
 
@@ -178,8 +177,7 @@ def followed(asked: ClipDescription, landmarks: np.ndarray) -> Iterator[tuple[st
     ):
         if direction:
             yield what, bool(change > least if direction == positive else change < -least)
-    begin, end = asked.expressions
-    if end in SMILES and begin not in SMILES and not turn(asked):  # a turned mouth looks narrower
+    if smiles(asked) and not turn(asked):  # a turned mouth looks narrower
         yield "smile", bool(last[3] > WIDER * first[3])
 
 

@@ -46,6 +46,8 @@ STILL = ("looks calm", "holds still", "stays still")
 NO_END_BEFORE = {("smile", "grin"), ("open mouth", "grin")}
 """Expressions that pass into one another: nothing ends."""
 
+SMILES = ("smile", "grin")
+
 BEARD_WORDS = {"stubble": "stubble", "beard": "a beard", "goatee": "a goatee", "moustache": "a moustache"}
 HAIR_WORDS = {
     "short": ("short {} hair",),
@@ -87,6 +89,12 @@ def nod(clip: ClipDescription) -> str:
 def tilt(clip: ClipDescription) -> str:
     """Where the top of the head moves in the picture: "left", "right" or "" for nowhere."""
     return _direction(clip.roll, TILTED, "right", "left")
+
+
+def smiles(clip: ClipDescription) -> bool:
+    """Whether a smile or a grin begins."""
+    begin, end = clip.expressions
+    return end in SMILES and begin not in SMILES
 
 
 def _direction(path: Path, least: float, positive: str, negative: str) -> str:

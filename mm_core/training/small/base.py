@@ -67,7 +67,7 @@ class Latents:
                 latents = vae.encode(to_unit(pictures).permute(0, 4, 1, 2, 3)).latent_dist.mean
                 parts.append((latents * vae.config.scaling_factor).permute(0, 2, 1, 3, 4).half())
             with whole_file(cache) as temporary:
-                torch.save({"values": torch.cat(parts), "clip": torch.from_numpy(rows)}, temporary)
+                torch.save({"values": torch.cat(parts)}, temporary)
         content = torch.load(cache, weights_only=True)
         if len(content["values"]) != len(rows):
             raise SettingError(f"{cache} holds {len(content['values'])} latents, not {len(rows)}: delete it.")

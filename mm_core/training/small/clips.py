@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.people.captions import nod, tilt
+from ...data.people.captions import nod, smiles, tilt
 from ...data.people.expressions import EXPRESSIONS, NEUTRAL
 from ...data.people.scene import PITCH_LIMIT, ROLL_LIMIT, YAW_LIMIT, ClipDescription, at, eased
 from ...data.people.shards import read_clips
 
 SHOWN = [name for name in EXPRESSIONS if name != NEUTRAL]
-SMILES = ("smile", "grin")
 LIGHT_LIMIT = 70.0  # degrees of azimuth
 YAW_CHANGE, PITCH_CHANGE, ROLL_CHANGE = 30.0, 8.0, 6.0  # degrees over a clip that make a 1: rare movements count too
 
@@ -47,8 +46,7 @@ class Clips:
 
 def repeats_of(clip: ClipDescription) -> int:
     """1 to 5: movements that are small or seldom are shown more often, or they are learnt last."""
-    begin, end = clip.expressions
-    return 1 + bool(nod(clip)) + bool(tilt(clip)) + 2 * (end in SMILES and begin not in SMILES)
+    return 1 + bool(nod(clip)) + bool(tilt(clip)) + 2 * smiles(clip)
 
 
 def scene_of(clip: ClipDescription) -> np.ndarray:
