@@ -204,7 +204,7 @@ class AdapterTask:
 
 
 _SAMPLED = (
-    "noisy", "timestep", "alpha_bar", "text", "slots", "has_text", "id_tokens", "structure_tokens",
+    "clean", "noisy", "timestep", "alpha_bar", "text", "slots", "has_text", "id_tokens", "structure_tokens",
 )  # fmt: skip
 # What every sample has; the rest depends on whether it keeps its identity.
 _STACKED = ("clean", "noise", "timestep", "alpha_bar", "text", "slots", "has_text", "face_mask")

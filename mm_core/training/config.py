@@ -28,6 +28,11 @@ class SamplingConfig:
     steps: int = 25
     guidance: float = 6.0
     """Of the classifier-free guidance; what is judged is the guided x0, which is what a user sees."""
+    clean_weight: float = 0.0
+    """Of the squared difference between the mean frames of the guided x0 and of the training clip, which has the same
+    prompt and person: what a recogniser does not see of them. 0 is off."""
+    clean_from: int = 300
+    """Noise level from which on that acts: below, a sampled clip has gone its own way."""
 
     def __post_init__(self) -> None:
         if self.clips < 1:
@@ -36,6 +41,10 @@ class SamplingConfig:
             raise SettingError(f"sampling.steps is {self.steps}; it must be from 1 to 1000.")
         if not self.guidance >= 1:
             raise SettingError(f"sampling.guidance is {self.guidance}; it must be 1 (off) or more.")
+        if not self.clean_weight >= 0:
+            raise SettingError(f"sampling.clean_weight is {self.clean_weight}; it must be 0 (off) or more.")
+        if not 0 <= self.clean_from <= 1000:
+            raise SettingError(f"sampling.clean_from is {self.clean_from}; it must be a noise level, 0 to 1000.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +77,7 @@ class StageConfig:
     """Noise levels at which it acts, first included, last excluded: at high noise `x0` is a blur without a face."""
     motion_weight: float = 0.0
     """Of the share of a clip's motion that x0 has wrong, at all noise levels; in clips that the model samples itself,
-    of the motion that the base alone would give them. 0 is the paper's."""
+    of the motion that the base alone would give them, both guided. 0 is the paper's."""
     sampling: SamplingConfig | None = None
     """Judge clips that the model samples itself, one beside each sample; None: the noised samples, as in the paper."""
 

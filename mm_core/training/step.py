@@ -69,8 +69,9 @@ class AdapterTraining(nn.Module):
             cos, sin: rotary positions, absent for a base without.
             For the identity loss, of the m samples it acts on: judged: (m,) rows; judged_frame: (m,) latent frame;
             landmarks: (m, 5, 2) px; target: (m, 512) raw ArcFace of the reference.
-            rollout: B clips that the model samples itself, which it acts on instead: the same without clean, noise
-            and face_mask, with numbers: (B,) of the samples beside them, negative: (1, T, Dtxt).
+            rollout: B clips that the model samples itself, which it acts on instead: the same without noise and
+            face_mask, with numbers: (B,) of the samples beside them, negative: (1, T, Dtxt). Their clean is the
+            training clip of the same prompt and person.
         """
         rows = len(batch["id_tokens"])
         text = batch["text"]
@@ -123,8 +124,16 @@ class AdapterTraining(nn.Module):
             plain = self._predict(rollout, rollout["text"], None) if self.motion_weight else None
         prediction = self._predict(rollout, *self._identity(rollout, rows))
         guided = negative + config.guidance * (prediction - negative)
+        shown = predict_clean(guided, noisy, rollout["alpha_bar"])
+        if config.clean_weight:
+            # Of the mean frames alone: how the training clip moves is one way of many to follow the prompt.
+            apart = (shown - rollout["clean"]).mean(dim=1).square().flatten(1).mean(dim=1)
+            acts = rollout["timestep"] >= config.clean_from
+            values["loss"] = values["loss"] + config.clean_weight * apart * acts
+            values["clean_loss"] = torch.where(acts, apart.detach(), torch.nan)
         if plain is not None:
-            motion = motion_loss(*(predict_clean(v, noisy, rollout["alpha_bar"]) for v in (prediction, plain)))
+            plain = predict_clean(negative + config.guidance * (plain - negative), noisy, rollout["alpha_bar"])
+            motion = motion_loss(shown, plain)
             values["loss"] = values["loss"] + self.motion_weight * motion
             values["sampled_motion_loss"] = motion.detach()
         judged, identity = self._identity_of_samples(guided, rollout)

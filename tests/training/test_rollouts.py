@@ -9,6 +9,7 @@ import pytest
 import stand_ins
 import torch
 from adapter_runs import losses, train_on_two_processes, with_stage
+from diffusers import CogVideoXDDIMScheduler
 from feature_files import PIXEL_FRAMES, write_features
 from tiny_models import ADAPTER_SIZES, save_tiny_folder
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from mm_core.pipelines.magic_mirror import ClipSettings
 from mm_core.training.adapter_task import AdapterTask
 from mm_core.training.config import SamplingConfig, StageConfig, TrainingConfig
 from mm_core.training.loop import LoopConfig, train
+from mm_core.training.losses import motion_loss
 
 STEPS, GUIDANCE, BATCH = 4, 3.0, 4
 
@@ -140,6 +142,39 @@ def test_losses_act_where_they_should(config: TrainingConfig) -> None:
     assert all(p.grad is not None for p in task.model.adapter.blocks["0"].can.parameters())
 
 
+@torch.no_grad()
+def test_a_sampled_clip_is_asked_to_be_the_training_clip(config: TrainingConfig) -> None:
+    """In its mean frame, from a noise level on; in motion the base's clip, at all."""
+    sampling = replace(config.video.sampling, clean_weight=2.0, clean_from=500)
+    task = AdapterTask(with_stage(config, sampling=sampling, text_dropout=0.0, identity_dropout=0.0), "video")
+    away_from_zero(task)
+    batch = task.batch(range(BATCH))
+    rollout = batch["rollout"]
+    values = task.model(batch)
+    high = rollout["timestep"] >= 500
+    assert 0 < high.sum() < BATCH
+    assert torch.equal(values["clean_loss"].isfinite(), high)
+
+    scheduler = CogVideoXDDIMScheduler.from_config(task.pipe.scheduler.config)
+    scheduler.set_timesteps(STEPS)
+    text, state = task.model._identity(rollout, BATCH)
+    negative = task.model._predict(rollout, rollout["negative"].expand(BATCH, -1, -1), None)
+
+    def shown(prediction: Tensor) -> Tensor:
+        guided = negative + GUIDANCE * (prediction - negative)
+        rows = zip(guided, rollout["timestep"], rollout["noisy"], strict=True)
+        return torch.stack([scheduler.step(*row).pred_original_sample for row in rows])
+
+    ours = shown(task.model._predict(rollout, text, state))
+    base = shown(task.model._predict(rollout, rollout["text"], None))
+    apart = (ours.mean(dim=1) - rollout["clean"].mean(dim=1)).square().mean(dim=(1, 2, 3))
+    assert torch.allclose(values["clean_loss"][high], apart[high], rtol=1e-3)
+    assert torch.allclose(values["sampled_motion_loss"], motion_loss(ours, base), rtol=1e-3)
+    motion = values["motion_loss"] + values["sampled_motion_loss"]
+    added = 0.25 * motion + 0.5 * values["identity_loss"].nan_to_num(0) + 2.0 * values["clean_loss"].nan_to_num(0)
+    assert torch.allclose(values["loss"], values["noise_loss"] + added)
+
+
 def test_a_clip_without_a_face_is_not_judged(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mm_core.training.step.find_faces", lambda analyzer, frame, recognise: [])
     task = AdapterTask(with_stage(config, text_dropout=0.0, identity_dropout=0.0), "video")
@@ -186,6 +221,8 @@ def test_two_processes_equal_one(config: TrainingConfig, tmp_path: Path) -> None
         (dict(clips=0), r"sampling.clips is 0; it must be a multiple of batch_size"),
         (dict(steps=0), r"sampling.steps is 0; it must be from 1 to 1000"),
         (dict(guidance=0.5), r"sampling.guidance is 0.5; it must be 1 \(off\) or more"),
+        (dict(clean_weight=-1.0), r"sampling.clean_weight is -1.0; it must be 0 \(off\) or more"),
+        (dict(clean_from=1001), r"sampling.clean_from is 1001; it must be a noise level, 0 to 1000"),
     ],
 )
 def test_wrong_settings(changes: dict[str, float], message: str) -> None:
