@@ -84,7 +84,8 @@ class AdapterTask:
         detector = None
         if self.stage.sampling is not None:
             detector = FaceAnalyzer(Path(self.config.insightface_root).expanduser(), self.config.face_pack)
-        return IdentityJudge(vae=vae, recogniser=recogniser, detector=detector)
+        centre = self.features.mean_embedding() if self.stage.identity_centred else None
+        return IdentityJudge(vae=vae, recogniser=recogniser, detector=detector, centre=centre)
 
     def batch(self, samples: range) -> dict[str, Tensor]:
         drawn = [self._draw(sample) for sample in samples]

@@ -75,6 +75,9 @@ class StageConfig:
     """Step from which on it acts."""
     identity_timesteps: tuple[int, int] = (0, 500)
     """Noise levels at which it acts, first included, last excluded: at high noise `x0` is a blur without a face."""
+    identity_centred: bool = False
+    """Take its cosine from the mean embedding of all photos. Faces of one kind, such as drawn ones, share much of
+    theirs; what is left tells people apart. False is the paper's."""
     motion_weight: float = 0.0
     """Of the share of a clip's motion that x0 has wrong, at all noise levels; in clips that the model samples itself,
     of the motion that the base alone would give them, both guided. 0 is the paper's."""

@@ -19,6 +19,8 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -102,6 +104,11 @@ class Features:
     def reference(self, number: int) -> dict[str, Tensor]:
         """One picture's tensors by name, without the first axis."""
         return self._row("references", self._references[number])
+
+    def mean_embedding(self) -> Tensor:
+        """(512,), of all pictures, each of length 1."""
+        pictures = range(len(self._references))
+        return F.normalize(torch.stack([self.reference(n)["embedding"].float() for n in pictures]), dim=-1).mean(dim=0)
 
     def _row(self, kind: str, entry: dict[str, Any]) -> dict[str, Tensor]:
         shard = self._shard(shard_name(kind, entry["shard"]))

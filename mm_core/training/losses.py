@@ -86,7 +86,9 @@ def motion_loss(predicted: Tensor, clean: Tensor) -> Tensor:
     return wrong / (whole + STILLNESS)
 
 
-def identity_loss(frames: Tensor, landmarks: Tensor, target_embedding: Tensor, recogniser: nn.Module) -> Tensor:
+def identity_loss(
+    frames: Tensor, landmarks: Tensor, target_embedding: Tensor, recogniser: nn.Module, centre: Tensor | None = None
+) -> Tensor:
     """How unlike the reference person the faces in decoded frames are: (B,), from 0, the same, to 2 (paper, Sec. 3.4).
 
     Args:
@@ -94,10 +96,13 @@ def identity_loss(frames: Tensor, landmarks: Tensor, target_embedding: Tensor, r
         landmarks: (B, 5, 2) in pixels, found in these frames; constants.
         target_embedding: (B, 512) or (512,), of the reference by the same recogniser; its length does not matter.
         recogniser: makes embeddings, (B, 512), of aligned faces, (B, 3, 112, 112), as that of this package does.
+        centre: (512,), the mean over people of embeddings of length 1. The cosine is then taken from there.
     """
     # 1 - cos(q_face, ArcFace(D(x0)))
     embedding = recogniser(align_faces(frames, landmarks))  # (B, 512)
     target = target_embedding.to(embedding).expand_as(embedding)
+    if centre is not None:
+        embedding, target = (F.normalize(e, dim=-1) - centre.to(e) for e in (embedding, target))
     return 1 - F.cosine_similarity(embedding, target, dim=-1)
 
 

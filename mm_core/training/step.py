@@ -27,6 +27,8 @@ class IdentityJudge:
     recogniser: DifferentiableArcFace
     detector: FaceAnalyzer | None = None
     """Finds the landmarks in clips that the model samples itself; those of training clips are known."""
+    centre: Tensor | None = None
+    """(512,), where the cosine is taken from; None: from zero."""
 
 
 class AdapterTraining(nn.Module):
@@ -154,7 +156,8 @@ class AdapterTraining(nn.Module):
         if not found:
             return judged[:0], guided.new_zeros(0)
         landmarks = torch.stack([torch.from_numpy(faces[row].landmarks) for row in found]).to(frames)
-        return judged[found], identity_loss(frames[found], landmarks, rollout["target"][found], judge.recogniser)
+        target = rollout["target"][found]
+        return judged[found], identity_loss(frames[found], landmarks, target, judge.recogniser, judge.centre)
 
     def _identity(self, batch: dict[str, Tensor], rows: int) -> tuple[Tensor, object]:
         """The prompts with the fused word, and the state that carries the identity through the blocks."""
@@ -181,8 +184,8 @@ class AdapterTraining(nn.Module):
 
     def _identity_loss(self, prediction: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """(m,), through x0, one latent frame of it, the VAE's decoder and ArcFace."""
-        frames = self._judged_frames(prediction, batch)
-        return identity_loss(frames, batch["landmarks"], batch["target"], self._judge[0].recogniser)
+        frames, judge = self._judged_frames(prediction, batch), self._judge[0]
+        return identity_loss(frames, batch["landmarks"], batch["target"], judge.recogniser, judge.centre)
 
     def _judged_frames(self, prediction: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The frame of each judged sample's x0 that is looked at: (m, 3, 8H, 8W)."""

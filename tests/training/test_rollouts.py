@@ -175,6 +175,20 @@ def test_a_sampled_clip_is_asked_to_be_the_training_clip(config: TrainingConfig)
     assert torch.allclose(values["loss"], values["noise_loss"] + added)
 
 
+@torch.no_grad()
+def test_the_cosine_may_be_taken_from_the_mean_of_all_photos(config: TrainingConfig) -> None:
+    task = AdapterTask(with_stage(config, identity_centred=True), "video")
+    photos = [task.features.reference(number)["embedding"] for number in range(len(task.features.references))]
+    mean = sum(photo / photo.norm() for photo in photos) / len(photos)
+    judge = task.model._judge[0]
+    assert torch.allclose(judge.centre, mean, atol=1e-6)
+    assert 0.1 < mean.norm() < 0.99
+    plain = step(AdapterTask(config, "video"), 0)["identity_loss"]
+    ours = step(task, 0)["identity_loss"]
+    assert torch.equal(ours.isfinite(), plain.isfinite())
+    assert not torch.allclose(ours.nan_to_num(0), plain.nan_to_num(0), atol=1e-3)
+
+
 def test_a_clip_without_a_face_is_not_judged(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mm_core.training.step.find_faces", lambda analyzer, frame, recognise: [])
     task = AdapterTask(with_stage(config, text_dropout=0.0, identity_dropout=0.0), "video")
