@@ -107,8 +107,9 @@ class Features:
 
     def mean_embedding(self) -> Tensor:
         """(512,), of all pictures, each of length 1."""
-        pictures = range(len(self._references))
-        return F.normalize(torch.stack([self.reference(n)["embedding"].float() for n in pictures]), dim=-1).mean(dim=0)
+        shards = ((self._shard(shard_name("references", entry["shard"])), entry["row"]) for entry in self._references)
+        embeddings = torch.stack([shard.get_slice("embedding")[row] for shard, row in shards])
+        return F.normalize(embeddings.float(), dim=-1).mean(dim=0)
 
     def _row(self, kind: str, entry: dict[str, Any]) -> dict[str, Tensor]:
         shard = self._shard(shard_name(kind, entry["shard"]))

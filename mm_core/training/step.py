@@ -125,7 +125,7 @@ class AdapterTraining(nn.Module):
             negative = self._predict(rollout, rollout["negative"].expand(rows, -1, -1), None)
             plain = self._predict(rollout, rollout["text"], None) if self.motion_weight else None
         prediction = self._predict(rollout, *self._identity(rollout, rows))
-        guided = negative + config.guidance * (prediction - negative)
+        guided = guide(negative, prediction, config.guidance)
         shown = predict_clean(guided, noisy, rollout["alpha_bar"])
         if config.clean_weight:
             # Of the mean frames alone: how the training clip moves is one way of many to follow the prompt.
@@ -134,27 +134,27 @@ class AdapterTraining(nn.Module):
             values["loss"] = values["loss"] + config.clean_weight * apart * acts
             values["clean_loss"] = torch.where(acts, apart.detach(), torch.nan)
         if plain is not None:
-            plain = predict_clean(negative + config.guidance * (plain - negative), noisy, rollout["alpha_bar"])
-            motion = motion_loss(shown, plain)
+            base = predict_clean(guide(negative, plain, config.guidance), noisy, rollout["alpha_bar"])
+            motion = motion_loss(shown, base)
             values["loss"] = values["loss"] + self.motion_weight * motion
             values["sampled_motion_loss"] = motion.detach()
-        judged, identity = self._identity_of_samples(guided, rollout)
+        judged, identity = self._identity_of_samples(shown, rollout)
         if len(judged):
             values["loss"] = values["loss"].index_add(0, judged, self.identity_weight * identity)
             values["identity_loss"] = values["identity_loss"].index_copy(0, judged, identity.detach())
         self.rollouts.advance(rollout["numbers"].tolist(), guided, noisy)
 
-    def _identity_of_samples(self, guided: Tensor, rollout: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _identity_of_samples(self, shown: Tensor, rollout: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The rows with a face among the judged ones, (k,), and their losses, (k,)."""
         judge, judged = self._judge[0], rollout["judged"]
         if not len(judged):
-            return judged, guided.new_zeros(0)
-        frames = self._judged_frames(guided, rollout)
+            return judged, shown.new_zeros(0)
+        frames = self._judged_frames(shown[judged], rollout)
         pictures = (frames.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         faces = [follow(find_faces(judge.detector, picture, recognise=False), None) for picture in pictures]
         found = [row for row, face in enumerate(faces) if face is not None]
         if not found:
-            return judged[:0], guided.new_zeros(0)
+            return judged[:0], shown.new_zeros(0)
         landmarks = torch.stack([torch.from_numpy(faces[row].landmarks) for row in found]).to(frames)
         target = rollout["target"][found]
         return judged[found], identity_loss(frames[found], landmarks, target, judge.recogniser, judge.centre)
@@ -184,15 +184,20 @@ class AdapterTraining(nn.Module):
 
     def _identity_loss(self, prediction: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """(m,), through x0, one latent frame of it, the VAE's decoder and ArcFace."""
-        frames, judge = self._judged_frames(prediction, batch), self._judge[0]
+        judged, judge = batch["judged"], self._judge[0]
+        clean = predict_clean(prediction[judged], batch["noisy"][judged], batch["alpha_bar"][judged])
+        frames = self._judged_frames(clean, batch)
         return identity_loss(frames, batch["landmarks"], batch["target"], judge.recogniser, judge.centre)
 
-    def _judged_frames(self, prediction: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """The frame of each judged sample's x0 that is looked at: (m, 3, 8H, 8W)."""
-        judged = batch["judged"]
-        clean = predict_clean(prediction[judged], batch["noisy"][judged], batch["alpha_bar"][judged])
-        chosen = clean[torch.arange(len(judged), device=clean.device), batch["judged_frame"]]  # (m, C, H, W)
+    def _judged_frames(self, clean: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The frame of each judged sample's x0, (m, F, C, H, W), that is looked at: (m, 3, 8H, 8W)."""
+        chosen = clean[torch.arange(len(clean), device=clean.device), batch["judged_frame"]]  # (m, C, H, W)
         return decode_frame(self._judge[0].vae, chosen)
+
+
+def guide(negative: Tensor, prediction: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance."""
+    return negative + guidance * (prediction - negative)
 
 
 def fuse_rows(text: Tensor, slots: Tensor, has_text: Tensor, id_tokens: Tensor, adapter: MagicMirrorAdapter) -> Tensor:

@@ -181,10 +181,10 @@ def test_identity_loss_ignores_the_targets_length_and_takes_one_for_all(recognis
 
 def test_from_their_middle_two_people_are_opposite(recogniser, portraits) -> None:
     """And oneself is oneself, whatever the lengths."""
-    portrait, one, other = (portraits[name] for name in ("person_a_1", "person_a_1", "person_b_1"))
+    one, other = portraits["person_a_1"], portraits["person_b_1"]
     centre = sum(F.normalize(who.embedding, dim=-1)[0] for who in (one, other)) / 2
     for who, loss in ((one, 0.0), (other, 2.0)):
-        ours = identity_loss(portrait.frame, portrait.landmarks, 7 * who.embedding, recogniser, centre)
+        ours = identity_loss(one.frame, one.landmarks, 7 * who.embedding, recogniser, centre)
         torch.testing.assert_close(ours, torch.tensor([loss]), rtol=0, atol=0.01)
 
 
