@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLCogVideoX
 
+from mm_core.data.people.person import Person
+from mm_core.data.people.render import render_clip
+from mm_core.data.people.scene import sample_clip
+from mm_core.faces.analysis import FaceAnalyzer
+from mm_core.pipelines.base import TinyBase
 from mm_core.training.arcface import DifferentiableArcFace
+from mm_core.training.loop import LoopConfig, train
 from mm_core.training.small.clips import SCENE, Clips
-from mm_core.training.small.vae import RecogniserFeatures, VAETask, smooth
+from mm_core.training.small.vae import DecoderTask, RecogniserFeatures, VAETask, smooth
 
 
 def test_features_see_what_pixels_hardly_see(recogniser: DifferentiableArcFace) -> None:
@@ -50,3 +59,25 @@ def test_a_step(recogniser: DifferentiableArcFace, frames: int) -> None:
     assert all(value.shape == (2,) and value.isfinite().all() for value in values.values())
     values["loss"].mean().backward()
     assert all(p.grad is not None for p in task.model.parameters())
+
+
+def test_the_decoder_learns_alone(recogniser: DifferentiableArcFace, insightface_root: Path, tmp_path: Path) -> None:
+    """A few steps on two people make its frames more alike, and leave the latents as they were."""
+    frames = np.stack([render_clip(Person.from_seed(seed), sample_clip(seed, 0)) for seed in (0, 1)])
+    clips = Clips(
+        frames=frames, persons=np.arange(2), captions=[""] * 2, scenes=np.zeros((2, 9, SCENE), np.float32),
+        repeats=np.ones(2, int),
+    )  # fmt: skip
+    start = TinyBase().folder / "vae"
+    task = DecoderTask(clips, recogniser, FaceAnalyzer(insightface_root, "buffalo_sc"), 0, start)
+    first, again = task.batch(range(4)), task.batch(range(4))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    before = {name: value.clone() for name, value in task.vae.state_dict().items()}
+    loop = LoopConfig(steps=4, batch_size=2, optimizer="muon", learning_rate=5e-4, ema_decay=0)
+    with torch.no_grad():
+        likeness = task.validate(0, tmp_path)["likeness"]
+    trained = AutoencoderKLCogVideoX.from_pretrained(train(task, loop, tmp_path / "run") / "vae")
+    with torch.no_grad():
+        assert task.validate(4, tmp_path)["likeness"] < likeness
+    changed = {name.split(".")[0] for name, value in trained.state_dict().items() if not value.equal(before[name])}
+    assert changed == {"decoder"}

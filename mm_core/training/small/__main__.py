@@ -32,6 +32,10 @@ VAE_CLIPS = LoopConfig(
     steps=6000, batch_size=2, optimizer="muon", learning_rate=1e-3, final_learning_rate=3e-5, warmup_steps=20,
     weight_decay=0, betas=(0.9, 0.99), ema_decay=0.995, save_every=100, validate_every=500, log_every=20, seed=1,
 )  # fmt: skip
+DECODER = LoopConfig(
+    steps=1200, batch_size=4, optimizer="muon", learning_rate=6e-4, final_learning_rate=3e-5, warmup_steps=20,
+    weight_decay=0, betas=(0.9, 0.99), ema_decay=0.99, save_every=100, validate_every=200, log_every=20, seed=3,
+)  # fmt: skip
 ENCODER = LoopConfig(
     steps=600, batch_size=64, learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=30, weight_decay=0.05,
     ema_decay=0.99, save_every=100, validate_every=100, log_every=10,
@@ -111,20 +115,30 @@ class Recipe:
 
         return DifferentiableArcFace(recogniser_file(self.config))
 
+    @cached_property
+    def analyzer(self) -> object:
+        from ...faces.analysis import FaceAnalyzer
+
+        return FaceAnalyzer(Path(self.config.insightface_root).expanduser(), self.config.face_pack)
+
     def vae(self) -> Path:
-        from .vae import VAETask
+        from .vae import DecoderTask, VAETask
 
         folder, start = self.folder / "vae", self.first_vae
         if start is None:
             pictures = folder / "pictures"
             start = self._run(pictures, VAE_PICTURES, lambda: VAETask(self.clips, 1, self.recogniser, 0)) / "vae"
-        return self._run(folder / "clips", VAE_CLIPS, lambda: VAETask(self.clips, 9, self.recogniser, 1, start))
+        last = self._run(folder / "clips", VAE_CLIPS, lambda: VAETask(self.clips, 9, self.recogniser, 1, start))
+        return self._run(
+            folder / "decoder",
+            DECODER,
+            lambda: DecoderTask(self.clips, self.recogniser, self.analyzer, DECODER.seed, last / "vae"),
+        )
 
     def encoder(self) -> None:
-        from ...faces.analysis import FaceAnalyzer
         from .encoder import WEIGHTS, EncoderTask, Faces
 
-        analyzer = FaceAnalyzer(Path(self.config.insightface_root).expanduser(), self.config.face_pack)
+        analyzer = self.analyzer
         folder = self.folder / "encoder"
         folder.mkdir(exist_ok=True)
         faces = Faces.look(self.clips, analyzer, folder / "faces.npz")
@@ -137,7 +151,7 @@ class Recipe:
         from .base import BaseTask, Latents, save_base
         from .text import TextTask
 
-        vae_folder = latest_checkpoint(self.folder / "vae" / "clips") / "vae"
+        vae_folder = latest_checkpoint(self.folder / "vae" / "decoder") / "vae"
         vae = AutoencoderKLCogVideoX.from_pretrained(vae_folder).requires_grad_(False)
         folder = self.folder / "text-to-video"
         folder.mkdir(exist_ok=True)

@@ -11,11 +11,15 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor, nn
 
+from ...faces.analysis import FaceAnalyzer
+from ...faces.tracking import find_faces, follow
 from ...files import write_json
 from ...pipelines import tiny
-from ..arcface import ALIGNED_SIZE, DifferentiableArcFace
+from ..arcface import ALIGNED_SIZE, DifferentiableArcFace, align_faces
+from ..losses import identity_loss
 from ..randomness import generator_for, shuffled
 from .clips import Clips, to_unit
+from .text import export_part
 
 KL_WEIGHT = 1e-4
 """Of the mean over latent numbers, beside a mean over pixels: latents stay near unit size and bear some noise."""
@@ -31,7 +35,26 @@ SMOOTHED = 0.2
 """Part of the samples whose latents are smoothed before they are decoded, to the clip smoothed alike: fine detail of
 the picture then lives in fine detail of the latents, and diffusion, which makes the coarse first, learns them sooner
 (Kouzelis et al. 2025, arXiv 2502.09509)."""
+LIKENESS_WEIGHT = 0.7
+"""Of who the recogniser sees in a decoded frame, in the decoder's own training."""
+NOISED, NOISE = 0.5, 0.25
+"""Part of the latents that the decoder then gets with noise, and of up to what deviation: those that diffusion makes
+are never quite right."""
+CENTRING = 200  # faces whose mean embedding a likeness is measured from
+VALIDATED = 8  # clips
 MEASURED = 64  # clips that the scaling factor is measured on
+
+
+def picture_losses(decoded: Tensor, frames: Tensor) -> dict[str, Tensor]:
+    """What the loss sees of the pixels of clips, (B, 3, F, H, W): its parts, (B,) each, and their sum, `loss`."""
+    error = decoded - frames
+    pixels = error.abs().flatten(1).mean(dim=1)
+    edges = sum(error.diff(dim=axis).abs().flatten(1).mean(dim=1) for axis in (-1, -2))
+    coarse = F.avg_pool2d(error.flatten(0, 2)[:, None], COARSE).abs().flatten(1).mean(dim=1)
+    coarse = coarse.unflatten(0, (len(frames), -1)).mean(dim=1)
+    psnr = -10 * torch.log10(error.detach().square().flatten(1).mean(dim=1) / 4)
+    loss = pixels + EDGE_WEIGHT * edges + COARSE_WEIGHT * coarse
+    return {"loss": loss, "pixels": pixels, "edges": edges, "coarse": coarse, "psnr": psnr}
 
 
 class _Reconstruction(nn.Module):
@@ -48,36 +71,51 @@ class _Reconstruction(nn.Module):
         latents = posterior.mean + posterior.std * batch["noise"]
         decoded = self.vae.decode(torch.where(smoothed, smooth(latents), latents)).sample
         frames = torch.where(smoothed, smooth(frames), frames)
-        pixels = (decoded - frames).abs().flatten(1).mean(dim=1)
-        edges = sum((decoded - frames).diff(dim=axis).abs().flatten(1).mean(dim=1) for axis in (-1, -2))
-        coarse = F.avg_pool2d((decoded - frames).flatten(0, 2)[:, None], COARSE).abs().flatten(1).mean(dim=1)
-        coarse = coarse.unflatten(0, (len(frames), -1)).mean(dim=1)
+        values = picture_losses(decoded, frames)
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).flatten(1).mean(dim=1)
         rows = torch.arange(len(frames)), slice(None), batch["looked_at"]
         features = self._seen[0].distance(decoded[rows], frames[rows])
-        psnr = -10 * torch.log10((decoded.detach() - frames).square().flatten(1).mean(dim=1) / 4)
-        return {
-            "loss": pixels + EDGE_WEIGHT * edges + COARSE_WEIGHT * coarse + FEATURES_WEIGHT * features + KL_WEIGHT * kl,
-            "pixels": pixels,
-            "edges": edges,
-            "coarse": coarse,
-            "features": features,
-            "kl": kl,
-            "psnr": psnr,
-        }
+        values["loss"] = values["loss"] + FEATURES_WEIGHT * features + KL_WEIGHT * kl
+        return values | {"features": features, "kl": kl}
+
+
+class _Decoding(nn.Module):
+    """Only the decoder learns. centre: (512,), the mean embedding of many people, from which a likeness is measured."""
+
+    def __init__(self, vae: AutoencoderKLCogVideoX, recogniser: DifferentiableArcFace, centre: Tensor) -> None:
+        super().__init__()
+        self.vae = vae.requires_grad_(False)
+        self.vae.decoder.requires_grad_(True)
+        self._recogniser, self._seen, self._centre = (recogniser,), (RecogniserFeatures(recogniser),), (centre,)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """frames: (B, 3, F, H, W), -1..1; latents: (B, C, F', H', W'); looked_at: (B,); landmarks: (B, 5, 2) there."""
+        frames = batch["frames"]
+        decoded = self.vae.decode(batch["latents"]).sample
+        values = picture_losses(decoded, frames)
+        rows = torch.arange(len(frames)), slice(None), batch["looked_at"]
+        features = self._seen[0].distance(decoded[rows], frames[rows])
+        seen, real = decoded[rows] / 2 + 0.5, frames[rows] / 2 + 0.5
+        recogniser, landmarks = self._recogniser[0], batch["landmarks"]
+        with torch.no_grad():
+            target = recogniser(align_faces(real, landmarks))
+        likeness = identity_loss(seen, landmarks, target, recogniser, self._centre[0])
+        values["loss"] = values["loss"] + FEATURES_WEIGHT * features + LIKENESS_WEIGHT * likeness
+        return values | {"features": features, "likeness": likeness}
 
 
 class RecogniserFeatures:
     """The last map of each size of FEATURES in a recogniser, compared place by place, as LPIPS does."""
 
     def __init__(self, recogniser: DifferentiableArcFace) -> None:
-        self.recogniser, self._maps = recogniser, {}
+        self.recogniser, self._maps = recogniser, None
         for module in recogniser.network.modules():
             if not list(module.children()):
                 module.register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: object, output: object) -> None:
-        if isinstance(output, Tensor) and output.ndim == 4:
+        # Only while this looks: the recogniser has other users, whose graphs must not be kept.
+        if self._maps is not None and isinstance(output, Tensor) and output.ndim == 4:
             self._maps[output.shape[-1]] = output
 
     def distance(self, pictures: Tensor, targets: Tensor) -> Tensor:
@@ -88,10 +126,10 @@ class RecogniserFeatures:
         return sum((a - b).square().sum(dim=1).flatten(1).mean(dim=1) for a, b in pairs) / len(FEATURES)
 
     def _look(self, pictures: Tensor) -> list[Tensor]:
+        self._maps = {}
         self.recogniser(F.interpolate(pictures / 2 + 0.5, ALIGNED_SIZE, mode="bilinear", align_corners=False))
-        maps = [F.normalize(self._maps[side], dim=1) for side in FEATURES]
-        self._maps.clear()
-        return maps
+        maps, self._maps = self._maps, None
+        return [F.normalize(maps[side], dim=1) for side in FEATURES]
 
 
 def smooth(values: Tensor) -> Tensor:
@@ -146,6 +184,63 @@ class VAETask:
         values = {"psnr": float(-10 * torch.log10(error)), "deviation": measure_deviation(vae, self.clips)}
         write_json(folder / "values.json", values)
         return values
+
+
+class DecoderTask:
+    """The decoder alone, of a finished VAE: its latents, and all who read them, stay what they are.
+
+    Faces are looked for in the true clips, a frame of each; where none is found, another frame's turn comes.
+    """
+
+    def __init__(
+        self, clips: Clips, recogniser: DifferentiableArcFace, detector: FaceAnalyzer, seed: int, start: Path
+    ) -> None:
+        self.vae = AutoencoderKLCogVideoX.from_pretrained(start, torch_dtype=torch.float32)
+        self.clips, self.detector, self.seed = clips, detector, seed
+        self.model = _Decoding(self.vae, recogniser, self._mean_embedding(recogniser))
+
+    @torch.no_grad()
+    def _mean_embedding(self, recogniser: DifferentiableArcFace) -> Tensor:
+        seen = self._look(range(CENTRING))
+        faces = align_faces(seen["frames"][torch.arange(CENTRING), :, seen["looked_at"]] / 2 + 0.5, seen["landmarks"])
+        return F.normalize(recogniser(faces), dim=-1).mean(dim=0)
+
+    @torch.no_grad()
+    def batch(self, samples: range) -> dict[str, Tensor]:
+        batch = self._look(samples)
+        latents = self.vae.encode(batch["frames"]).latent_dist.mean
+        for row, sample in enumerate(samples):
+            generator = generator_for(self.seed, sample, 1)
+            share, chance = torch.rand(2, generator=generator)
+            if chance < NOISED:
+                # Latents have a deviation of 1 / scaling_factor.
+                deviation = share * NOISE / self.vae.config.scaling_factor
+                latents[row] += deviation * torch.randn(latents[row].shape, generator=generator)
+        return batch | {"latents": latents}
+
+    def _look(self, samples: range) -> dict[str, Tensor]:
+        """Clips, a frame of each, and the landmarks in it."""
+        rows, looked_at, landmarks = [], [], []
+        for sample in samples:
+            generator = generator_for(self.seed, sample)
+            face = None
+            while face is None:
+                row = int(torch.randint(len(self.clips.frames), (), generator=generator))
+                frame = int(torch.randint(self.clips.frames.shape[1], (), generator=generator))
+                face = follow(find_faces(self.detector, self.clips.frames[row, frame], recognise=False), None)
+            rows.append(row)
+            looked_at.append(frame)
+            landmarks.append(torch.from_numpy(face.landmarks))
+        frames = to_unit(self.clips.frames[rows]).permute(0, 4, 1, 2, 3).contiguous()
+        return {"frames": frames, "looked_at": torch.tensor(looked_at), "landmarks": torch.stack(landmarks)}
+
+    def export(self, weights: Mapping[str, Tensor], path: Path, step: int) -> None:
+        export_part(self.model, "vae", weights, path)
+
+    def validate(self, step: int, folder: Path) -> dict[str, float]:
+        """The loss and its parts on clips that other steps see too."""
+        values = self.model(self.batch(range(VALIDATED)))
+        return {name: float(value.mean()) for name, value in values.items()}
 
 
 def mirrored(frames: np.ndarray, generator: torch.Generator) -> np.ndarray:
