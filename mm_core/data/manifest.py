@@ -26,8 +26,9 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv")
 SHARD = ".npz"
 _SOURCE = r"(?s)(?P<file>.+?)(?:#(?P<clip>\d+))?(?:@(?P<frame>\d+))?"
-_FIELDS = {"id": str, "media": str, "caption": str, "references": list, "person": str}
-_OPTIONAL = {"caption", "person"}
+_FIELDS = {"id": str, "media": str, "caption": str, "references": list, "person": str, "repeat": int}
+_OPTIONAL = {"caption", "person", "repeat"}
+_KINDS = {str: "a text", list: "a list", int: "a whole number"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,8 @@ class Sample:
     references: tuple[str, ...]
     """Pictures of the person, 1 or more; the medium itself if it is a picture (self-reference)."""
     person: str | None
+    repeat: int = 1
+    """How often it comes up in training for another's once."""
 
 
 def manifest_path(data: Path) -> Path:
@@ -217,11 +220,13 @@ def _parse_line(line: bytes) -> Sample:
         raise SettingError(f"{'; '.join(wrong)}. A sample has {', '.join(_FIELDS)}")
     for name, value in entry.items():
         if type(value) is not _FIELDS[name]:
-            raise SettingError(f"{name} is {value!r}; it must be a {'list' if _FIELDS[name] is list else 'text'}")
+            raise SettingError(f"{name} is {value!r}; it must be {_KINDS[_FIELDS[name]]}")
     if not entry["id"]:
         raise SettingError("the id is empty; give each sample its own")
     if not entry["references"]:
         raise SettingError("references is empty; name at least one picture of the person (the medium, if it is one)")
+    if entry.get("repeat", 1) < 1:
+        raise SettingError(f"repeat is {entry['repeat']}; it must be 1 or more")
     Source.parse(entry["media"])
     for reference in entry["references"]:
         if not isinstance(reference, str) or not Source.parse(reference).is_picture:
@@ -232,6 +237,7 @@ def _parse_line(line: bytes) -> Sample:
         caption=entry.get("caption", "").strip(),
         references=tuple(dict.fromkeys(entry["references"])),
         person=entry.get("person"),
+        repeat=entry.get("repeat", 1),
     )
 
 

@@ -34,7 +34,8 @@ class AdapterTask:
     """A stage on precomputed features. start: the adapter of the stage before; its optimizer's state is not taken over.
 
     Raises:
-        CheckpointError: features missing or made for another base; SettingError: no recogniser for the identity loss.
+        CheckpointError: features missing or made for another base; SettingError: no recogniser for the identity loss,
+            or a motion window beyond the latents.
     """
 
     def __init__(self, config: TrainingConfig, stage: str, start: Path | None = None) -> None:
@@ -43,6 +44,7 @@ class AdapterTask:
         self.base = base_of(config)
         self.features = Features.open(Path(self.stage.features))
         self.training, self.validation = split_people(self.features, config.validation_people)
+        self.training = np.repeat(self.training, [self.features.entries[row].get("repeat", 1) for row in self.training])
         pipe = self.base.load(DTYPES[self.stage.loop.precision])
         pipe.text_encoder = None  # its work is in the features
         self.pipe = pipe
@@ -63,8 +65,12 @@ class AdapterTask:
             self.stage.motion_weight,
             self._judge() if self.stage.identity_weight else None,
             self.state,
+            self.stage.motion_windows,
         )
         frames, _, height, width = self.features.sample(0)["latents"].shape
+        for window in self.stage.motion_windows:
+            if window[1] > height or window[3] > width:
+                raise SettingError(f"motion_windows holds {list(window)}, beyond latents of {height} x {width}.")
         # CogVideoX 1.5 patches in time: a clip's first latent frame is repeated until they are whole.
         self.padding = -frames % (pipe.transformer.config.patch_size_t or 1)
         self.cell = 2 ** (len(pipe.vae.config.block_out_channels) - 1)

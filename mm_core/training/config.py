@@ -81,6 +81,9 @@ class StageConfig:
     motion_weight: float = 0.0
     """Of the share of a clip's motion that x0 has wrong, at all noise levels; in clips that the model samples itself,
     of the motion that the base alone would give them, both guided. 0 is the paper's."""
+    motion_windows: tuple[tuple[int, ...], ...] = ()
+    """Parts of the latents, each from one row to another and from one column to another, whose own motion is judged as
+    well: eyes and mouths, where a data set has them all in one place, move little beside a head."""
     sampling: SamplingConfig | None = None
     """Judge clips that the model samples itself, one beside each sample; None: the noised samples, as in the paper."""
 
@@ -95,6 +98,10 @@ class StageConfig:
         for name in ("identity_weight", "motion_weight"):
             if not vars(self)[name] >= 0:
                 raise SettingError(f"{name} is {vars(self)[name]}; it must be 0 (off) or more.")
+        for window in self.motion_windows:
+            if len(window) != 4 or not (0 <= window[0] < window[1] and 0 <= window[2] < window[3]):
+                wanted = "each must be two rows and two columns, rising: [2, 7, 3, 13]"
+                raise SettingError(f"motion_windows holds {list(window)}; {wanted}.")
         low, high = self.identity_timesteps
         if not 0 <= low < high <= 1000:
             raise SettingError(f"identity_timesteps is {low}, {high}; it must be two numbers rising within 0 to 1000.")

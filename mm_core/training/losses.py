@@ -8,6 +8,8 @@ the lowest noise levels bfloat16 cannot tell them from none, and would drop the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,7 +74,7 @@ def predict_clean(prediction: Tensor, noisy: Tensor, alpha_bar: Tensor) -> Tenso
     return signal * noisy - deviation * prediction
 
 
-def motion_loss(predicted: Tensor, clean: Tensor) -> Tensor:
+def motion_loss(predicted: Tensor, clean: Tensor, windows: Sequence[Sequence[int]] = ()) -> Tensor:
     """The share of a clip's motion that predicted clean latents have wrong: (B,), 0 for single pictures.
 
     Motion is what differs from the mean over frames. It is a small part of the latents, which the noise loss hardly
@@ -80,10 +82,15 @@ def motion_loss(predicted: Tensor, clean: Tensor) -> Tensor:
 
     Args:
         predicted, clean: (B, F, C, H, W).
+        windows: from one row to another, from one column to another: parts whose own shares are added.
     """
+    parts = [
+        motion_loss(predicted[..., top:bottom, left:right], clean[..., top:bottom, left:right])
+        for top, bottom, left, right in windows
+    ]
     moved, wanted = (latents - latents.mean(dim=1, keepdim=True) for latents in (predicted, clean))
     wrong, whole = (motion.square().flatten(1).mean(dim=1) for motion in (moved - wanted, wanted))
-    return wrong / (whole + STILLNESS)
+    return wrong / (whole + STILLNESS) + sum(parts)
 
 
 def identity_loss(

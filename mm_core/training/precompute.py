@@ -377,8 +377,9 @@ def _index(folder: Path, samples: list[Sample], references: list[str], settings:
     for name, shard, row in table["samples"]:
         seen = [numbers[path] for path in by_id[name].references if path in numbers]
         if seen:
-            entry = {"id": name, "person": by_id[name].person, "references": seen, "shard": shard, "row": row}
-            entries.append(entry)
+            sample = by_id[name]
+            entry = {"id": name, "person": sample.person, "references": seen, "repeat": sample.repeat}
+            entries.append(entry | {"shard": shard, "row": row})
         else:
             why = reasons["references"][by_id[name].references[0]]
             reasons["samples"][name] = [f"no usable reference: {why[0]}", why[1]]

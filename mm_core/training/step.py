@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,7 @@ class AdapterTraining(nn.Module):
         motion_weight: float = 0.0,
         judge: IdentityJudge | None = None,
         rollouts: Rollouts | None = None,
+        motion_windows: Sequence[Sequence[int]] = (),
     ) -> None:
         super().__init__()
         self.transformer = transformer.requires_grad_(False)
@@ -51,6 +53,7 @@ class AdapterTraining(nn.Module):
         adapter.blocks[str(adapter.config.adapted_layers[-1])].face_norm2.requires_grad_(False)
         attach(self.transformer, adapter)
         self.settings, self.identity_weight, self.motion_weight = settings, identity_weight, motion_weight
+        self.motion_windows = motion_windows
         # Not a submodule: frozen, in its own dtype, and none of the trained model's state.
         self._judge = (judge,)
         self.rollouts = rollouts
@@ -91,7 +94,8 @@ class AdapterTraining(nn.Module):
             "timestep": batch["timestep"],
         }
         if self.motion_weight:
-            motion = motion_loss(predict_clean(prediction, batch["noisy"], batch["alpha_bar"]), batch["clean"])
+            x0 = predict_clean(prediction, batch["noisy"], batch["alpha_bar"])
+            motion = motion_loss(x0, batch["clean"], self.motion_windows)
             values["loss"] = values["loss"] + self.motion_weight * motion
             values["motion_loss"] = torch.where(plain, nothing, motion.detach())
         if self.identity_weight and self._judge[0] is not None:
@@ -135,7 +139,7 @@ class AdapterTraining(nn.Module):
             values["clean_loss"] = torch.where(acts, apart.detach(), torch.nan)
         if plain is not None:
             base = predict_clean(guide(negative, plain, config.guidance), noisy, rollout["alpha_bar"])
-            motion = motion_loss(shown, base)
+            motion = motion_loss(shown, base, self.motion_windows)
             values["loss"] = values["loss"] + self.motion_weight * motion
             values["sampled_motion_loss"] = motion.detach()
         judged, identity = self._identity_of_samples(shown, rollout)

@@ -54,6 +54,7 @@ def check(folder: Path, frames: int = 1) -> Report:
 def test_a_manifest_reads_back(tmp_path: Path) -> None:
     samples = read_manifest(write(tmp_path, LINE | {"person": "p"}, "", LINE | {"id": "b", "references": ["c.mp4@4"]}))
     assert [(s.id, s.person, s.references) for s in samples] == [("a", "p", ("a.png",)), ("b", None, ("c.mp4@4",))]
+    assert [s.repeat for s in read_manifest(write(tmp_path, LINE | {"repeat": 3}, LINE | {"id": "b"}))] == [3, 1]
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,8 @@ def test_a_manifest_reads_back(tmp_path: Path) -> None:
         (LINE | {"id": "b", "references": []}, "references is empty"),
         (LINE | {"id": "b", "references": ["clip.mp4"]}, "clip.mp4@0"),
         (LINE | {"id": "b", "references": [3]}, "is no picture"),
+        (LINE | {"id": "b", "repeat": 0}, "repeat is 0; it must be 1 or more"),
+        (LINE | {"id": "b", "repeat": 1.5}, "repeat is 1.5; it must be a whole number"),
         (LINE, "that of line 1 too"),
         (LINE | {"id": "b", "media": "../a.png"}, "leads out"),
         (LINE | {"id": "b", "media": "/a.png"}, "leads out"),

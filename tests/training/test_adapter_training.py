@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from mm_core.models.diffusers_block import STATE
 from mm_core.training.__main__ import main, train_stage
 from mm_core.training.adapter_task import ADAPTER_FILE, AdapterTask
 from mm_core.training.config import ABLATIONS, StageConfig, TrainingConfig
+from mm_core.training.features import INDEX
 from mm_core.training.loop import LoopConfig, train
 from mm_core.training.losses import noise_loss
 from mm_core.training.runs import latest_checkpoint
@@ -96,6 +98,17 @@ def test_text_fusion_touches_the_slots_of_kept_prompts_only(config: TrainingConf
     changed = (text != batch["text"]).any(dim=-1)
     expected = torch.zeros_like(changed).scatter(1, batch["slots"], True) & batch["has_text"][:, None]
     assert torch.equal(changed, expected)
+
+
+def test_a_sample_comes_up_as_often_as_its_manifest_says(config: TrainingConfig, tmp_path: Path) -> None:
+    folder = write_features(tmp_path / "features")
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    index["samples"][1]["repeat"] = 3
+    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
+    task = AdapterTask(with_stage(config, features=str(folder)), "video")
+    once_through = task.batch(range(len(index["samples"]) + 2))["clean"]
+    latents = [task.features.sample(row)["latents"].float() for row in range(3)]
+    assert [sum(torch.equal(clean, sample) for clean in once_through) for sample in latents] == [1, 3, 1]
 
 
 def test_only_the_adapter_learns(config: TrainingConfig) -> None:

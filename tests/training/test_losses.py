@@ -67,6 +67,12 @@ def test_motion_loss_is_the_share_that_is_wrong() -> None:
     torch.testing.assert_close(motion_loss(moved - motion, clean), 4 * share)
 
 
+def test_windows_add_their_own_shares() -> None:
+    moved, clean = randoms(2)
+    inside = moved[..., 1:4, 0:2], clean[..., 1:4, 0:2]
+    assert torch.equal(motion_loss(moved, clean, [(1, 4, 0, 2)]), motion_loss(moved, clean) + motion_loss(*inside))
+
+
 def test_single_pictures_have_no_motion() -> None:
     first, second = randoms(2, shape=(4, 1, 2, 6, 5))
     assert not motion_loss(first, second).any()

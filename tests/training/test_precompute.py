@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 from mm_core.data.manifest import MANIFEST, read_media, read_picture
-from mm_core.data.people.manifest import write_manifest
+from mm_core.data.people.manifest import repeats_of, write_manifest
+from mm_core.data.people.scene import sample_clip
 from mm_core.data.people.shards import RenderSettings, render_dataset
 from mm_core.errors import CheckpointError, MagicMirrorError, SettingError
 from mm_core.faces.analysis import FaceAnalyzer
@@ -53,8 +54,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.new("RGB", (64, 64), "grey").save(folder / "flat.png")
     (folder / "cut.png").write_bytes((folder / "flat.png").read_bytes()[:60])
     (folder / "cut.mp4").write_bytes(b"no video")
+    references = ["flat.png", "cut.png", *last["references"]]
     lines += [
-        last | {"id": "wide", "media": "wide.mp4", "references": ["flat.png", "cut.png", *last["references"]]},
+        last | {"id": "wide", "media": "wide.mp4", "references": references, "repeat": 7},
         last | {"id": "faceless", "media": "flat.mp4"},
         last | {"id": "short", "media": "short.mp4"},
         last | {"id": "small", "media": "small.mp4"},
@@ -128,6 +130,8 @@ def test_what_cannot_be_used_is_left_out_and_counted(features: Features) -> None
         },
     }
     assert [entry["person"] for entry in features.entries] == ["0", "0", "1", "1", "1"]
+    rendered = [repeats_of(sample_clip(person, clip)) for person, clip in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    assert [entry["repeat"] for entry in features.entries] == [*rendered, 7]
 
 
 def test_the_check_finds_the_same_without_looking_for_faces(config: TrainingConfig) -> None:

@@ -44,7 +44,8 @@ def config(base: Path, tmp_path: Path) -> TrainingConfig:
     loop = LoopConfig(steps=6, batch_size=BATCH, learning_rate=1e-3, ema_decay=0.0, log_every=1, save_every=2, keep=9)
     stage = StageConfig(
         data="", features=str(features), frames=9, loop=loop, identity_weight=0.5, identity_timesteps=(0, 900),
-        motion_weight=0.25, sampling=SamplingConfig(clips=BATCH, steps=STEPS, guidance=GUIDANCE),
+        motion_weight=0.25, motion_windows=((0, 2, 1, 3),),
+        sampling=SamplingConfig(clips=BATCH, steps=STEPS, guidance=GUIDANCE),
     )  # fmt: skip
     image = replace(stage, frames=1, sampling=None)
     return TrainingConfig(
@@ -169,7 +170,8 @@ def test_a_sampled_clip_is_asked_to_be_the_training_clip(config: TrainingConfig)
     base = shown(task.model._predict(rollout, rollout["text"], None))
     apart = (ours.mean(dim=1) - rollout["clean"].mean(dim=1)).square().mean(dim=(1, 2, 3))
     assert torch.allclose(values["clean_loss"][high], apart[high], rtol=1e-3)
-    assert torch.allclose(values["sampled_motion_loss"], motion_loss(ours, base), rtol=1e-3)
+    motion = motion_loss(ours, base, task.stage.motion_windows)
+    assert torch.allclose(values["sampled_motion_loss"], motion, rtol=1e-3)
     motion = values["motion_loss"] + values["sampled_motion_loss"]
     added = 0.25 * motion + 0.5 * values["identity_loss"].nan_to_num(0) + 2.0 * values["clean_loss"].nan_to_num(0)
     assert torch.allclose(values["loss"], values["noise_loss"] + added)
@@ -248,6 +250,14 @@ def test_wrong_settings(changes: dict[str, float], message: str) -> None:
 def test_weights_are_not_negative(config: TrainingConfig, name: str) -> None:
     with pytest.raises(SettingError, match=rf"{name} is -1.0; it must be 0 \(off\) or more"):
         with_stage(config, **{name: -1.0})
+
+
+def test_motion_windows_are_within_the_latents(config: TrainingConfig) -> None:
+    for window in ((0, 2, 1), (2, 2, 0, 3), (-1, 2, 0, 3)):
+        with pytest.raises(SettingError, match="two rows and two columns, rising"):
+            with_stage(config, motion_windows=(window,))
+    with pytest.raises(SettingError, match=r"holds \[0, 5, 0, 3\], beyond latents of 4 x 6"):
+        AdapterTask(with_stage(config, motion_windows=((0, 5, 0, 3),)), "video")
 
 
 def test_sampling_wants_an_identity_loss(config: TrainingConfig) -> None:

@@ -6,10 +6,17 @@ import json
 from pathlib import Path
 
 from ...errors import SettingError
+from .captions import nod, smiles, tilt
+from .scene import ClipDescription
 from .shards import SETTINGS_FILE, write_whole
 from .streams import stream
 
 PICTURES_PER_CLIP = 1
+
+
+def repeats_of(clip: ClipDescription) -> int:
+    """1 to 9: movements that are small or seldom are shown more often, or they are learnt last."""
+    return 1 + 3 * bool(nod(clip)) + bool(tilt(clip)) + 4 * smiles(clip)
 
 
 def write_manifest(folder: Path, name: str, *, pictures: bool) -> int:
@@ -51,6 +58,7 @@ def _samples(shard: str, clips: list[dict], frames: int, pictures: bool) -> list
             "caption": clip["caption"],
             "references": [photo for other, photo in photos[person].items() if other != number],
             "person": str(person),
+            "repeat": 1 if pictures else repeats_of(ClipDescription.from_json(clip["description"])),
         }
         if not pictures:
             samples.append(sample)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.people.captions import nod, smiles, tilt
 from ...data.people.expressions import EXPRESSIONS, NEUTRAL
+from ...data.people.manifest import repeats_of
 from ...data.people.scene import PITCH_LIMIT, ROLL_LIMIT, YAW_LIMIT, ClipDescription, at, eased
 from ...data.people.shards import read_clips
 
@@ -42,11 +42,6 @@ class Clips:
             frames=np.stack(frames), persons=np.array(persons), captions=captions, scenes=np.stack(scenes),
             repeats=np.array(repeats),
         )  # fmt: skip
-
-
-def repeats_of(clip: ClipDescription) -> int:
-    """1 to 5: movements that are small or seldom are shown more often, or they are learnt last."""
-    return 1 + bool(nod(clip)) + bool(tilt(clip)) + 2 * smiles(clip)
 
 
 def scene_of(clip: ClipDescription) -> np.ndarray:
