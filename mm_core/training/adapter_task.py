@@ -204,7 +204,7 @@ class AdapterTask:
 
     def _data(self) -> str:
         """One line on the training data, for the header."""
-        return f"{len(self.training):,} samples of {Path(self.stage.data).name}"
+        return f"{len(np.unique(self.training)):,} samples of {Path(self.stage.data).name}"
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         return validate_clips(self, folder)

@@ -16,6 +16,7 @@ from mm_core.pipelines import tiny
 from mm_core.training.config import TrainingConfig, load_config
 from mm_core.training.meta import DryStep, MetaKernels, Models, SavedTensors, build_models, dry_run, measure
 from mm_core.training.plan import Memory, Plan, plan
+from mm_core.training.small.__main__ import SAMPLED, Recipe
 
 RECIPE = Path(__file__).parents[2] / "mm_core" / "training" / "configs" / "cogvideox_5b.yaml"
 SMALL = dict(base="tiny", width="64", height="48", video__frames="9")
@@ -242,3 +243,11 @@ def test_a_folder_is_planned_like_the_model_in_it(small: Plan, tmp_path: Path) -
 def test_sizes_that_do_not_fit_are_told(overrides: dict[str, str], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         dry_run(configured(**overrides), "video")
+
+
+def test_the_small_models_last_stage_fits_its_clips() -> None:
+    recipe = Recipe(Path("runs/tiny"), Path("insightface"), {})
+    stage = dataclasses.replace(recipe.config.video, **SAMPLED)
+    assert stage.sampling.clips % stage.loop.batch_size == 0
+    assert all(0 <= low < high <= tiny.SIZE // 4 for w in stage.motion_windows for low, high in (w[:2], w[2:]))
+    assert list(recipe.parts).index("sampled") == list(recipe.parts).index("video") + 1

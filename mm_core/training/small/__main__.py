@@ -1,7 +1,8 @@
 """`python -m mm_core.training.small`: make the small model that ships with the pack, from nothing, on a CPU.
 
 Renders people, trains the VAE, the ID encoder and the base text-to-video model on them, freezes all of that, trains the
-adapter in its two stages, and packs the weights. Each part is kept as it is finished; the same command goes on.
+adapter in its two stages, then on clips that it samples itself, and packs the weights. Each part is kept as it is
+finished; the same command goes on.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from ...errors import MagicMirrorError
-from ..config import TrainingConfig, load_config
+from ..config import SamplingConfig, TrainingConfig, load_config
 from ..loop import LoopConfig, train
 from ..runs import is_finished, latest_checkpoint
 
@@ -53,6 +55,17 @@ BASE_CLIPS = LoopConfig(
     ema_decay=0.998, save_every=250, validate_every=1000, log_every=20, compile=True, seed=1,
 )  # fmt: skip
 
+# After the two stages: what guidance makes of its clips, judged for likeness and for the base's movements at once.
+SAMPLED = {
+    "max_references": 1, "identity_weight": 5.0, "identity_timesteps": (0, 700), "identity_centred": True,
+    "motion_weight": 1.5, "motion_windows": ((2, 7, 3, 13), (7, 12, 4, 12)),
+    "sampling": SamplingConfig(clips=128, steps=12, guidance=3.0, clean_weight=3.0),
+    "loop": LoopConfig(
+        steps=1000, batch_size=8, optimizer="muon", learning_rate=5e-4, final_learning_rate=2e-5, warmup_steps=20,
+        ema_decay=0.98, log_every=10, save_every=50,
+    ),
+}  # fmt: skip
+
 
 class Recipe:
     """The parts in order; each names its folder and is skipped when that is finished.
@@ -87,6 +100,7 @@ class Recipe:
             "features": self.features,
             "image": lambda: self.adapter("image"),
             "video": lambda: self.adapter("video"),
+            "sampled": self.sampled,
             "pack": self.pack,
         }
 
@@ -181,12 +195,17 @@ class Recipe:
 
         return train_stage(self.config, stage)
 
+    def sampled(self) -> Path:
+        from ..__main__ import train_stage
+
+        video = replace(self.config.video, **SAMPLED)
+        config = replace(self.config, output=str(self.folder / "sampled"), video=video)
+        return train_stage(config, "video", self.adapter("video"))
+
     def pack(self) -> object:
-        from ..adapter_task import ADAPTER_FILE
         from .pack import pack
 
-        adapter = latest_checkpoint(Path(self.config.output) / "video") / ADAPTER_FILE
-        return pack(Path(self.config.base), Path(self.config.id_encoder), adapter, self.folder / "packed")
+        return pack(Path(self.config.base), Path(self.config.id_encoder), self.sampled(), self.folder / "packed")
 
     def _run(self, folder: Path, loop: LoopConfig, task: Callable[[], object]) -> Path:
         """The folder of the last checkpoint; trains only what is missing."""
