@@ -120,7 +120,7 @@ def small_clip(**inputs: Any) -> dict[str, Any]:
     )
 
 
-def clip(prompt: str | Link, prefix: str, seed: int | Link = 3, **sampler: Any) -> dict[str, Node]:
+def clip(prompt: str | Link, prefix: str, seed: int | Link = 1, **sampler: Any) -> dict[str, Node]:
     """Apply, sample, save, behind `person`."""
     apply = dict(model=("loader", 0), identity=("extract", 0))
     settings = small_clip(model=("apply", 0), prompt=prompt, seed=seed, **sampler)
