@@ -195,7 +195,7 @@ class DecoderTask:
     def __init__(
         self, clips: Clips, recogniser: DifferentiableArcFace, detector: FaceAnalyzer, seed: int, start: Path
     ) -> None:
-        self.vae = AutoencoderKLCogVideoX.from_pretrained(start, torch_dtype=torch.float32)
+        self.vae = AutoencoderKLCogVideoX.from_pretrained(start).float()
         self.clips, self.detector, self.seed = clips, detector, seed
         self.model = _Decoding(self.vae, recogniser, self._mean_embedding(recogniser))
 
