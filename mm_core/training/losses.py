@@ -74,7 +74,9 @@ def predict_clean(prediction: Tensor, noisy: Tensor, alpha_bar: Tensor) -> Tenso
     return signal * noisy - deviation * prediction
 
 
-def motion_loss(predicted: Tensor, clean: Tensor, windows: Sequence[Sequence[int]] = ()) -> Tensor:
+def motion_loss(
+    predicted: Tensor, clean: Tensor, windows: Sequence[Sequence[int]] = (), window_weight: float = 1.0
+) -> Tensor:
     """The share of a clip's motion that predicted clean latents have wrong: (B,), 0 for single pictures.
 
     Motion is what differs from the mean over frames. It is a small part of the latents, which the noise loss hardly
@@ -82,7 +84,8 @@ def motion_loss(predicted: Tensor, clean: Tensor, windows: Sequence[Sequence[int
 
     Args:
         predicted, clean: (B, F, C, H, W).
-        windows: from one row to another, from one column to another: parts whose own shares are added.
+        windows: from one row to another, from one column to another: parts whose own shares are added, each times
+            window_weight.
     """
     parts = [
         motion_loss(predicted[..., top:bottom, left:right], clean[..., top:bottom, left:right])
@@ -90,7 +93,7 @@ def motion_loss(predicted: Tensor, clean: Tensor, windows: Sequence[Sequence[int
     ]
     moved, wanted = (latents - latents.mean(dim=1, keepdim=True) for latents in (predicted, clean))
     wrong, whole = (motion.square().flatten(1).mean(dim=1) for motion in (moved - wanted, wanted))
-    return wrong / (whole + STILLNESS) + sum(parts)
+    return wrong / (whole + STILLNESS) + window_weight * sum(parts)
 
 
 def identity_loss(

@@ -70,7 +70,9 @@ def test_motion_loss_is_the_share_that_is_wrong() -> None:
 def test_windows_add_their_own_shares() -> None:
     moved, clean = randoms(2)
     inside = moved[..., 1:4, 0:2], clean[..., 1:4, 0:2]
-    assert torch.equal(motion_loss(moved, clean, [(1, 4, 0, 2)]), motion_loss(moved, clean) + motion_loss(*inside))
+    whole, part = motion_loss(moved, clean), motion_loss(*inside)
+    assert torch.equal(motion_loss(moved, clean, [(1, 4, 0, 2)]), whole + part)
+    assert torch.equal(motion_loss(moved, clean, [(1, 4, 0, 2)], 0.5), whole + 0.5 * part)
 
 
 def test_single_pictures_have_no_motion() -> None:

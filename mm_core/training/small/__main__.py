@@ -21,6 +21,7 @@ from ...errors import MagicMirrorError
 from ..config import SamplingConfig, TrainingConfig, load_config
 from ..loop import LoopConfig, train
 from ..runs import is_finished, latest_checkpoint
+from .clips import EYES_AND_MOUTH
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 PEOPLE, CLIPS = 1600, 4
@@ -58,7 +59,7 @@ BASE_CLIPS = LoopConfig(
 # After the two stages: what guidance makes of its clips, judged for likeness and for the base's movements at once.
 SAMPLED = {
     "max_references": 1, "identity_weight": 5.0, "identity_timesteps": (0, 700), "identity_centred": True,
-    "motion_weight": 1.5, "motion_windows": ((2, 7, 3, 13), (7, 12, 4, 12)),
+    "motion_weight": 1.5, "motion_windows": EYES_AND_MOUTH,
     "sampling": SamplingConfig(clips=128, steps=12, guidance=3.0, clean_weight=3.0),
     "loop": LoopConfig(
         steps=1000, batch_size=8, optimizer="muon", learning_rate=5e-4, final_learning_rate=2e-5, warmup_steps=20,

@@ -26,7 +26,7 @@ from ...pipelines.prompt import without_trigger
 from ..diffusion import add_noise, alphas_bar, rotary_embedding
 from ..losses import motion_loss, noise_loss, predict_clean
 from ..randomness import generator_for, shuffled
-from .clips import SCENE, Clips, of_latents, to_unit
+from .clips import EYES_AND_MOUTH, SCENE, Clips, of_latents, to_unit
 from .text import DOUBLED, export_part, tokens
 from .vae import save_sheet
 
@@ -35,7 +35,6 @@ PICTURES = 2  # of each clip, for the first phase
 CHUNK = 32
 SCENE_WEIGHT = 1.0
 MOTION_WEIGHT = 1.0
-EYES_AND_MOUTH = ((slice(2, 7), slice(3, 13)), (slice(7, 12), slice(4, 12)))  # rows and columns of a latent's 16
 PART_WEIGHT = 0.5
 MISLED = 0.5  # of the samples at these noise levels
 MISLED_FROM = 400
@@ -101,8 +100,7 @@ class _TextToVideo(nn.Module):
         scene = (told - batch["scene"][:, :, None]).square().mean((1, 2, 3))
         self.hidden = None
         x0, clean = predict_clean(prediction, batch["noisy"], batch["alpha_bar"]), batch["clean"]
-        parts = [motion_loss(x0[..., rows, columns], clean[..., rows, columns]) for rows, columns in EYES_AND_MOUTH]
-        motion = motion_loss(x0, clean) + PART_WEIGHT * sum(parts)
+        motion = motion_loss(x0, clean, EYES_AND_MOUTH, PART_WEIGHT)
         return {
             "loss": noise + SCENE_WEIGHT * scene + MOTION_WEIGHT * motion, "noise_loss": noise,
             "scene_loss": scene, "motion_loss": motion, "timestep": batch["timestep"],

@@ -16,6 +16,7 @@ from ...data.people.shards import read_clips
 
 SHOWN = [name for name in EXPRESSIONS if name != NEUTRAL]
 LIGHT_LIMIT = 70.0  # degrees of azimuth
+EYES_AND_MOUTH = ((2, 7, 3, 13), (7, 12, 4, 12))  # from row to row, from column to column, of a latent's 16
 YAW_CHANGE, PITCH_CHANGE, ROLL_CHANGE = 30.0, 8.0, 6.0  # degrees over a clip that make a 1: rare movements count too
 
 
