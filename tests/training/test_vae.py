@@ -16,6 +16,7 @@ from mm_core.faces.analysis import FaceAnalyzer
 from mm_core.pipelines.base import TinyBase
 from mm_core.training.arcface import DifferentiableArcFace
 from mm_core.training.loop import LoopConfig, train
+from mm_core.training.small.base import Latents
 from mm_core.training.small.clips import SCENE, Clips
 from mm_core.training.small.vae import DecoderTask, RecogniserFeatures, VAETask, smooth
 
@@ -69,7 +70,8 @@ def test_the_decoder_learns_alone(recogniser: DifferentiableArcFace, insightface
         repeats=np.ones(2, int),
     )  # fmt: skip
     start = TinyBase().folder / "vae"
-    task = DecoderTask(clips, recogniser, FaceAnalyzer(insightface_root, "buffalo_sc"), 0, start)
+    latents = Latents.encode(clips, AutoencoderKLCogVideoX.from_pretrained(start), 9, tmp_path / "latents.pt").values
+    task = DecoderTask(clips, latents, recogniser, FaceAnalyzer(insightface_root, "buffalo_sc"), 0, start)
     first, again = task.batch(range(4)), task.batch(range(4))
     assert all(torch.equal(first[name], again[name]) for name in first)
     before = {name: value.clone() for name, value in task.vae.state_dict().items()}

@@ -143,12 +143,23 @@ class Recipe:
         if start is None:
             pictures = folder / "pictures"
             start = self._run(pictures, VAE_PICTURES, lambda: VAETask(self.clips, 1, self.recogniser, 0)) / "vae"
-        last = self._run(folder / "clips", VAE_CLIPS, lambda: VAETask(self.clips, 9, self.recogniser, 1, start))
+        last = self._run(folder / "clips", VAE_CLIPS, lambda: VAETask(self.clips, 9, self.recogniser, 1, start)) / "vae"
         return self._run(
             folder / "decoder",
             DECODER,
-            lambda: DecoderTask(self.clips, self.recogniser, self.analyzer, DECODER.seed, last / "vae"),
+            lambda: DecoderTask(
+                self.clips, self.latents(last).values, self.recogniser, self.analyzer, DECODER.seed, last
+            ),
         )
+
+    def latents(self, vae: Path) -> object:
+        """Of all clips, made once: the decoder's own training leaves the encoder as it is."""
+        from diffusers import AutoencoderKLCogVideoX
+
+        from .base import Latents
+
+        encoder = AutoencoderKLCogVideoX.from_pretrained(vae)
+        return Latents.encode(self.clips, encoder, 9, self.folder / "vae" / "latents.pt")
 
     def encoder(self) -> None:
         from .encoder import WEIGHTS, EncoderTask, Faces
@@ -177,7 +188,7 @@ class Recipe:
             BASE_PICTURES,
             lambda: BaseTask(self.clips.captions, pictures, vae, BASE_PICTURES.seed, text),
         )
-        clips = Latents.encode(self.clips, vae, 9, folder / "clips.pt")
+        clips = self.latents(vae_folder)
         last = self._run(
             folder / "clips", BASE_CLIPS, lambda: BaseTask(self.clips.captions, clips, vae, BASE_CLIPS.seed, start)
         )

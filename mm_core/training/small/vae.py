@@ -189,14 +189,21 @@ class VAETask:
 class DecoderTask:
     """The decoder alone, of a finished VAE: its latents, and all who read them, stay what they are.
 
-    Faces are looked for in the true clips, a frame of each; where none is found, another frame's turn comes.
+    latents: (N, F', C, H', W') of the clips, times the VAE's scaling factor. Faces are looked for in the true clips, a
+    frame of each; where none is found, another frame's turn comes.
     """
 
     def __init__(
-        self, clips: Clips, recogniser: DifferentiableArcFace, detector: FaceAnalyzer, seed: int, start: Path
+        self,
+        clips: Clips,
+        latents: Tensor,
+        recogniser: DifferentiableArcFace,
+        detector: FaceAnalyzer,
+        seed: int,
+        start: Path,
     ) -> None:
         self.vae = AutoencoderKLCogVideoX.from_pretrained(start).float()
-        self.clips, self.detector, self.seed = clips, detector, seed
+        self.clips, self.latents, self.detector, self.seed = clips, latents, detector, seed
         self.model = _Decoding(self.vae, recogniser, self._mean_embedding(recogniser))
 
     @torch.no_grad()
@@ -205,18 +212,15 @@ class DecoderTask:
         faces = align_faces(seen["frames"][torch.arange(CENTRING), :, seen["looked_at"]] / 2 + 0.5, seen["landmarks"])
         return F.normalize(recogniser(faces), dim=-1).mean(dim=0)
 
-    @torch.no_grad()
     def batch(self, samples: range) -> dict[str, Tensor]:
         batch = self._look(samples)
-        latents = self.vae.encode(batch["frames"]).latent_dist.mean
+        latents = self.latents[batch["rows"]].float().transpose(1, 2)  # (B, C, F', H', W'), of a deviation near 1
         for row, sample in enumerate(samples):
             generator = generator_for(self.seed, sample, 1)
             share, chance = torch.rand(2, generator=generator)
             if chance < NOISED:
-                # Latents have a deviation of 1 / scaling_factor.
-                deviation = share * NOISE / self.vae.config.scaling_factor
-                latents[row] += deviation * torch.randn(latents[row].shape, generator=generator)
-        return batch | {"latents": latents}
+                latents[row] += share * NOISE * torch.randn(latents[row].shape, generator=generator)
+        return batch | {"latents": latents / self.vae.config.scaling_factor}
 
     def _look(self, samples: range) -> dict[str, Tensor]:
         """Clips, a frame of each, and the landmarks in it."""
@@ -232,7 +236,12 @@ class DecoderTask:
             looked_at.append(frame)
             landmarks.append(torch.from_numpy(face.landmarks))
         frames = to_unit(self.clips.frames[rows]).permute(0, 4, 1, 2, 3).contiguous()
-        return {"frames": frames, "looked_at": torch.tensor(looked_at), "landmarks": torch.stack(landmarks)}
+        return {
+            "rows": torch.tensor(rows),
+            "frames": frames,
+            "looked_at": torch.tensor(looked_at),
+            "landmarks": torch.stack(landmarks),
+        }
 
     def export(self, weights: Mapping[str, Tensor], path: Path, step: int) -> None:
         export_part(self.model, "vae", weights, path)
