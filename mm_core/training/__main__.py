@@ -17,11 +17,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from ..errors import MagicMirrorError, SettingError
 from .config import TrainingConfig, load_config
+
+if TYPE_CHECKING:
+    from .step import ClipJudge
 
 STAGES = ("image", "video")
 
@@ -75,10 +79,13 @@ def train(config: TrainingConfig, args: argparse.Namespace) -> None:
     print(train_stage(config, args.command, args.start))
 
 
-def train_stage(config: TrainingConfig, stage: str, start: Path | None = None) -> Path:
+def train_stage(
+    config: TrainingConfig, stage: str, start: Path | None = None, clip_judge: ClipJudge | None = None
+) -> Path:
     """Train a stage, or the rest of it; returns the adapter file.
 
     start: the adapter to begin with. The video stage begins with the image stage's result, unless its ablation is G.
+    clip_judge: of clips that the model samples itself.
     """
     from .adapter_task import ADAPTER_FILE, AdapterTask
     from .loop import train as run
@@ -92,7 +99,7 @@ def train_stage(config: TrainingConfig, stage: str, start: Path | None = None) -
                 "it out on purpose with ablation: G."
             )
         start = latest_checkpoint(output / "image") / ADAPTER_FILE
-    return run(AdapterTask(config, stage, start), config.stage(stage).loop, output / stage) / ADAPTER_FILE
+    return run(AdapterTask(config, stage, start, clip_judge), config.stage(stage).loop, output / stage) / ADAPTER_FILE
 
 
 @contextmanager

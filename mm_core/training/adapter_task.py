@@ -23,7 +23,7 @@ from .losses import TEMPORAL_COMPRESSION, face_area
 from .precompute import base_of
 from .randomness import generator_for, shuffled
 from .rollouts import Rollouts
-from .step import AdapterTraining, IdentityJudge
+from .step import AdapterTraining, ClipJudge, IdentityJudge
 from .validation import validate_clips
 
 ADAPTER_FILE = "adapter.safetensors"
@@ -31,15 +31,19 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class AdapterTask:
-    """A stage on precomputed features. start: the adapter of the stage before; its optimizer's state is not taken over.
+    """A stage on precomputed features.
+
+    start: the adapter of the stage before; its optimizer's state is not taken over. clip_judge: of sampled clips.
 
     Raises:
         CheckpointError: features missing or made for another base; SettingError: no recogniser for the identity loss,
             or a motion window beyond the latents.
     """
 
-    def __init__(self, config: TrainingConfig, stage: str, start: Path | None = None) -> None:
-        self.config, self.name = config, stage
+    def __init__(
+        self, config: TrainingConfig, stage: str, start: Path | None = None, clip_judge: ClipJudge | None = None
+    ) -> None:
+        self.config, self.name, self.clip_judge = config, stage, clip_judge
         self.stage = config.stage(stage)
         self.base = base_of(config)
         self.features = Features.open(Path(self.stage.features))
@@ -66,6 +70,7 @@ class AdapterTask:
             self._judge() if self.stage.identity_weight else None,
             self.state,
             self.stage.motion_windows,
+            clip_judge,
         )
         frames, _, height, width = self.features.sample(0)["latents"].shape
         for window in self.stage.motion_windows:
@@ -129,9 +134,12 @@ class AdapterTask:
         if self.rotary is not None:
             batch["cos"], batch["sin"] = self.rotary
         own = {"numbers": torch.tensor(list(samples)), "negative": self.features.empty.float()}
+        if self.clip_judge is not None:
+            known = [self.clip_judge.known(sample["id"]) for sample in drawn]
+            own["known"] = {name: torch.stack([each[name] for each in known]) for name in known[0]}
         return batch | self._judged(drawn) | own
 
-    def _draw(self, number: int, whole: bool = False) -> dict[str, Tensor | bool]:
+    def _draw(self, number: int, whole: bool = False) -> dict[str, Tensor | bool | str]:
         """All that is random about a sample, from its number. whole: nothing is dropped, and one photo is seen."""
         stage, generator = self.stage, generator_for(self.stage.loop.seed, number)
         row = self.training[shuffled(number, len(self.training), stage.loop.seed)]
@@ -149,6 +157,7 @@ class AdapterTask:
             mask = self._padded(face_area(sample["boxes"][None], height, width, self.cell)[0])
         references = self._references(sample["references"], number, generator)[: 1 if whole else None]
         return {
+            "id": self.features.entries[row]["id"],
             "clean": clean,
             "noise": torch.randn(clean.shape, generator=generator),
             "timestep": timestep,
@@ -176,7 +185,7 @@ class AdapterTask:
         order = torch.randperm(len(known), generator=generator).tolist()
         return [self.features.reference(known[order[i % len(order)]]) for i in range(count + 1)]
 
-    def _judged(self, drawn: list[dict[str, Tensor | bool]]) -> dict[str, Tensor]:
+    def _judged(self, drawn: list[dict[str, Tensor | bool | str]]) -> dict[str, Tensor]:
         """The samples that the identity loss acts on. Landmarks are the training clip's."""
         low, high = self.stage.identity_timesteps
         rows = [

@@ -33,6 +33,11 @@ class SamplingConfig:
     prompt and person: what a recogniser does not see of them. 0 is off."""
     clean_from: int = 300
     """Noise level from which on that acts: below, a sampled clip has gone its own way."""
+    motion_from: int = 0
+    """Noise level from which on `motion_weight` is whole. The base's motion is that of another face: where the person's
+    is drawn, the latents cannot have both."""
+    motion_below: float = 0.0
+    """Part of it below."""
 
     def __post_init__(self) -> None:
         if self.clips < 1:
@@ -41,10 +46,12 @@ class SamplingConfig:
             raise SettingError(f"sampling.steps is {self.steps}; it must be from 1 to 1000.")
         if not self.guidance >= 1:
             raise SettingError(f"sampling.guidance is {self.guidance}; it must be 1 (off) or more.")
-        if not self.clean_weight >= 0:
-            raise SettingError(f"sampling.clean_weight is {self.clean_weight}; it must be 0 (off) or more.")
-        if not 0 <= self.clean_from <= 1000:
-            raise SettingError(f"sampling.clean_from is {self.clean_from}; it must be a noise level, 0 to 1000.")
+        for name in ("clean_weight", "motion_below"):
+            if not vars(self)[name] >= 0:
+                raise SettingError(f"sampling.{name} is {vars(self)[name]}; it must be 0 (off) or more.")
+        for name in ("clean_from", "motion_from"):
+            if not 0 <= vars(self)[name] <= 1000:
+                raise SettingError(f"sampling.{name} is {vars(self)[name]}; it must be a noise level, 0 to 1000.")
 
 
 @dataclass(frozen=True, kw_only=True)

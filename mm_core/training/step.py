@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
@@ -32,6 +33,20 @@ class IdentityJudge:
     """(512,), where the cosine is taken from; None: from zero."""
 
 
+class ClipJudge(Protocol):
+    """A further judge of sampled clips, by what is known of the training clip with the same prompt and person."""
+
+    def known(self, sample: str) -> dict[str, Tensor]:
+        """Of a training clip, by its id; stacked with those of the other clips of a step."""
+
+    def of_clips(self, shown: Tensor, base: Tensor, known: Mapping[str, Tensor]) -> Tensor:
+        """What is added to each clip's loss, (B,). shown, base: guided x0 with the adapter and of the base alone, both
+        (B, F, C, H, W)."""
+
+    def of_faces(self, frames: Tensor, landmarks: Tensor, known: Mapping[str, Tensor]) -> Tensor:
+        """The same, (k,), of frames with a face in them, as `identity_loss` takes them."""
+
+
 class AdapterTraining(nn.Module):
     """The frozen transformer with the adapter on it. Only the adapter's parameters require gradients."""
 
@@ -45,6 +60,7 @@ class AdapterTraining(nn.Module):
         judge: IdentityJudge | None = None,
         rollouts: Rollouts | None = None,
         motion_windows: Sequence[Sequence[int]] = (),
+        clip_judge: ClipJudge | None = None,
     ) -> None:
         super().__init__()
         self.transformer = transformer.requires_grad_(False)
@@ -54,8 +70,8 @@ class AdapterTraining(nn.Module):
         attach(self.transformer, adapter)
         self.settings, self.identity_weight, self.motion_weight = settings, identity_weight, motion_weight
         self.motion_windows = motion_windows
-        # Not a submodule: frozen, in its own dtype, and none of the trained model's state.
-        self._judge = (judge,)
+        # Not submodules: frozen, in their own dtype, and none of the trained model's state.
+        self._judge, self._clip_judge = (judge,), (clip_judge,)
         self.rollouts = rollouts
 
     @property
@@ -76,7 +92,7 @@ class AdapterTraining(nn.Module):
             landmarks: (m, 5, 2) px; target: (m, 512) raw ArcFace of the reference.
             rollout: B clips that the model samples itself, which it acts on instead: the same without noise and
             face_mask, with numbers: (B,) of the samples beside them, negative: (1, T, Dtxt). Their clean is the
-            training clip of the same prompt and person.
+            training clip of the same prompt and person, and known what the clip judge knows of that.
         """
         rows = len(batch["id_tokens"])
         text = batch["text"]
@@ -125,9 +141,10 @@ class AdapterTraining(nn.Module):
     def _add_rollout(self, rollout: dict[str, Tensor], values: dict[str, Tensor]) -> None:
         """The losses of the clips that are being sampled, each of which then takes its step."""
         config, noisy, rows = self.rollouts.config, rollout["noisy"], len(rollout["noisy"])
+        clip_judge = self._clip_judge[0]
         with torch.no_grad():
             negative = self._predict(rollout, rollout["negative"].expand(rows, -1, -1), None)
-            plain = self._predict(rollout, rollout["text"], None) if self.motion_weight else None
+            plain = self._predict(rollout, rollout["text"], None) if self.motion_weight or clip_judge else None
         prediction = self._predict(rollout, *self._identity(rollout, rows))
         guided = guide(negative, prediction, config.guidance)
         shown = predict_clean(guided, noisy, rollout["alpha_bar"])
@@ -140,28 +157,39 @@ class AdapterTraining(nn.Module):
         if plain is not None:
             base = predict_clean(guide(negative, plain, config.guidance), noisy, rollout["alpha_bar"])
             motion = motion_loss(shown, base, self.motion_windows)
-            values["loss"] = values["loss"] + self.motion_weight * motion
+            below = rollout["timestep"] < config.motion_from
+            values["loss"] = values["loss"] + self.motion_weight * torch.where(below, config.motion_below, 1) * motion
             values["sampled_motion_loss"] = motion.detach()
-        judged, identity = self._identity_of_samples(shown, rollout)
+        if clip_judge:
+            of_clips = clip_judge.of_clips(shown, base, rollout["known"])
+            values["loss"] = values["loss"] + of_clips
+            values["clip_judge"] = of_clips.detach()
+        judged, identity, of_faces = self._identity_of_samples(shown, rollout)
         if len(judged):
-            values["loss"] = values["loss"].index_add(0, judged, self.identity_weight * identity)
+            added = self.identity_weight * identity + of_faces
+            values["loss"] = values["loss"].index_add(0, judged, added)
             values["identity_loss"] = values["identity_loss"].index_copy(0, judged, identity.detach())
         self.rollouts.advance(rollout["numbers"].tolist(), guided, noisy)
 
-    def _identity_of_samples(self, shown: Tensor, rollout: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The rows with a face among the judged ones, (k,), and their losses, (k,)."""
+    def _identity_of_samples(self, shown: Tensor, rollout: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows with a face among the judged ones, their identity losses and what the clip judge adds, (k,) each."""
         judge, judged = self._judge[0], rollout["judged"]
+        nothing = shown.new_zeros(0)
         if not len(judged):
-            return judged, shown.new_zeros(0)
+            return judged, nothing, nothing
         frames = self._judged_frames(shown[judged], rollout)
         pictures = (frames.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         faces = [follow(find_faces(judge.detector, picture, recognise=False), None) for picture in pictures]
         found = [row for row, face in enumerate(faces) if face is not None]
         if not found:
-            return judged[:0], shown.new_zeros(0)
+            return judged[:0], nothing, nothing
         landmarks = torch.stack([torch.from_numpy(faces[row].landmarks) for row in found]).to(frames)
-        target = rollout["target"][found]
-        return judged[found], identity_loss(frames[found], landmarks, target, judge.recogniser, judge.centre)
+        rows, frames, target = judged[found], frames[found], rollout["target"][found]
+        loss = identity_loss(frames, landmarks, target, judge.recogniser, judge.centre)
+        if self._clip_judge[0] is None:
+            return rows, loss, torch.zeros_like(loss)
+        known = {name: values[rows] for name, values in rollout["known"].items()}
+        return rows, loss, self._clip_judge[0].of_faces(frames, landmarks, known)
 
     def _identity(self, batch: dict[str, Tensor], rows: int) -> tuple[Tensor, object]:
         """The prompts with the fused word, and the state that carries the identity through the blocks."""

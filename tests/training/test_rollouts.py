@@ -178,6 +178,60 @@ def test_a_sampled_clip_is_asked_to_be_the_training_clip(config: TrainingConfig)
 
 
 @torch.no_grad()
+def test_the_motion_may_matter_less_at_low_noise(config: TrainingConfig) -> None:
+    """Where the base's motion would be another face's."""
+    sampling = replace(config.video.sampling, motion_from=500, motion_below=0.5)
+    config = with_stage(config, text_dropout=0.0, identity_dropout=0.0)
+    values, plain = (
+        step(AdapterTask(with_stage(config, sampling=each), "video"), 0) for each in (sampling, config.video.sampling)
+    )
+    low = AdapterTask(config, "video").batch(range(BATCH))["rollout"]["timestep"] < 500
+    assert 0 < low.sum() < BATCH
+    less = 0.25 * 0.5 * values["sampled_motion_loss"] * low
+    assert torch.allclose(plain["loss"] - values["loss"], less, atol=1e-5)
+
+
+class _Judge:
+    """Knows each clip's number, and judges by it and by what it is shown."""
+
+    def known(self, sample: str) -> dict[str, Tensor]:
+        return {"number": torch.tensor(float(sample))}
+
+    def of_clips(self, shown: Tensor, base: Tensor, known: dict[str, Tensor]) -> Tensor:
+        return known["number"] * (shown - base).square().mean(dim=(1, 2, 3, 4))
+
+    def of_faces(self, frames: Tensor, landmarks: Tensor, known: dict[str, Tensor]) -> Tensor:
+        assert landmarks.shape == (len(frames), 5, 2)
+        return 100.0 + known["number"] + 0 * frames.mean(dim=(1, 2, 3))
+
+
+def test_a_further_judge_of_sampled_clips(config: TrainingConfig) -> None:
+    """It is told of the clip whose prompt and person are being sampled; of faces only where the identity is judged."""
+    config = with_stage(config, text_dropout=0.0, identity_dropout=0.0)
+    plain, judged = AdapterTask(config, "video"), AdapterTask(config, "video", clip_judge=_Judge())
+    for task in (plain, judged):
+        away_from_zero(task)
+    batch = judged.batch(range(BATCH))
+    numbers = torch.tensor([float(judged._draw(number, whole=True)["id"]) for number in range(BATCH)])
+    assert len(numbers.unique()) == BATCH
+    assert torch.equal(batch["rollout"]["known"]["number"], numbers)
+    values = judged.model(batch)
+    acts = values["identity_loss"].isfinite()
+    assert 0 < acts.sum() < BATCH
+    assert (values["clip_judge"][numbers > 0] > 0).all()
+    with torch.no_grad():
+        without = step(plain, 0)["loss"]
+    expected = without + values["clip_judge"] + torch.where(acts, 100 + numbers, 0)
+    assert torch.allclose(values["loss"], expected, rtol=1e-5)
+    gradients = []
+    for task in (plain, judged):
+        parameter = next(task.model.adapter.blocks["0"].can.parameters())
+        loss = task.model(task.batch(range(BATCH)))["loss"].sum()
+        gradients.append(torch.autograd.grad(loss, parameter)[0])
+    assert not torch.allclose(*gradients)
+
+
+@torch.no_grad()
 def test_the_cosine_may_be_taken_from_the_mean_of_all_photos(config: TrainingConfig) -> None:
     task = AdapterTask(with_stage(config, identity_centred=True), "video")
     photos = [task.features.reference(number)["embedding"] for number in range(len(task.features.references))]
@@ -239,6 +293,8 @@ def test_two_processes_equal_one(config: TrainingConfig, tmp_path: Path) -> None
         (dict(guidance=0.5), r"sampling.guidance is 0.5; it must be 1 \(off\) or more"),
         (dict(clean_weight=-1.0), r"sampling.clean_weight is -1.0; it must be 0 \(off\) or more"),
         (dict(clean_from=1001), r"sampling.clean_from is 1001; it must be a noise level, 0 to 1000"),
+        (dict(motion_from=-1), r"sampling.motion_from is -1; it must be a noise level, 0 to 1000"),
+        (dict(motion_below=-0.5), r"sampling.motion_below is -0.5; it must be 0 \(off\) or more"),
     ],
 )
 def test_wrong_settings(changes: dict[str, float], message: str) -> None:

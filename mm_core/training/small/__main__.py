@@ -56,14 +56,25 @@ BASE_CLIPS = LoopConfig(
     ema_decay=0.998, save_every=250, validate_every=1000, log_every=20, compile=True, seed=1,
 )  # fmt: skip
 
-# After the two stages: what guidance makes of its clips, judged for likeness and for the base's movements at once.
+POSES = LoopConfig(
+    steps=1000, batch_size=48, learning_rate=2e-3, final_learning_rate=1e-5, warmup_steps=100, weight_decay=0.05,
+    ema_decay=0.98, save_every=100, validate_every=200, log_every=20, seed=4,
+)  # fmt: skip
+FACES = LoopConfig(
+    steps=1500, batch_size=64, learning_rate=3e-3, final_learning_rate=1e-5, warmup_steps=100, weight_decay=0.05,
+    ema_decay=0.98, save_every=300, validate_every=300, log_every=50, seed=5,
+)  # fmt: skip
+
+# After the two stages: what guidance makes of its clips, judged for likeness and for how the head is held at once.
 SAMPLED = {
-    "max_references": 1, "identity_weight": 5.0, "identity_timesteps": (0, 700), "identity_centred": True,
-    "motion_weight": 1.5, "motion_windows": EYES_AND_MOUTH,
-    "sampling": SamplingConfig(clips=128, steps=12, guidance=3.0, clean_weight=3.0),
+    "max_references": 1, "identity_weight": 8.0, "identity_timesteps": (0, 700), "identity_centred": True,
+    "motion_weight": 1.4, "motion_windows": EYES_AND_MOUTH,
+    "sampling": SamplingConfig(
+        clips=128, steps=12, guidance=3.0, clean_weight=3.0, motion_from=900, motion_below=0.1,
+    ),
     "loop": LoopConfig(
-        steps=1000, batch_size=8, optimizer="muon", learning_rate=5e-4, final_learning_rate=2e-5, warmup_steps=20,
-        ema_decay=0.98, log_every=10, save_every=50,
+        steps=2200, batch_size=8, optimizer="muon", learning_rate=5e-4, final_learning_rate=1e-5, warmup_steps=20,
+        ema_decay=0.98, log_every=20, save_every=50,
     ),
 }  # fmt: skip
 
@@ -101,6 +112,7 @@ class Recipe:
             "features": self.features,
             "image": lambda: self.adapter("image"),
             "video": lambda: self.adapter("video"),
+            "judge": lambda: self.judge,
             "sampled": self.sampled,
             "pack": self.pack,
         }
@@ -207,12 +219,24 @@ class Recipe:
 
         return train_stage(self.config, stage)
 
+    @cached_property
+    def judge(self) -> object:
+        """Of the clips that the adapter samples: how heads are held, and whose they are."""
+        from ..features import Features
+        from .judges import FaceTask, PoseTask, RenderedJudge, crops_of
+
+        features, base, folder = Features.open(Path(self.config.video.features)), self.folder / "base", self.folder
+        pose = self._run(folder / "poses", POSES, lambda: PoseTask(features, base, POSES.seed))
+        crops = crops_of(features, base / "vae", folder / "faces" / "crops.safetensors")
+        face = self._run(folder / "faces", FACES, lambda: FaceTask(features, crops, FACES.seed))
+        return RenderedJudge(features, crops, pose, face)
+
     def sampled(self) -> Path:
         from ..__main__ import train_stage
 
         video = replace(self.config.video, **SAMPLED)
         config = replace(self.config, output=str(self.folder / "sampled"), video=video)
-        return train_stage(config, "video", self.adapter("video"))
+        return train_stage(config, "video", self.adapter("video"), self.judge)
 
     def pack(self) -> object:
         from .pack import pack
