@@ -111,7 +111,7 @@ def small_clip(**inputs: Any) -> dict[str, Any]:
             width=64,
             height=64,
             num_frames=9,
-            steps=25,
+            steps=12,
             guidance_scale=GUIDANCE,
             dynamic_guidance=False,
             scheduler="ddim",
@@ -180,7 +180,7 @@ def native(prompt: str) -> dict[str, Node]:
         "latent": Node(
             type="MagicMirrorNativeLatent", inputs=dict(magic_mirror=mirror, width=64, height=64, num_frames=9)
         ),
-        "ddim": Node(type="MagicMirrorNativeSampling", inputs=dict(model=("apply", 0), steps=25)),
+        "ddim": Node(type="MagicMirrorNativeSampling", inputs=dict(model=("apply", 0), steps=12)),
         "noise": Node(type="RandomNoise", inputs=dict(noise_seed=42)),
         "guider": Node(
             type="CFGGuider",

@@ -36,7 +36,7 @@ from mm_core.pipelines.magic_mirror import ClipSettings, MagicMirror
 
 REFERENCE_CLIP, CEILING_CLIP, PROMPT_CLIPS = 0, 1, (2, 3)
 REFERENCE_FRAME = 4
-GUIDANCE = 3.0  # as in the workflows of tiny
+STEPS, GUIDANCE = 12, 3.0  # as in the workflows of tiny
 CENTRING_PEOPLE = 50  # training people whose mean embedding is subtracted
 ENDS = 2  # frames at each end of a clip that are taken together: movements begin and end softly, landmarks tremble
 MOVED = 4.0  # degrees, estimated from five landmarks, that count as a turn or a tilt
@@ -245,7 +245,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--adapter", type=Path, help="default: tiny's")
     parser.add_argument("--id-encoder", type=Path, help="default: tiny's")
     parser.add_argument("--people", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--out", type=Path, default=Path("scores.json"))
     return parser.parse_args()
