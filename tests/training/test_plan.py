@@ -250,4 +250,5 @@ def test_the_small_models_last_stage_fits_its_clips() -> None:
     stage = dataclasses.replace(recipe.config.video, **SAMPLED)
     assert stage.sampling.clips % stage.loop.batch_size == 0
     assert all(0 <= low < high <= tiny.SIZE // 4 for w in stage.motion_windows for low, high in (w[:2], w[2:]))
-    assert list(recipe.parts).index("sampled") == list(recipe.parts).index("video") + 1
+    parts = list(recipe.parts)
+    assert parts[parts.index("video") :] == ["video", "judge", "sampled", "pack"]

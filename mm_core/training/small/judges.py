@@ -97,13 +97,13 @@ class _PoseReading(nn.Module):
         self.transformer, self.reader = transformer.requires_grad_(False), PoseReader(channels)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        shown = torch.cat([self._x0(batch), batch["noised"]])
+        shown = torch.cat([self._clean(batch), batch["noised"]])
         shown = torch.roll(shown, batch["shift"].tolist(), (-2, -1)) * batch["gain"] + batch["offset"]
         wrong = (self.reader.of_clips(shown) - batch["pose"]).square()  # (B, F, 4)
         return {"loss": wrong.mean((1, 2)), "yaw": wrong[..., 0].mean(1), "roll": wrong[..., 2].mean(1)}
 
     @torch.no_grad()
-    def _x0(self, batch: dict[str, Tensor]) -> Tensor:
+    def _clean(self, batch: dict[str, Tensor]) -> Tensor:
         """What the base makes of noisy clips, guided, as the model in training does."""
         rotary = (batch["cos"], batch["sin"])
         negative, prediction = (
@@ -289,4 +289,4 @@ def _export(weights: Mapping[str, Tensor], prefix: str, path: Path) -> None:
 
 def _load(reader: nn.Module, folder: Path) -> nn.Module:
     reader.load_state_dict(load_file(folder / WEIGHTS))
-    return reader.requires_grad_(False).eval()
+    return reader.requires_grad_(False).train(False)
