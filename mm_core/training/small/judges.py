@@ -43,7 +43,9 @@ POSE_WEIGHTS, FACE_WEIGHT = (3.0, 6.0, 4.5, 3.0), 10.0
 
 
 class PoseReader(nn.Module):
-    """Latent frames, (N, C, 16, 16), to yaw, pitch, roll and smile, (N, 4), in POSE_UNITS."""
+    """Yaw, pitch, roll and smile of latent frames, in POSE_UNITS."""
+
+    # (N, C, 16, 16) -> (N, 4)
 
     def __init__(self, channels: int, width: int = 48) -> None:
         super().__init__()
