@@ -43,9 +43,9 @@ POSE_WEIGHTS, FACE_WEIGHT = (3.0, 6.0, 4.5, 3.0), 10.0
 
 
 class PoseReader(nn.Module):
-    """Yaw, pitch, roll and smile of latent frames, in POSE_UNITS."""
+    """How the head is held in latent frames."""
 
-    # (N, C, 16, 16) -> (N, 4)
+    # (N, C, 16, 16) -> (N, 4): yaw, pitch, roll and smile, in POSE_UNITS
 
     def __init__(self, channels: int, width: int = 48) -> None:
         super().__init__()
