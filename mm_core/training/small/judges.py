@@ -93,6 +93,11 @@ def pose_of(clip: ClipDescription) -> Tensor:
     return torch.tensor(poses) / torch.tensor(POSE_UNITS)
 
 
+def poses_of(features: Features) -> Tensor:
+    """(N, F', 4), of all clips."""
+    return torch.stack([pose_of(description(entry["id"])) for entry in features.entries])
+
+
 class _PoseReading(nn.Module):
     def __init__(self, transformer: nn.Module, channels: int) -> None:
         super().__init__()
@@ -124,7 +129,7 @@ class PoseTask:
     def __init__(self, features: Features, base: Path, seed: int) -> None:
         torch.manual_seed(seed)
         pipe = FolderBase(base).load(torch.float32)
-        self.features, self.seed = features, seed
+        self.features, self.poses, self.seed = features, poses_of(features), seed
         self.alphas_bar = alphas_bar(CogVideoXDDIMScheduler.from_config(pipe.scheduler.config))
         frames, channels, height, width = features.sample(0)["latents"].shape
         self.rotary = rotary_embedding(pipe.transformer, frames, height, width)
@@ -151,7 +156,7 @@ class PoseTask:
             "shift": torch.randint(-1, 2, (2,), generator=generator),
             "gain": 1 + 0.1 * normal(len(samples), 1, clean.shape[2], 1, 1),
             "offset": 0.1 * normal(len(samples), 1, clean.shape[2], 1, 1),
-            "pose": torch.stack([pose_of(description(self.features.entries[row]["id"])) for row in rows]),
+            "pose": self.poses[rows],
         }  # fmt: skip
 
     def export(self, weights: Mapping[str, Tensor], path: Path, step: int) -> None:
@@ -166,10 +171,10 @@ def crops_of(features: Features, vae: Path, cache: Path) -> Tensor:
     """(N, F', 3, CROP, CROP) uint8: the faces of all clips as they come out of the VAE in that folder, made once."""
     if not cache.is_file():
         cache.parent.mkdir(exist_ok=True)
-        vae, parts = AutoencoderKLCogVideoX.from_pretrained(vae), []
+        decoder, parts = AutoencoderKLCogVideoX.from_pretrained(vae), []
         for row in range(len(features.entries)):
             sample = features.sample(row)
-            frames = decode_frame(vae, sample["latents"].float())
+            frames = decode_frame(decoder, sample["latents"].float())
             faces = align_faces(frames, sample["landmarks"][::TEMPORAL_COMPRESSION], CROP)
             parts.append((faces.clamp(0, 1) * 255).byte())
         with whole_file(cache) as temporary:
@@ -261,11 +266,12 @@ class RenderedJudge:
         people, embeddings = people_of(features), embed(self.face, crops)
         self.centre = embeddings.mean((0, 1))  # (128,)
         means = torch.stack([embeddings[people == n].mean((0, 1)) for n in range(int(people.max()) + 1)])
-        entries = [entry["id"] for entry in features.entries]
-        self._face = {name: means[person] - self.centre for name, person in zip(entries, people.tolist(), strict=True)}
+        # A clip's pose and its person's embedding.
+        rows = zip(features.entries, poses_of(features), means[people] - self.centre, strict=True)
+        self._known = {entry["id"]: {"pose": pose, "person": person} for entry, pose, person in rows}
 
     def known(self, sample: str) -> dict[str, Tensor]:
-        return {"pose": pose_of(description(sample)), "person": self._face[sample]}
+        return self._known[sample]
 
     def of_clips(self, shown: Tensor, base: Tensor, known: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad():
