@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from ...errors import MagicMirrorError
+from ...errors import MagicMirrorError, SettingError
 from ..config import SamplingConfig, TrainingConfig, load_config
 from ..loop import LoopConfig, train
 from ..runs import is_finished, latest_checkpoint
@@ -189,6 +189,8 @@ class Recipe:
         from .base import BaseTask, Latents, save_base
         from .text import TextTask
 
+        if (self.folder / "base").is_dir():
+            return
         vae_folder = latest_checkpoint(self.folder / "vae" / "decoder") / "vae"
         vae = AutoencoderKLCogVideoX.from_pretrained(vae_folder).requires_grad_(False)
         folder = self.folder / "text-to-video"
@@ -254,12 +256,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--insightface-root", type=Path, default=Path("~/.insightface"), help="holds models/buffalo_sc")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="replace settings of tiny.yaml")
     parser.add_argument("--vae", type=Path, help="folder of a VAE to go on with, instead of a new one")
-    parser.add_argument("--until", default="pack", help="last part: people, vae, encoder, base, ...")
+    parser.add_argument("--until", default="pack", help="last part to make: people, vae, encoder, base, ...")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         settings = dict(text.split("=", 1) for text in args.set)
         recipe = Recipe(args.folder, args.insightface_root, settings, args.vae)
+        if args.until not in recipe.parts:
+            raise SettingError(f"--until {args.until}: there is no such part; give one of {', '.join(recipe.parts)}.")
         for name, part in recipe.parts.items():
             logging.info("%s", name)
             part()

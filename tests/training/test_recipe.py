@@ -1,0 +1,62 @@
+"""The one command that makes the small model, whole: every part at its real sizes, of a handful of clips and steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from mm_core.checkpoints.adapter_file import load_adapter, read_header
+from mm_core.pipelines.base import TinyBase
+from mm_core.training.loop import LoopConfig
+from mm_core.training.small import __main__ as small
+
+PEOPLE, STEPS, BATCH = 5, 2, 2
+
+
+def shortened(loop: LoopConfig) -> LoopConfig:
+    return dataclasses.replace(loop, steps=STEPS, batch_size=BATCH, warmup_steps=1, compile=False, validate_every=0)
+
+
+@pytest.fixture
+def command(tmp_path: Path, insightface_root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setattr(small, "PEOPLE", PEOPLE)
+    monkeypatch.setattr(small, "CLIPS", 2)
+    for name, value in vars(small).copy().items():
+        if isinstance(value, LoopConfig):
+            monkeypatch.setattr(small, name, shortened(value))
+    sampling = dataclasses.replace(small.SAMPLED["sampling"], clips=2 * BATCH, steps=STEPS)
+    sampled = small.SAMPLED | {"sampling": sampling, "loop": shortened(small.SAMPLED["loop"])}
+    monkeypatch.setattr(small, "SAMPLED", sampled)
+    stages = [
+        f"{stage}.loop.{name}={value}"
+        for stage in ("image", "video")
+        for name, value in (("steps", STEPS), ("batch_size", BATCH), ("compile", "false"), ("validate_every", 0))
+    ]
+    settings = ["validation_people=1", "image.identity_start=1", *stages]
+    return ["--folder", str(tmp_path / "run"), "--insightface-root", str(insightface_root), "--set", *settings]
+
+
+def test_one_command_makes_the_small_model(command: list[str], tmp_path: Path) -> None:
+    """Stopped in between, it goes on; and what it packs is a model that the nodes load."""
+    assert small.main([*command, "--until", "base"]) == 0
+    shown = tmp_path / "run" / "base" / "transformer" / "diffusion_pytorch_model.safetensors"
+    made = shown.stat().st_mtime_ns
+    assert small.main(command) == 0
+    assert shown.stat().st_mtime_ns == made
+    packed = TinyBase(tmp_path / "run" / "packed")
+    pipe = packed.load(torch.float32)
+    assert pipe.transformer.config.num_layers == TinyBase().load(torch.float32).transformer.config.num_layers
+    _, header = load_adapter(packed.adapter)
+    assert header.config == read_header(TinyBase().adapter).config
+    assert (header.trained.stage, header.trained.steps) == ("video", STEPS)
+
+
+def test_a_part_that_is_not_there_is_told_before_any_is_made(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert small.main([*command, "--until", "bases"]) == 2
+    assert "--until bases" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
