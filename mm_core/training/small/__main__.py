@@ -70,10 +70,10 @@ SAMPLED = {
     "max_references": 1, "identity_weight": 8.0, "identity_timesteps": (0, 700), "identity_centred": True,
     "motion_weight": 1.4, "motion_windows": EYES_AND_MOUTH,
     "sampling": SamplingConfig(
-        clips=128, steps=12, guidance=3.0, clean_weight=3.0, motion_from=800, motion_below=0.3,
+        clips=256, steps=12, guidance=3.0, clean_weight=3.0, motion_from=800, motion_below=0.6,
     ),
     "loop": LoopConfig(
-        steps=2200, batch_size=8, optimizer="muon", learning_rate=4e-4, final_learning_rate=1e-5, warmup_steps=20,
+        steps=5000, batch_size=8, optimizer="muon", learning_rate=4e-4, final_learning_rate=1e-5, warmup_steps=20,
         ema_decay=0.98, log_every=20, save_every=50,
     ),
 }  # fmt: skip

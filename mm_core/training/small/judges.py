@@ -33,13 +33,13 @@ POSE_UNITS = (15.0, 6.0, 5.0, 0.5)
 GUIDANCE = 3.0
 NOISED_UP_TO = 850  # noise levels that x0 is estimated from, for the pose's reader: above, little is to be read
 THROUGH_BASE = 3  # one in so many of its clips is an x0 of the base, the others have some noise
-BASE_SHARE, LARGER = 0.5, (1.1, 1.7, 1.4, 1.3)
+BASE_SHARE, LARGER = 0.5, (0.8, 1.8, 1.4, 1.3)
 """The pose that is asked for moves by half as the base's at the same noisy clip, by half as the training clip's, whose
-movements are made larger: sampling loses some, most of nods."""
+movements are made larger, as sampling loses some, most of nods; but turns, of which the base makes too much."""
 CROP = 56  # pixels of an aligned face, for the second recogniser
 MARGIN, SHARPNESS = 0.25, 24.0  # of the cosines in its loss (Wang et al. 2018, CosFace)
 APART = 40  # people whom it does not learn, to validate with
-POSE_WEIGHTS, FACE_WEIGHT = (3.0, 6.0, 4.5, 3.0), 10.0
+POSE_WEIGHTS, FACE_WEIGHT = (3.0, 7.5, 4.5, 3.0), 10.0
 
 
 class PoseReader(nn.Module):
