@@ -25,7 +25,7 @@ from PIL import Image
 WORKFLOWS = environment.ROOT / "workflows"
 SUBGRAPHS = environment.ROOT / "subgraphs"
 THUMBNAIL = 256  # pixels of a picture in it
-GUIDANCE = 3.0  # keeps more of the person than 1.5
+STEPS, GUIDANCE = 12, 3.0  # of tiny, as in its training; guidance 1.5 keeps less of the person
 LOADER, EXTRACT, APPLY = "MagicMirrorLoader", "MagicMirrorExtractFaceEmbedding", "MagicMirrorApplyCANAdapter"
 SAMPLER, COMBINE = "MagicMirrorCogVideoXSampler", "MagicMirrorVideoCombine"
 
@@ -111,7 +111,7 @@ def small_clip(**inputs: Any) -> dict[str, Any]:
             width=64,
             height=64,
             num_frames=9,
-            steps=12,
+            steps=STEPS,
             guidance_scale=GUIDANCE,
             dynamic_guidance=False,
             scheduler="ddim",
@@ -180,7 +180,7 @@ def native(prompt: str) -> dict[str, Node]:
         "latent": Node(
             type="MagicMirrorNativeLatent", inputs=dict(magic_mirror=mirror, width=64, height=64, num_frames=9)
         ),
-        "ddim": Node(type="MagicMirrorNativeSampling", inputs=dict(model=("apply", 0), steps=12)),
+        "ddim": Node(type="MagicMirrorNativeSampling", inputs=dict(model=("apply", 0), steps=STEPS)),
         "noise": Node(type="RandomNoise", inputs=dict(noise_seed=42)),
         "guider": Node(
             type="CFGGuider",

@@ -93,7 +93,7 @@ def test_judges_know_the_clip_and_the_person(features: Features, tmp_path: Path)
     assert torch.equal(crops, crops_of(features, base / "no such folder", tmp_path / "faces" / "crops.safetensors"))
     common = dict(weight_decay=0.0, ema_decay=0.0, warmup_steps=0, save_every=100, log_every=100)
     loop = LoopConfig(steps=60, batch_size=12, learning_rate=2e-3, **common)
-    poses, faces = PoseTask(features, base, 0), FaceTask(features, crops, 0)
+    poses, faces = PoseTask(features, base, 3.0, 0), FaceTask(features, crops, 0)
     for task in (poses, faces):
         first, again = (task.batch(range(12, 24)) for _ in range(2))
         assert all(torch.equal(first[name], again[name]) for name in first)

@@ -176,11 +176,13 @@ class Recipe:
     def encoder(self) -> None:
         from .encoder import WEIGHTS, EncoderTask, Faces
 
-        analyzer = self.analyzer
         folder = self.folder / "encoder"
         folder.mkdir(exist_ok=True)
-        faces = Faces.look(self.clips, analyzer, folder / "faces.npz")
-        last = self._run(folder, ENCODER, lambda: EncoderTask(self.clips, faces, 0))
+
+        def task() -> EncoderTask:
+            return EncoderTask(self.clips, Faces.look(self.clips, self.analyzer, folder / "faces.npz"), 0)
+
+        last = self._run(folder, ENCODER, task)
         shutil.copyfile(last / WEIGHTS, folder / WEIGHTS)
 
     def base(self) -> None:
@@ -227,8 +229,9 @@ class Recipe:
         from ..features import Features
         from .judges import FaceTask, PoseTask, RenderedJudge, crops_of
 
-        features, base, folder = Features.open(Path(self.config.video.features)), self.folder / "base", self.folder
-        pose = self._run(folder / "poses", POSES, lambda: PoseTask(features, base, POSES.seed))
+        features, base = Features.open(Path(self.config.video.features)), Path(self.config.base)
+        folder, guidance = self.folder, SAMPLED["sampling"].guidance
+        pose = self._run(folder / "poses", POSES, lambda: PoseTask(features, base, guidance, POSES.seed))
         crops = crops_of(features, base / "vae", folder / "faces" / "crops.safetensors")
         face = self._run(folder / "faces", FACES, lambda: FaceTask(features, crops, FACES.seed))
         return RenderedJudge(features, crops, pose, face)

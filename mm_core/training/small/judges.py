@@ -30,12 +30,11 @@ from ..step import decode_frame, guide
 WEIGHTS = "judge.safetensors"
 POSE_UNITS = (15.0, 6.0, 5.0, 0.5)
 """Degrees of yaw, pitch and roll, and how much of a smile, that a movement is about as large as, half way through."""
-GUIDANCE = 3.0
 NOISED_UP_TO = 850  # noise levels that x0 is estimated from, for the pose's reader: above, little is to be read
 THROUGH_BASE = 3  # one in so many of its clips is an x0 of the base, the others have some noise
-BASE_SHARE, LARGER = 0.5, (0.8, 1.8, 1.4, 1.3)
+BASE_SHARE, SCALES = 0.5, (0.8, 1.8, 1.4, 1.3)
 """The pose that is asked for moves by half as the base's at the same noisy clip, by half as the training clip's, whose
-movements are made larger, as sampling loses some, most of nods; but turns, of which the base makes too much."""
+movements are scaled: sampling loses some of most, nods above all, and the base makes too much of turns."""
 CROP = 56  # pixels of an aligned face, for the second recogniser
 MARGIN, SHARPNESS = 0.25, 24.0  # of the cosines in its loss (Wang et al. 2018, CosFace)
 APART = 40  # people whom it does not learn, to validate with
@@ -99,9 +98,10 @@ def poses_of(features: Features) -> Tensor:
 
 
 class _PoseReading(nn.Module):
-    def __init__(self, transformer: nn.Module, channels: int) -> None:
+    def __init__(self, transformer: nn.Module, channels: int, guidance: float) -> None:
         super().__init__()
         self.transformer, self.reader = transformer.requires_grad_(False), PoseReader(channels)
+        self.guidance = guidance
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         shown = torch.cat([self._clean(batch), batch["noised"]])
@@ -120,20 +120,20 @@ class _PoseReading(nn.Module):
             )[0]
             for text in (batch["empty"], batch["text"])
         )  # fmt: skip
-        return predict_clean(guide(negative, prediction, GUIDANCE), batch["noisy"], batch["alpha_bar"])
+        return predict_clean(guide(negative, prediction, self.guidance), batch["noisy"], batch["alpha_bar"])
 
 
 class PoseTask:
-    """Of the clips of rendered people in `features`, by the base in that folder."""
+    """Of the clips of rendered people in `features`, by the base in that folder. guidance: of the clips judged."""
 
-    def __init__(self, features: Features, base: Path, seed: int) -> None:
+    def __init__(self, features: Features, base: Path, guidance: float, seed: int) -> None:
         torch.manual_seed(seed)
         pipe = FolderBase(base).load(torch.float32)
         self.features, self.poses, self.seed = features, poses_of(features), seed
         self.alphas_bar = alphas_bar(CogVideoXDDIMScheduler.from_config(pipe.scheduler.config))
         frames, channels, height, width = features.sample(0)["latents"].shape
         self.rotary = rotary_embedding(pipe.transformer, frames, height, width)
-        self.model = _PoseReading(pipe.transformer, channels)
+        self.model = _PoseReading(pipe.transformer, channels, guidance)
 
     def batch(self, samples: range) -> dict[str, Tensor]:
         generator = generator_for(self.seed, samples.start)
@@ -276,8 +276,8 @@ class RenderedJudge:
     def of_clips(self, shown: Tensor, base: Tensor, known: Mapping[str, Tensor]) -> Tensor:
         with torch.no_grad():
             theirs = self.pose.of_clips(base)
-        larger, weights = theirs.new_tensor(LARGER), theirs.new_tensor(POSE_WEIGHTS)
-        moves = BASE_SHARE * _moves(theirs) + (1 - BASE_SHARE) * larger * _moves(known["pose"])
+        scales, weights = theirs.new_tensor(SCALES), theirs.new_tensor(POSE_WEIGHTS)
+        moves = BASE_SHARE * _moves(theirs) + (1 - BASE_SHARE) * scales * _moves(known["pose"])
         wrong = (self.pose.of_clips(shown) - theirs.mean(1, keepdim=True) - moves).square()  # (B, F', 4)
         return (weights * wrong.mean(1)).sum(1)
 
