@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .choices import OFFLOADING, PRECISIONS, SCHEDULERS, VIDEO_FORMATS
 from .errors import MagicMirrorError, packages
 from .files import whole_file
 
@@ -39,13 +40,14 @@ def generate(args: argparse.Namespace) -> None:
 
     from .faces.analysis import FaceAnalyzer
     from .faces.references import analyse_references, check_weights, read_image
+    from .pipelines.clip import ClipSettings
     from .pipelines.control import AdapterSettings
-    from .pipelines.magic_mirror import ClipSettings, MagicMirror
-    from .video import FORMATS, write_video
+    from .pipelines.magic_mirror import MagicMirror
+    from .video import write_video
 
     output: Path = args.output
-    if output.suffix[1:] not in FORMATS:
-        raise MagicMirrorError(f"The output is {output.name}; its ending must be one of {', '.join(FORMATS)}.")
+    if output.suffix[1:] not in VIDEO_FORMATS:
+        raise MagicMirrorError(f"The output is {output.name}; its ending must be one of {', '.join(VIDEO_FORMATS)}.")
     if not output.absolute().parent.is_dir():
         raise MagicMirrorError(f"The folder {output.absolute().parent} of the output does not exist; make it first.")
     if args.weights:
@@ -231,15 +233,15 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     add("--frames", type=int, help="1, or 8N + 1 (CogVideoX 1.5: 16N + 1), default: the model's own")
     add("--steps", type=int, default=50)
     add("--guidance", type=float, default=6.0, help="classifier-free guidance, 1 is off")
-    add("--scheduler", default="dpm", choices=("dpm", "ddim"))
+    add("--scheduler", default="dpm", choices=SCHEDULERS)
     add("--seed", type=int, default=0)
     add("--identity-scale", type=float, default=1.0, help="strength of the text fusion, 0 to 3")
     add("--can-scale", type=float, default=1.0, help="strength of CAN, 0 to 3")
     add("--ip-scale", type=float, default=1.0, help="strength of the cross-attention, 0 to 3")
     add("--start", type=float, default=0.0, help="part of the schedule where the identity sets in, 0 to 1")
     add("--end", type=float, default=1.0, help="part of the schedule where it stops")
-    add("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32", "fp8"))
-    add("--offload", default="auto", choices=("auto", "none", "model", "group", "sequential"))
+    add("--precision", default="auto", choices=PRECISIONS)
+    add("--offload", default="auto", choices=OFFLOADING)
 
 
 if __name__ == "__main__":

@@ -314,9 +314,9 @@ def _face_packs(roots: Sequence[Path]) -> Iterator[Finding]:
 
 def _damaged(files: Sequence[Path]) -> str:
     """What to say of `.safetensors` files that are not whole; empty if all are."""
-    from .pipelines.single_file import tensor_shapes
+    from .checkpoints.safetensors_file import is_whole
 
-    broken = [path for path in files if path.suffix == ".safetensors" and tensor_shapes(path) is None]
+    broken = [path for path in files if path.suffix == ".safetensors" and not is_whole(path)]
     names = ", ".join(f"{path.name} ({path.stat().st_size:,} bytes)" for path in broken)
     return f"Damaged or cut short: {names}. Download or copy it again." if broken else ""
 

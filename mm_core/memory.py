@@ -11,14 +11,10 @@ from diffusers import CogVideoXPipeline
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
+from .choices import OFFLOADING, PRECISIONS
 from .errors import SettingError
 from .models.adapter import MagicMirrorAdapter
 
-POLICIES = ("none", "model", "group", "sequential")
-"""none: all on the device. model: one model at a time. group: a block at a time, the next one copied meanwhile.
-sequential: a layer at a time, the slowest and smallest."""
-
-PRECISIONS = ("auto", "bf16", "fp16", "fp32", "fp8")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # Activations of one step of the 5B model at 49 x 480 x 720 with guidance, beside the weights; see README, "Memory".
@@ -50,8 +46,8 @@ def store_in_fp8(pipe: CogVideoXPipeline, dtype: torch.dtype) -> None:
 
 def choose_policy(policy: str, pipe: CogVideoXPipeline, device: torch.device) -> str:
     """Resolve `auto` by the memory that is free on the device now. On a CPU weights rest where they compute: `none`."""
-    if policy not in ("auto", *POLICIES):
-        raise SettingError(f"The offloading is {policy!r}; choose one of auto, {', '.join(POLICIES)}.")
+    if policy not in OFFLOADING:
+        raise SettingError(f"The offloading is {policy!r}; choose one of {', '.join(OFFLOADING)}.")
     if device.type == "cpu":
         return "none"
     if policy != "auto":

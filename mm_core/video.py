@@ -16,10 +16,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from .choices import VIDEO_FORMATS
 from .errors import MagicMirrorError, SettingError
 from .files import whole_file
 
-FORMATS = ("mp4", "webm", "webp", "gif")
 MAX_FPS = 1000.0
 
 Audio = tuple[Tensor, int]
@@ -137,8 +137,8 @@ def write_picture(path: Path, frame: Tensor | np.ndarray, metadata: Mapping[str,
 def _check(fps: float | Fraction, format: str, quality: int, audio: Audio | None) -> None:
     if not math.isfinite(fps) or not 0 < fps <= MAX_FPS:
         raise SettingError(f"The frame rate is {fps}; it must be above 0 and at most {MAX_FPS:g} frames per second.")
-    if format not in FORMATS:
-        raise SettingError(f"The format is {format!r}; choose one of {', '.join(FORMATS)}.")
+    if format not in VIDEO_FORMATS:
+        raise SettingError(f"The format is {format!r}; choose one of {', '.join(VIDEO_FORMATS)}.")
     if not 0 <= quality <= 100:
         raise SettingError(f"The quality is {quality}; it must be from 0 to 100.")
     if audio is None:

@@ -8,15 +8,12 @@ from weakref import WeakValueDictionary
 
 from comfy_api.latest import io
 
+from ..mm_core.choices import OFFLOADING, PRECISIONS
 from . import catalog, runtime
 from .types import CATEGORY, Model, ModelSocket, advanced, with_aliases
 
 if TYPE_CHECKING:
     from ..mm_core.pipelines.magic_mirror import MagicMirror
-
-# mm_core.memory has these too, and imports diffusers.
-PRECISIONS = ["auto", "bf16", "fp16", "fp32", "fp8"]
-OFFLOADING = ["auto", "none", "model", "group", "sequential"]
 
 # The models that some node's output still holds. The same choice gives the same object: another face pack, or a second
 # loader, does not load the weights again.
@@ -125,14 +122,14 @@ def _memory_inputs() -> list[io.Input]:
     return [
         io.Combo.Input(
             "precision",
-            options=PRECISIONS,
+            options=list(PRECISIONS),
             default="auto",
             tooltip="auto: bf16 where the GPU has it, else fp16; fp32 on a CPU. fp8 stores the transformer in half "
             "the memory and computes as auto does.",
         ),
         io.Combo.Input(
             "offload",
-            options=OFFLOADING,
+            options=list(OFFLOADING),
             default="auto",
             tooltip="Where weights rest. none: all on the GPU. model: one model at a time. group: a block at a time. "
             "sequential: a layer at a time, the slowest and smallest. auto: by the memory that is free.",

@@ -27,7 +27,8 @@ from ..mm_core.errors import CheckpointError, MagicMirrorError, SettingError, pa
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..mm_core.pipelines.magic_mirror import MagicMirror, StepCallback
+    from ..mm_core.pipelines.clip import StepCallback
+    from ..mm_core.pipelines.magic_mirror import MagicMirror
 
 log = logging.getLogger(__name__)
 

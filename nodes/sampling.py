@@ -12,6 +12,7 @@ from comfy_api.latest import InputImpl, Types, io
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..mm_core.choices import SCHEDULERS
 from ..mm_core.errors import DecodeError, SettingError
 from ..mm_core.pipelines.control import AdapterSettings
 from ..mm_core.pipelines.presets import PRESETS, ClipLimits
@@ -22,7 +23,6 @@ from .types import CATEGORY, Model, ModelSocket, with_aliases
 if TYPE_CHECKING:
     from ..mm_core.pipelines.magic_mirror import MagicMirror
 
-SCHEDULERS = ["dpm", "ddim"]
 MAX_SIDE = 2400
 MAX_FRAMES = 161
 MAX_SEED = 2**64 - 1
@@ -78,7 +78,7 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
         scheduler: str,
         seed: int,
     ) -> io.NodeOutput:
-        from ..mm_core.pipelines.magic_mirror import ClipSettings
+        from ..mm_core.pipelines.clip import ClipSettings
 
         clip = ClipSettings(
             prompt=prompt,
@@ -170,7 +170,9 @@ def _inputs() -> list[io.Input]:
         io.Boolean.Input(
             "dynamic_guidance", default=True, tooltip="Let the guidance grow along the steps; goes with dpm."
         ),
-        io.Combo.Input("scheduler", options=SCHEDULERS, default=SCHEDULERS[0], tooltip="CogVideoX's own samplers."),
+        io.Combo.Input(
+            "scheduler", options=list(SCHEDULERS), default=SCHEDULERS[0], tooltip="CogVideoX's own samplers."
+        ),
         io.Int.Input(
             "seed",
             default=0,

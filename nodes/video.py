@@ -8,11 +8,10 @@ from typing import Any
 from comfy_api.latest import InputImpl, Types, io, ui
 from torch import Tensor
 
+from ..mm_core.choices import VIDEO_FORMATS
 from . import runtime
 from .types import CATEGORY, with_aliases
 
-# mm_core.video has these too; a test compares them.
-FORMATS = ["mp4", "webm", "webp", "gif"]
 _PLAYED = ("mp4", "webm")
 
 
@@ -45,8 +44,8 @@ class MagicMirrorVideoCombine(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "format",
-                    options=FORMATS,
-                    default=FORMATS[0],
+                    options=list(VIDEO_FORMATS),
+                    default=VIDEO_FORMATS[0],
                     tooltip="mp4 (H.264) plays everywhere. webp and gif hold no sound, gif no workflow.",
                 ),
                 io.Int.Input(

@@ -31,8 +31,9 @@ from mm_core.faces.analysis import FaceAnalyzer, estimate_pose
 from mm_core.faces.references import analyse_references
 from mm_core.files import write_json
 from mm_core.pipelines.base import FolderBase, TinyBase
+from mm_core.pipelines.clip import ClipSettings
 from mm_core.pipelines.control import AdapterSettings
-from mm_core.pipelines.magic_mirror import ClipSettings, MagicMirror
+from mm_core.pipelines.magic_mirror import MagicMirror
 
 REFERENCE_CLIP, CEILING_CLIP, PROMPT_CLIPS = 0, 1, (2, 3)
 REFERENCE_FRAME = 4

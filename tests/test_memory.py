@@ -21,13 +21,15 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from mm_core.checkpoints.adapter_file import Trained, save_adapter
+from mm_core.choices import POLICIES
 from mm_core.errors import SettingError
-from mm_core.memory import POLICIES, choose_policy, compute_dtype, on_device, size_in_bytes
+from mm_core.memory import choose_policy, compute_dtype, on_device, size_in_bytes
 from mm_core.models.adapter import MagicMirrorAdapter
 from mm_core.models.config import AdapterConfig
 from mm_core.pipelines import magic_mirror
 from mm_core.pipelines.base import FolderBase
-from mm_core.pipelines.magic_mirror import ClipSettings, MagicMirror
+from mm_core.pipelines.clip import ClipSettings
+from mm_core.pipelines.magic_mirror import MagicMirror
 from mm_core.pipelines.presets import PRESETS, T5_XXL
 from mm_core.pipelines.tiny import build_tokenizer
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from mm_core.choices import VIDEO_FORMATS
 from mm_core.errors import MagicMirrorError, SettingError
-from mm_core.video import FORMATS, write_video
+from mm_core.video import write_video
 
 STREAMS = ("mp4", "webm")
 GRAPH = {"prompt": json.dumps({"1": {"class_type": "Grüße"}}), "workflow": json.dumps({"nodes": [1, 2]})}
@@ -53,7 +54,7 @@ def read_sound(path: Path) -> tuple[np.ndarray, int]:
         return np.concatenate(blocks, axis=1), container.streams.audio[0].rate
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", VIDEO_FORMATS)
 def test_frames_come_back(frames: torch.Tensor, tmp_path: Path, format: str) -> None:
     path = write_video(tmp_path / f"clip.{format}", frames, 8, format=format, quality=95)
     back = read(path)
@@ -62,7 +63,7 @@ def test_frames_come_back(frames: torch.Tensor, tmp_path: Path, format: str) -> 
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", VIDEO_FORMATS)
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float16])
 def test_arrays_of_any_type(frames: torch.Tensor, tmp_path: Path, format: str, dtype: type) -> None:
     array = (frames.numpy() * 255).round() if dtype is np.uint8 else frames.numpy()
@@ -70,12 +71,12 @@ def test_arrays_of_any_type(frames: torch.Tensor, tmp_path: Path, format: str, d
     assert np.abs(read(same) / 255 - frames.numpy()).mean() < 0.08
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", VIDEO_FORMATS)
 def test_one_frame(frames: torch.Tensor, tmp_path: Path, format: str) -> None:
     assert read(write_video(tmp_path / f"one.{format}", frames[:1], 8, format=format)).shape == (1, 48, 64, 3)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", VIDEO_FORMATS)
 def test_odd_sizes(frames: torch.Tensor, tmp_path: Path, format: str) -> None:
     """Streams store colour for 2 x 2 pixels: they gain a line, pictures do not."""
     back = read(write_video(tmp_path / f"odd.{format}", frames[:, :47, :63], 8, format=format))
@@ -172,7 +173,7 @@ def test_what_cannot_be_written(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", VIDEO_FORMATS)
 def test_a_failure_leaves_nothing_behind(
     frames: torch.Tensor, tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import CheckpointError
 from ..files import whole_file
 from ..models.adapter import MagicMirrorAdapter
 from ..models.config import AdapterConfig
+from .safetensors_file import check_tensors, open_safetensors, shapes_in
 
 FORMAT = "magicmirror-adapter"
 VERSION = "1"
 STAGES = ("untrained", "image", "video")
-# A report of a wrong file names so many keys of each kind, and counts the rest.
-KEYS_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,59 +104,12 @@ def load_adapter(path: Path, *, dtype: torch.dtype = torch.float32) -> tuple[Mag
     with open_safetensors(path) as file:
         header = _parse_header(path, file.metadata() or {})
         expected = expected_tensors(header.config)
-        shapes = {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118, not a dict
-        check_tensors(path, expected, shapes)
+        check_tensors(path, expected, shapes_in(file))
         weights = {key: file.get_tensor(key).to(dtype) for key in expected}
     with torch.device("meta"):
         adapter = MagicMirrorAdapter(header.config)
     adapter.load_state_dict(weights, assign=True)
     return adapter.requires_grad_(False).train(False), header
-
-
-def check_tensors(path: Path, expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:
-    """Compare keys and shapes; raise one CheckpointError that lists everything that is wrong."""
-    missing = [key for key in expected if key not in found]
-    unexpected = [key for key in found if key not in expected]
-    misshapen = [
-        f"{key} {tuple(found[key])} instead of {tuple(shape)}"
-        for key, shape in expected.items()
-        if key in found and found[key] != shape
-    ]
-    problems = [
-        f"{len(keys)} {kind}: {', '.join(keys[:KEYS_SHOWN])}{' ...' if len(keys) > KEYS_SHOWN else ''}"
-        for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of a wrong shape", misshapen))
-        if keys
-    ]
-    if problems:
-        raise CheckpointError(f"{path.name} does not hold the tensors it should: " + "; ".join(problems) + ".")
-
-
-def open_safetensors(path: Path) -> Any:
-    """`safetensors.safe_open` for torch, to be used in a `with`.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or a pickle.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"There is no file {path}.")
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        if _is_pickle(path):
-            raise CheckpointError(
-                f"{path.name} is a pickle (.pt, .bin), which can run code when it is read. Only .safetensors files are "
-                "read here: ask for one, or convert it where you trust its source."
-            ) from None
-        raise CheckpointError(
-            f"{path.name} is damaged or cut short ({path.stat().st_size:,} bytes): {error}. Download or copy it again."
-        ) from error
-
-
-def _is_pickle(path: Path) -> bool:
-    """Whether a file that is no safetensors file starts like `torch.save`'s. (A safetensors file starts with a length,
-    which can be these bytes too.)"""
-    with path.open("rb") as file:
-        return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 def _parse_header(path: Path, metadata: Mapping[str, str]) -> AdapterHeader:

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..errors import CheckpointError, downloading
 from ..files import whole_file
 from ..models.id_encoder import PHOTOMAKER_V2, IDEncoder, IDEncoderConfig
-from .adapter_file import check_tensors
+from .safetensors_file import check_tensors, open_safetensors
 
 REPO = "TencentARC/PhotoMaker-V2"
 FILE_NAME = "photomaker-v2.bin"
@@ -26,7 +26,6 @@ COPY_NAME = "photomaker-v2.safetensors"
 _NOT_A_WEIGHT = "vision_model.embeddings.position_ids"
 _PREFIX = "id_encoder."
 _CONFIG = "config"
-_DAMAGED = "damaged, cut short, or not a file of weights"
 
 
 def id_encoder_tensors(config: IDEncoderConfig = PHOTOMAKER_V2) -> dict[str, torch.Size]:
@@ -69,7 +68,7 @@ def convert_id_encoder(path: Path) -> Path:
 
 def _check_copy(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Read a file again; raise CheckpointError if it is not these tensors to the last bit."""
-    with safe_open(path, framework="pt") as file:
+    with open_safetensors(path) as file:
         wrong = set(file.keys()) ^ tensors.keys()
         wrong |= {key for key in tensors.keys() - wrong if not _same(file.get_tensor(key), tensors[key])}
     if wrong:
@@ -95,11 +94,11 @@ def read_id_encoder_config(path: Path) -> IDEncoderConfig:
     if path.suffix != ".safetensors" or not path.is_file():
         return PHOTOMAKER_V2
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             text = (file.metadata() or {}).get(_CONFIG)
         return PHOTOMAKER_V2 if text is None else IDEncoderConfig(**json.loads(text))
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path.name} is damaged or names sizes that are none: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path.name} names sizes that are none: {error}") from error
 
 
 def load_id_encoder(
@@ -148,14 +147,11 @@ def read_fingerprint(path: Path) -> str:
 def _read(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}. It is {FILE_NAME} of https://huggingface.co/{REPO}.")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                keys = list(file.keys())
-                own = [key for key in keys if key.startswith(_PREFIX)] or keys
-                return {key.removeprefix(_PREFIX): file.get_tensor(key) for key in own}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path.name} is {_DAMAGED}: {error}") from error
+    if path.suffix == ".safetensors":
+        with open_safetensors(path) as file:
+            keys = list(file.keys())
+            own = [key for key in keys if key.startswith(_PREFIX)] or keys
+            return {key.removeprefix(_PREFIX): file.get_tensor(key) for key in own}
     return _read_pickle(path)["id_encoder"]
 
 
@@ -164,7 +160,7 @@ def _read_pickle(path: Path) -> dict[str, dict[str, torch.Tensor]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (torch.serialization.pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path.name} is {_DAMAGED}: {error}") from error
+        raise CheckpointError(f"{path.name} is damaged, cut short, or not a file of weights: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("id_encoder"), dict):
         raise CheckpointError(f"{path.name} has no `id_encoder` part: it is not PhotoMaker-V2's file.")
     return content

@@ -17,14 +17,14 @@ import diffusers
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from packaging.version import Version
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
-from ..checkpoints.adapter_file import check_tensors
+from ..checkpoints.safetensors_file import check_tensors, open_safetensors, shapes_in, tensor_shapes
 from ..errors import CheckpointError, downloading
 from . import tiny
 from .presets import PRESETS, T5_XXL, ClipLimits, Preset
+from .single_file import model_of
 
 # diffusers 0.42 renamed the argument, and drops the old name in 1.0.
 _DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
@@ -187,11 +187,9 @@ class FileBase:
     @cached_property
     def preset(self) -> Preset:
         """The published model whose tensors are exactly those of the file."""
-        found = _shapes(self.transformer)
+        repo = model_of(tensor_shapes(self.transformer), "transformer")
         for preset in PRESETS.values():
-            with torch.device("meta"):
-                expected = CogVideoXTransformer3DModel(**preset.transformer).state_dict()
-            if found == {key: tensor.shape for key, tensor in expected.items()}:
+            if preset.repo == repo:
                 return preset
         raise CheckpointError(
             f"The tensors of {self.transformer.name} are not those of {', '.join(PRESETS)} under diffusers' names. Use "
@@ -265,16 +263,6 @@ def _freeze(pipe: CogVideoXPipeline) -> CogVideoXPipeline:
     return pipe
 
 
-def _shapes(path: Path) -> dict[str, torch.Size]:
-    if not path.is_file():
-        raise CheckpointError(f"There is no file {path}.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: torch.Size(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118, not a dict
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path.name} is damaged, cut short, or not a .safetensors file: {error}") from error
-
-
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not (folder / "tokenizer.json").is_file():
         # What spiece.model is read with. Where one is missing, transformers asks for tiktoken, which would not help.
@@ -287,9 +275,10 @@ def _load_file(module: torch.nn.Module, path: Path, dtype: torch.dtype) -> None:
     """Load a file strictly into a module on `meta`; tied weights may stand in the file once."""
     expected = {key: tensor.shape for key, tensor in module.state_dict().items()}
     tied = {"encoder.embed_tokens.weight": "shared.weight"}
-    found = _shapes(path)
-    check_tensors(path, {k: s for k, s in expected.items() if k in found or k not in tied}, found)
-    weights = {key: tensor.to(dtype) for key, tensor in load_file(path).items()}
+    with open_safetensors(path) as file:
+        found = shapes_in(file)
+        check_tensors(path, {k: s for k, s in expected.items() if k in found or k not in tied}, found)
+        weights = {key: file.get_tensor(key).to(dtype) for key in found}
     for copy, original in tied.items():
         if copy in expected:
             weights[copy] = weights[original]

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers import CogVideoXPipeline
 from torch import Tensor
 
 from ..models.diffusers_block import STATE
+from .clip import ClipSettings
 from .conditioning import FaceConditioning
-
-if TYPE_CHECKING:
-    from .magic_mirror import ClipSettings
 
 
 def denoise(

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checkpoints.adapter_file import open_safetensors
+from ..checkpoints.safetensors_file import open_safetensors
 from ..errors import CheckpointError
 from ..faces.analysis import Face
 from ..faces.references import MAX_WEIGHT, PhotoReport, Reference

@@ -6,21 +6,19 @@ The denoising loop is diffusers' own `CogVideoXPipeline`; this file prepares wha
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
-from PIL import Image
 from torch import Tensor
 
 from ..checkpoints.adapter_file import AdapterHeader, load_adapter, read_header
 from ..checkpoints.photomaker import FILE_NAME, REPO, fingerprint, load_id_encoder, read_fingerprint
-from ..errors import CheckpointError, SettingError
+from ..errors import CheckpointError
 from ..faces.references import Reference
 from ..memory import (
     apply_policy,
@@ -37,6 +35,7 @@ from ..models.adapter import MagicMirrorAdapter
 from ..models.diffusers_block import attach
 from ..models.id_encoder import IDEncoder
 from .base import BaseModel, TinyBase
+from .clip import Clip, ClipSettings, StepCallback
 from .conditioning import FaceConditioning, condition
 from .control import AdapterSettings
 from .decode import decode
@@ -48,53 +47,6 @@ from .prompt import IdentityTokens, identity_tokens, without_trigger
 SCHEDULERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 
 _KEPT_EMBEDS = 8  # prompts; 2 MB each
-
-# (steps done, all steps, function that draws a preview). Raise in it to cancel.
-StepCallback = Callable[[int, int, Callable[[], Image.Image]], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipSettings:
-    """What to sample."""
-
-    prompt: str
-    """Names the person: a word before the trigger `img`, or the first identity word."""
-    negative_prompt: str = ""
-    width: int
-    """Pixels, a multiple of 16."""
-    height: int
-    num_frames: int
-    """8N + 1 (CogVideoX 1.0) or 16N + 1 (1.5); 1 makes an image."""
-    steps: int = 50
-    """Denoising steps, 1 to 1000."""
-    guidance_scale: float = 6.0
-    """Classifier-free guidance; 1 switches it off and halves the work."""
-    dynamic_guidance: bool = True
-    """Let the guidance grow along the schedule, as diffusers' `use_dynamic_cfg`; goes with `dpm`."""
-    scheduler: str = "dpm"
-    """`ddim` or `dpm`, CogVideoX's own."""
-    seed: int = 0
-    """The same seed gives the same noise on every device."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.steps <= 1000:
-            raise SettingError(f"steps is {self.steps}; it must be from 1 to 1000.")
-        if not math.isfinite(self.guidance_scale) or not 1 <= self.guidance_scale <= 30:
-            raise SettingError(f"guidance_scale is {self.guidance_scale}; it must be a number from 1 (off) to 30.")
-        if self.scheduler not in SCHEDULERS:
-            raise SettingError(f"The scheduler is {self.scheduler!r}; choose one of {', '.join(SCHEDULERS)}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clip:
-    """A finished clip."""
-
-    frames: Tensor
-    """(F, H, W, 3), RGB in 0..1."""
-    latents: Tensor
-    """(1, C, F', H / 8, W / 8), what the VAE decoded, times its scaling factor."""
-    fps: int
-    """The rate that the model was trained at."""
 
 
 class MagicMirror:

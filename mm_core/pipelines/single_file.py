@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
-from safetensors import SafetensorError, safe_open
 from transformers import T5Config, T5EncoderModel
 
+from ..checkpoints.safetensors_file import Shapes, tensor_shapes
+from ..errors import CheckpointError
 from .presets import PRESETS, T5_XXL
-
-Shapes = dict[str, tuple[int, ...]]
 
 # A key that every file of the part has: other files are not worth building the models to compare with.
 _MARKS = {
@@ -25,27 +24,24 @@ _TIED = "encoder.embed_tokens.weight"
 
 
 def recognise(path: Path, part: str) -> str | None:
-    """The model whose tensors these are, under diffusers' names; None if the file is damaged or holds none of them.
+    """The model whose tensors a file holds, under diffusers' names; None if the file is damaged or holds none of them.
 
     part: "transformer", "text_encoder" or "vae".
     """
-    shapes = tensor_shapes(path)
-    if shapes is None or _MARKS[part] not in shapes:
+    try:
+        return model_of(tensor_shapes(path), part)
+    except CheckpointError:
+        return None
+
+
+def model_of(shapes: Shapes, part: str) -> str | None:
+    """The model that has exactly these tensors; None if there is none."""
+    if _MARKS[part] not in shapes:
         return None
     for name, expected in _expected(part).items():
         if shapes == {key: shape for key, shape in expected.items() if key in shapes or key != _TIED}:
             return name
     return None
-
-
-def tensor_shapes(path: Path) -> Shapes | None:
-    """Keys and shapes of a `.safetensors` file; None if it is damaged or cut short."""
-    try:
-        # Not "pt": that maps the whole file writable, which a machine with less memory than the file may refuse.
-        with safe_open(path, framework="np") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118, not a dict
-    except (SafetensorError, OSError):
-        return None
 
 
 @cache

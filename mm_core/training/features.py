@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..checkpoints.safetensors_file import safetensors_handle
 from ..errors import CheckpointError
 
 FORMAT = 1
@@ -136,6 +136,6 @@ class _InMemory:
 
 def _open(path: Path) -> Any:
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}. Remove it and run precompute again.") from error
+        return safetensors_handle(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Or remove {path} and run precompute again.") from error

@@ -24,11 +24,12 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import ProjectConfiguration
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch import compile as compiled
 from tqdm import tqdm
 
+from ..checkpoints.safetensors_file import read_tensors
 from ..errors import MagicMirrorError, SettingError
 from ..files import PARTIAL, append_lines, write_json
 from .optimizer import OPTIMIZERS, parameter_groups
@@ -348,7 +349,7 @@ class _Run:
         path = Path(folder) / TRAINABLE
         if path.is_file():
             model = self.accelerator.unwrap_model(models.pop(), keep_torch_compile=False)
-            model.load_state_dict(load_file(path), strict=False)
+            model.load_state_dict(read_tensors(path), strict=False)
 
     def _resume(self) -> int:
         """Load the last checkpoint, if there is one; returns the number of steps done."""

@@ -14,12 +14,12 @@ from ..faces.tracking import find_faces
 from ..files import write_json
 from ..memory import on_device
 from ..models.id_encoder import FaceFeatures
+from ..pipelines.clip import ClipSettings
 from ..pipelines.conditioning import condition
 from ..pipelines.control import AdapterSettings
 from ..pipelines.decode import decode
 from ..pipelines.denoise import denoise
 from ..pipelines.identity import Identity
-from ..pipelines.magic_mirror import ClipSettings
 from ..video import write_video
 
 if TYPE_CHECKING:

@@ -24,8 +24,9 @@ from mm_core.faces.analysis import FaceAnalyzer
 from mm_core.faces.references import analyse_references, read_image
 from mm_core.pipelines import tiny
 from mm_core.pipelines.base import TinyBase
+from mm_core.pipelines.clip import ClipSettings
 from mm_core.pipelines.control import AdapterSettings
-from mm_core.pipelines.magic_mirror import ClipSettings, MagicMirror
+from mm_core.pipelines.magic_mirror import MagicMirror
 
 SAMPLER, LOADER = "MagicMirrorCogVideoXSampler", "MagicMirrorLoader"
 EXTRACT, APPLY, COMBINE = "MagicMirrorExtractFaceEmbedding", "MagicMirrorApplyCANAdapter", "MagicMirrorVideoCombine"

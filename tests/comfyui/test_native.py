@@ -20,8 +20,9 @@ from mm_core.faces.references import analyse_references, read_image
 from mm_core.models.adapter import MagicMirrorAdapter
 from mm_core.pipelines import magic_mirror, tiny
 from mm_core.pipelines.base import FolderBase, TinyBase
+from mm_core.pipelines.clip import ClipSettings
 from mm_core.pipelines.control import AdapterSettings, Window
-from mm_core.pipelines.magic_mirror import ClipSettings, MagicMirror
+from mm_core.pipelines.magic_mirror import MagicMirror
 
 CORE_ZERO = 4.8973451890853435e-08  # core's alpha_bar at zero terminal SNR, where diffusers has 0
 PROMPT, STEPS, GUIDANCE, SEED = "A woman img smiles.", 4, 3.0, 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from diffusers import CogVideoXPipeline
 from safetensors.torch import save_file
 
 from mm_core.errors import CheckpointError
-from mm_core.pipelines import base, tiny
+from mm_core.pipelines import base, single_file, tiny
 from mm_core.pipelines.base import FileBase, FolderBase, TinyBase
 from mm_core.pipelines.presets import Preset
 
@@ -38,23 +39,28 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(params=[True, False], ids=["rotary", "sine table"])
-def files(request: pytest.FixtureRequest, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FileBase:
+def files(
+    request: pytest.FixtureRequest, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FileBase]:
     """Single files of a model that is made to count as published."""
     config = tiny.TRANSFORMER | {"use_rotary_positional_embeddings": request.param}
     preset = Preset(repo="tiny", transformer=config, vae=tiny.VAE, scheduler=tiny.SCHEDULER)
     pipe = tiny.build_base(torch.float32)
-    monkeypatch.setattr(base, "PRESETS", {"tiny": preset})
+    for module in (base, single_file):
+        monkeypatch.setattr(module, "PRESETS", {"tiny": preset})
+    single_file._expected.cache_clear()
     monkeypatch.setattr(base, "T5_XXL", {k: v for k, v in pipe.text_encoder.config.to_dict().items() if k != "dtype"})
     for part in PARTS:
         tensors = {key: tensor.clone() for key, tensor in getattr(pipe, part).state_dict().items()}
         tensors.pop("encoder.embed_tokens.weight", None)  # a copy of shared.weight, which published files leave out
         save_file(tensors, tmp_path / f"{part}.safetensors")
-    return FileBase(
+    yield FileBase(
         transformer=tmp_path / "transformer.safetensors",
         text_encoder=tmp_path / "text_encoder.safetensors",
         vae=tmp_path / "vae.safetensors",
         tokenizer_folder=saved / "tokenizer",
     )
+    single_file._expected.cache_clear()
 
 
 @pytest.mark.parametrize("package", ["sentencepiece", "google.protobuf"])

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from mm_core.errors import PromptError, SettingError
 from mm_core.models.adapter import MagicMirrorAdapter
 from mm_core.models.diffusers_block import STATE, FaceState
+from mm_core.pipelines.clip import ClipSettings
 from mm_core.pipelines.control import BALANCED, CONTROLS, AdapterSettings, Window
-from mm_core.pipelines.magic_mirror import ClipSettings, MagicMirror
+from mm_core.pipelines.magic_mirror import MagicMirror
 
 NEVER = Window(0.0, 0.0)
 MOTION = CONTROLS["motion first"]

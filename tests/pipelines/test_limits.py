@@ -11,8 +11,9 @@ from tiny_models import build_identity
 
 from mm_core.errors import CheckpointError, MagicMirrorError, PromptError, SettingError
 from mm_core.pipelines.base import FolderBase
+from mm_core.pipelines.clip import ClipSettings
 from mm_core.pipelines.control import AdapterSettings
-from mm_core.pipelines.magic_mirror import ClipSettings, MagicMirror
+from mm_core.pipelines.magic_mirror import MagicMirror
 from mm_core.pipelines.presets import PRESETS, ClipLimits
 
 NAN, INFINITY = float("nan"), float("inf")

@@ -19,10 +19,11 @@ from mm_core.errors import DecodeError
 from mm_core.models.block import video_shift
 from mm_core.models.diffusers_block import STATE, detach, take_apart, time_embedding
 from mm_core.pipelines.base import FolderBase
+from mm_core.pipelines.clip import ClipSettings
 from mm_core.pipelines.conditioning import FaceConditioning, condition, precompute_factors
 from mm_core.pipelines.control import AdapterSettings
 from mm_core.pipelines.identity import Identity
-from mm_core.pipelines.magic_mirror import ClipSettings, MagicMirror
+from mm_core.pipelines.magic_mirror import MagicMirror
 
 SCHEDULERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
 OFF = {

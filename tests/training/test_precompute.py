@@ -24,8 +24,9 @@ from mm_core.faces.references import analyse_references
 from mm_core.faces.tracking import find_faces
 from mm_core.files import PARTIAL
 from mm_core.pipelines.base import TinyBase
+from mm_core.pipelines.clip import ClipSettings
 from mm_core.pipelines.control import AdapterSettings
-from mm_core.pipelines.magic_mirror import ClipSettings, MagicMirror
+from mm_core.pipelines.magic_mirror import MagicMirror
 from mm_core.training import features as features_module
 from mm_core.training import precompute as module
 from mm_core.training.config import StageConfig, TrainingConfig

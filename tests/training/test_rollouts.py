@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from mm_core.errors import SettingError
 from mm_core.models.id_encoder import FaceFeatures
+from mm_core.pipelines.clip import ClipSettings
 from mm_core.pipelines.conditioning import condition
 from mm_core.pipelines.denoise import denoise
 from mm_core.pipelines.identity import Identity
-from mm_core.pipelines.magic_mirror import ClipSettings
 from mm_core.training.adapter_task import AdapterTask
 from mm_core.training.config import SamplingConfig, StageConfig, TrainingConfig
 from mm_core.training.loop import LoopConfig, train

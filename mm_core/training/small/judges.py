@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ...checkpoints.safetensors_file import read_tensors
 from ...data.people.captions import SMILES
 from ...data.people.scene import ClipDescription, at, eased, sample_clip
 from ...files import whole_file
@@ -179,7 +180,7 @@ def crops_of(features: Features, vae: Path, cache: Path) -> Tensor:
             parts.append((faces.clamp(0, 1) * 255).byte())
         with whole_file(cache) as temporary:
             save_file({"crops": torch.stack(parts)}, temporary)
-    return load_file(cache)["crops"]
+    return read_tensors(cache)["crops"]
 
 
 class _Recognition(nn.Module):
@@ -296,5 +297,5 @@ def _export(weights: Mapping[str, Tensor], prefix: str, path: Path) -> None:
 
 
 def _load(reader: nn.Module, folder: Path) -> nn.Module:
-    reader.load_state_dict(load_file(folder / WEIGHTS))
+    reader.load_state_dict(read_tensors(folder / WEIGHTS))
     return reader.requires_grad_(False).train(False)

@@ -1,0 +1,21 @@
+"""The names that options have: what menus, the command line and the checks of settings offer.
+
+Plain Python: the nodes' schemas read it where diffusers may be missing.
+"""
+
+from __future__ import annotations
+
+PRECISIONS = ("auto", "bf16", "fp16", "fp32", "fp8")
+"""fp8 is a storage type of the transformer; it computes as auto does."""
+
+POLICIES = ("none", "model", "group", "sequential")
+"""none: all on the device. model: one model at a time. group: a block at a time, the next one copied meanwhile.
+sequential: a layer at a time, the slowest and smallest."""
+
+OFFLOADING = ("auto", *POLICIES)
+
+SCHEDULERS = ("dpm", "ddim")
+"""CogVideoX's own."""
+
+VIDEO_FORMATS = ("mp4", "webm", "webp", "gif")
+"""By their file endings."""
