@@ -6,12 +6,12 @@ Only `convert` writes anything.
 from __future__ import annotations
 
 import hashlib
-import json
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .checkpoints.json_file import read_object
 from .errors import CheckpointError
 from .folders import Folders, find_face_packs, find_folder, hub_folder, onnx_files, other_folders, walk
 from .pipelines.presets import HUB_ADDRESS, PRESETS
@@ -196,10 +196,10 @@ def _base_models(roots: Sequence[Path]) -> Iterator[Finding]:
 def _is_another_model(folder: Path) -> bool:
     """Whether a diffusers folder is for other software's sake here; a damaged config is no sign of that."""
     try:
-        config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
-        return not config.get("_class_name", "CogVideoX").startswith("CogVideoX")
-    except (ValueError, AttributeError):
+        name = read_object(folder / "transformer" / "config.json").get("_class_name", "CogVideoX")
+    except CheckpointError:
         return False
+    return isinstance(name, str) and not name.startswith("CogVideoX")
 
 
 def _base_model(name: str, folder: Path, *, link: str, licence: str) -> Finding:
@@ -214,11 +214,9 @@ def _base_model(name: str, folder: Path, *, link: str, licence: str) -> Finding:
         lacks = base.missing_files()
         problem = f"It lacks {', '.join(lacks)}. Download it again; what is there is kept." if lacks else ""
         if not lacks:
-            _config = base.transformer_config  # raises for another kind of model
+            base.check_complete()  # raises for another kind of model
     except CheckpointError as error:
         problem = str(error)
-    except (ValueError, KeyError) as error:
-        problem = f"One of its .json files is damaged ({error!r}). Download it again."
     return replace(finding, files=_describe(files, folder, name), problem=problem or _damaged(files))
 
 

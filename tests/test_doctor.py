@@ -103,7 +103,7 @@ def test_a_base_model_that_cannot_be_used(base_folder: Path, tmp_path: Path) -> 
     config.write_text(json.dumps(original | {"in_channels": 32}))
     assert "image-to-video" in examine(tmp_path)[name].problem
     config.write_text("{")
-    assert ".json files is damaged" in examine(tmp_path)[name].problem
+    assert "config.json is damaged, it is no JSON" in examine(tmp_path)[name].problem
     config.write_text(json.dumps(original))
     (base_folder / VAE).write_bytes((base_folder / VAE).read_bytes()[:1000])
     assert "cut short: diffusion_pytorch_model.safetensors (1,000 bytes)" in examine(tmp_path)[name].problem

@@ -6,28 +6,43 @@ told before anything heavy happens.
 
 from __future__ import annotations
 
-import json
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import diffusers
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
-from packaging.version import Version
-from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5Config, T5EncoderModel
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
+from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
-from ..checkpoints.safetensors_file import check_tensors, open_safetensors, shapes_in, tensor_shapes
+from ..checkpoints.json_file import read_object
+from ..checkpoints.safetensors_file import tensor_shapes
 from ..errors import CheckpointError, downloading
-from . import tiny
+from ..limits import INDEX_BYTES, SHARDS
+from . import part_configs, tiny
+from .part_configs import check_positions, checked
+from .parts import build_scheduler, load_text_encoder, load_transformer, load_vae
 from .presets import PRESETS, T5_XXL, ClipLimits, Preset
 from .single_file import model_of
+from .tokenizer import load_tokenizer
 
-# diffusers 0.42 renamed the argument, and drops the old name in 1.0.
-_DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
+_T5 = T5Config()  # what transformers takes for what a config does not have
+_DIFFUSERS, _TRANSFORMERS = "diffusers", "transformers"
+# What a folder's model_index.json may name. Nothing is imported by these names; another one is a sign of another model,
+# or of a folder that is meant to run code elsewhere.
+_PIPELINES = ("CogVideoXPipeline", "CogVideoXVideoToVideoPipeline", "CogVideoXImageToVideoPipeline")
+_CLASSES = {
+    "transformer": (_DIFFUSERS, ("CogVideoXTransformer3DModel",)),
+    "vae": (_DIFFUSERS, ("AutoencoderKLCogVideoX",)),
+    "scheduler": (_DIFFUSERS, ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")),
+    "text_encoder": (_TRANSFORMERS, ("T5EncoderModel",)),
+    "tokenizer": (
+        _TRANSFORMERS,
+        ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"),
+    ),
+}
 
 
 class BaseModel(Protocol):
@@ -72,17 +87,18 @@ class FolderBase:
 
     @cached_property
     def transformer_config(self) -> Mapping[str, Any]:
+        path = self.folder / "transformer" / "config.json"
         config = self._config("transformer")
         if config.get("_class_name") != CogVideoXTransformer3DModel.__name__:
             raise CheckpointError(
                 f"{self.folder} holds a {config.get('_class_name')}, not a CogVideoX transformer. Choose a folder of "
                 f"{', '.join(preset.repo for preset in PRESETS.values())}."
             )
-        if config["in_channels"] != config["out_channels"]:
+        settings = _defaults(CogVideoXTransformer3DModel) | checked(config, part_configs.TRANSFORMER, str(path))
+        if settings["in_channels"] != settings["out_channels"]:
             raise CheckpointError(f"{self.folder} is an image-to-video model; Magic Mirror needs a text-to-video one.")
-        return (
-            dict(CogVideoXTransformer3DModel.load_config(self.folder / "transformer")) | {"patch_size_t": None} | config
-        )
+        check_positions(settings, str(path))
+        return settings
 
     @cached_property
     def limits(self) -> ClipLimits:
@@ -90,30 +106,51 @@ class FolderBase:
 
     @cached_property
     def vae_config(self) -> Mapping[str, Any]:
-        return self._config("vae")
+        where = str(self.folder / "vae" / "config.json")
+        return _defaults(AutoencoderKLCogVideoX) | checked(self._config("vae"), part_configs.VAE, where)
+
+    @cached_property
+    def text_config(self) -> Mapping[str, Any]:
+        """transformers' config of T5, what it needs of it."""
+        where = str(self.folder / "text_encoder" / "config.json")
+        return checked(self._config("text_encoder"), part_configs.TEXT_ENCODER, where)
 
     @property
     def transformer_files(self) -> list[Path]:
-        return [self.folder / file for file in self._weights("transformer")]
+        return self._files("transformer")
 
     def load_text_encoder(self, dtype: torch.dtype) -> T5EncoderModel:
-        encoder = T5EncoderModel.from_pretrained(self.folder / "text_encoder", local_files_only=True)
-        return encoder.to(dtype).requires_grad_(False).train(False)
+        return load_text_encoder(self.text_config, self._files("text_encoder"), dtype)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return _load_tokenizer(self.folder / "tokenizer")
+        tokenizer, size = load_tokenizer(self.folder / "tokenizer"), self.text_config.get("vocab_size", _T5.vocab_size)
+        if len(tokenizer) > size:
+            raise CheckpointError(
+                f"The tokenizer of {self.folder} has {len(tokenizer)} tokens, its text encoder {size}: they are of "
+                "different models. Download it again."
+            )
+        return tokenizer
 
     def load(self, dtype: torch.dtype) -> CogVideoXPipeline:
+        self.check_complete()
+        where = self.folder / "scheduler" / "scheduler_config.json"
+        scheduler = read_object(where)
         try:
-            pipe = CogVideoXPipeline.from_pretrained(
-                str(self.folder), tokenizer=self.tokenizer, local_files_only=True, **{_DTYPE: dtype}
+            return CogVideoXPipeline(
+                tokenizer=self.tokenizer,
+                text_encoder=self.load_text_encoder(dtype),
+                vae=load_vae(self.vae_config, self._files("vae"), dtype),
+                transformer=load_transformer(self.transformer_config, self.transformer_files, dtype),
+                scheduler=build_scheduler(
+                    checked(scheduler, part_configs.SCHEDULER, str(where)),
+                    scheduler.get("_class_name", "CogVideoXDDIMScheduler"),
+                ),
             )
-        except (OSError, SafetensorError) as error:
+        except CheckpointError as error:
             raise CheckpointError(
-                f"{self.folder} is incomplete or damaged: {error}. Download it again; finished files are kept."
+                f"{self.folder} is incomplete or damaged: {error} Download it again; finished files are kept."
             ) from error
-        return _freeze(pipe)
 
     def missing_files(self) -> list[str]:
         """What the folder lacks, relative to it. Sharded weights count by shard."""
@@ -126,19 +163,55 @@ class FolderBase:
         return missing
 
     def check_complete(self) -> None:
-        """Raise CheckpointError, naming what is missing, before half a model is loaded."""
+        """Raise CheckpointError, naming what is missing or does not fit, before half a model is loaded."""
         missing = self.missing_files()
         if missing:
             raise CheckpointError(f"{self.folder} is incomplete, it lacks {', '.join(missing)}. Download it again.")
+        self._check_index()
+        text, latents = self.text_config.get("d_model", _T5.d_model), self.vae_config["latent_channels"]
+        pairs = (
+            ("text_embed_dim", self.transformer_config["text_embed_dim"], "the text encoder's d_model", text),
+            ("in_channels", self.transformer_config["in_channels"], "the VAE's latent_channels", latents),
+        )
+        for name, value, other, size in pairs:
+            if value != size:
+                raise CheckpointError(
+                    f"The parts of {self.folder} are of different models: the transformer's {name} is {value}, {other} "
+                    f"is {size}. Download it again."
+                )
+
+    def _check_index(self) -> None:
+        """Raise CheckpointError where model_index.json names other classes than CogVideoX's."""
+        path = self.folder / "model_index.json"
+        index = read_object(path)
+        named = {"the pipeline": index.get("_class_name")}
+        named |= {part: index[part] for part in index if not part.startswith("_")}
+        for part, name in named.items():
+            library, classes = _CLASSES.get(part, (None, ()))
+            allowed = [[library, cls] for cls in classes] if part in _CLASSES else [[None, None]]
+            if name not in (_PIPELINES if part == "the pipeline" else allowed):
+                raise CheckpointError(
+                    f"{path} names {str(name)[:100]} for {part[:100]}, which no CogVideoX text-to-video model has. "
+                    "Nothing of it was loaded. Use a folder from a source that you trust."
+                )
+
+    def _files(self, part: str) -> list[Path]:
+        return [self.folder / file for file in self._weights(part)]
 
     def _weights(self, part: str) -> list[str]:
         """The files of a part's weights, relative to the folder."""
         stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
         index = self.folder / part / f"{stem}.safetensors.index.json"
-        shards = [f"{stem}.safetensors"]
-        if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return [f"{part}/{file}" for file in shards]
+        if not index.is_file():
+            return [f"{part}/{stem}.safetensors"]
+        places = read_object(index, most=INDEX_BYTES).get("weight_map")
+        shards = set(places.values()) if _is_index(places) else set()
+        if not shards or len(shards) > SHARDS or not all(map(_is_shard, shards)):
+            raise CheckpointError(
+                f"{index} is damaged: its weight_map must name .safetensors files beside it, {SHARDS} at most. "
+                "Download it again."
+            )
+        return [f"{part}/{file}" for file in sorted(shards)]
 
     def _config(self, part: str) -> dict[str, Any]:
         path = self.folder / part / "config.json"
@@ -147,7 +220,7 @@ class FolderBase:
                 f"There is no {path}. The folder of a base model must hold model_index.json, scheduler/, "
                 "text_encoder/, tokenizer/, transformer/ and vae/, as on the Hugging Face hub."
             )
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
 
 
 @dataclass(frozen=True)
@@ -213,34 +286,20 @@ class FileBase:
         return [self.transformer]
 
     def load_text_encoder(self, dtype: torch.dtype) -> T5EncoderModel:
-        with torch.device("meta"):
-            encoder = T5EncoderModel(T5Config(**T5_XXL))
-        _load_file(encoder, self.text_encoder, dtype)
-        return encoder.requires_grad_(False).train(False)
+        return load_text_encoder(T5_XXL, [self.text_encoder], dtype)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return _load_tokenizer(self.tokenizer_folder)
+        return load_tokenizer(self.tokenizer_folder)
 
     def load(self, dtype: torch.dtype) -> CogVideoXPipeline:
-        with torch.device("meta"):
-            transformer = CogVideoXTransformer3DModel(**self.preset.transformer)
-            vae = AutoencoderKLCogVideoX(**self.preset.vae)
-        if not self.preset.transformer["use_rotary_positional_embeddings"]:
-            # The sine table of 2B is computed, not stored: it must not stay on `meta`.
-            embed = transformer.patch_embed
-            table = embed._get_positional_embeddings(embed.sample_height, embed.sample_width, embed.sample_frames)
-            embed.register_buffer("pos_embedding", table, persistent=False)
-        for module, path in ((transformer, self.transformer), (vae, self.vae)):
-            _load_file(module, path, dtype)
-        return _freeze(
-            CogVideoXPipeline(
-                tokenizer=self.tokenizer,
-                text_encoder=self.load_text_encoder(dtype),
-                vae=vae,
-                transformer=transformer,
-                scheduler=CogVideoXDDIMScheduler(**self.preset.scheduler),
-            )
+        preset = self.preset
+        return CogVideoXPipeline(
+            tokenizer=self.tokenizer,
+            text_encoder=self.load_text_encoder(dtype),
+            vae=load_vae(preset.vae, [self.vae], dtype),
+            transformer=load_transformer(preset.transformer, [self.transformer], dtype),
+            scheduler=build_scheduler(preset.scheduler, "CogVideoXDDIMScheduler"),
         )
 
 
@@ -257,29 +316,16 @@ def download_folder(repo: str, folder: Path) -> Path:
     return folder
 
 
-def _freeze(pipe: CogVideoXPipeline) -> CogVideoXPipeline:
-    for module in (pipe.text_encoder, pipe.vae, pipe.transformer):
-        module.requires_grad_(False).train(False)
-    return pipe
+def _defaults(cls: type) -> dict[str, Any]:
+    """What diffusers takes for settings that a config does not have."""
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return {item.name: item.default for item in parameters if item.default is not inspect.Parameter.empty}
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    if not (folder / "tokenizer.json").is_file():
-        # What spiece.model is read with. Where one is missing, transformers asks for tiktoken, which would not help.
-        import google.protobuf  # noqa: F401
-        import sentencepiece  # noqa: F401
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+def _is_index(places: Any) -> bool:
+    return isinstance(places, dict) and all(isinstance(file, str) for file in places.values())
 
 
-def _load_file(module: torch.nn.Module, path: Path, dtype: torch.dtype) -> None:
-    """Load a file strictly into a module on `meta`; tied weights may stand in the file once."""
-    expected = {key: tensor.shape for key, tensor in module.state_dict().items()}
-    tied = {"encoder.embed_tokens.weight": "shared.weight"}
-    with open_safetensors(path) as file:
-        found = shapes_in(file)
-        check_tensors(path, {k: s for k, s in expected.items() if k in found or k not in tied}, found)
-        weights = {key: file.get_tensor(key).to(dtype) for key in found}
-    for copy, original in tied.items():
-        if copy in expected:
-            weights[copy] = weights[original]
-    module.load_state_dict(weights, assign=True)
+def _is_shard(file: str) -> bool:
+    """The name of a weights file in the same folder: neither a path nor a pickle."""
+    return file.endswith(".safetensors") and not set(file) & set("/\\:\0")

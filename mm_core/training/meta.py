@@ -95,10 +95,9 @@ def _base_configs(base: str) -> tuple[str, Mapping[str, Any], Mapping[str, Any],
     folder = TinyBase().folder if base == tiny.NAME else Path(base).expanduser()
     if not folder.is_dir():
         raise SettingError(f"base is {base}; it must be tiny, one of {', '.join(PRESETS)}, or the folder of a model.")
-    transformer = FolderBase(folder).transformer_config
-    vae = AutoencoderKLCogVideoX.load_config(folder / "vae", local_files_only=True)
-    text = T5Config.from_pretrained(folder / "text_encoder", local_files_only=True)
-    return base if base == tiny.NAME else folder.name, transformer, vae, text
+    model = FolderBase(folder)
+    name = base if base == tiny.NAME else folder.name
+    return name, model.transformer_config, model.vae_config, T5Config(**model.text_config)
 
 
 def _id_encoder_config(config: TrainingConfig) -> IDEncoderConfig:

@@ -170,7 +170,7 @@ class Recipe:
 
         from .base import Latents
 
-        encoder = AutoencoderKLCogVideoX.from_pretrained(vae)
+        encoder = AutoencoderKLCogVideoX.from_pretrained(vae, local_files_only=True)
         return Latents.encode(self.clips, encoder, 9, self.folder / "vae" / "latents.pt")
 
     def encoder(self) -> None:
@@ -194,7 +194,7 @@ class Recipe:
         if (self.folder / "base").is_dir():
             return
         vae_folder = latest_checkpoint(self.folder / "vae" / "decoder") / "vae"
-        vae = AutoencoderKLCogVideoX.from_pretrained(vae_folder).requires_grad_(False)
+        vae = AutoencoderKLCogVideoX.from_pretrained(vae_folder, local_files_only=True).requires_grad_(False)
         folder = self.folder / "text-to-video"
         folder.mkdir(exist_ok=True)
         text = self._run(folder / "text", TEXT, lambda: TextTask(TEXT.seed))

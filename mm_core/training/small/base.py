@@ -130,9 +130,9 @@ class BaseTask:
     ) -> None:
         torch.manual_seed(seed)
         self.tokenizer = tiny.build_tokenizer()
-        text_encoder = T5EncoderModel.from_pretrained(start / "text_encoder")
+        text_encoder = T5EncoderModel.from_pretrained(start / "text_encoder", local_files_only=True)
         if (start / "transformer").is_dir():
-            transformer = CogVideoXTransformer3DModel.from_pretrained(start / "transformer")
+            transformer = CogVideoXTransformer3DModel.from_pretrained(start / "transformer", local_files_only=True)
         else:
             transformer = CogVideoXTransformer3DModel(**tiny.TRANSFORMER)
             _initialise(transformer)
@@ -203,14 +203,14 @@ class BaseTask:
 
 def save_base(checkpoint: Path, vae: AutoencoderKLCogVideoX, folder: Path) -> None:
     """The finished model in diffusers' layout, as the published ones."""
-    text_encoder = T5EncoderModel.from_pretrained(checkpoint / "text_encoder")
+    text_encoder = T5EncoderModel.from_pretrained(checkpoint / "text_encoder", local_files_only=True)
     # Older transformers tie the two, and would load whichever comes last; only the second is ever read.
     text_encoder.shared.weight.data = text_encoder.encoder.embed_tokens.weight.data.clone()
     pipe = CogVideoXPipeline(
         tokenizer=tiny.build_tokenizer(),
         text_encoder=text_encoder,
         vae=vae,
-        transformer=CogVideoXTransformer3DModel.from_pretrained(checkpoint / "transformer"),
+        transformer=CogVideoXTransformer3DModel.from_pretrained(checkpoint / "transformer", local_files_only=True),
         scheduler=CogVideoXDDIMScheduler(**tiny.SCHEDULER),
     )
     with whole_folder(folder) as temporary:

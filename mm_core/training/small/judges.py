@@ -172,7 +172,7 @@ def crops_of(features: Features, vae: Path, cache: Path) -> Tensor:
     """(N, F', 3, CROP, CROP) uint8: the faces of all clips as they come out of the VAE in that folder, made once."""
     if not cache.is_file():
         cache.parent.mkdir(exist_ok=True)
-        decoder, parts = AutoencoderKLCogVideoX.from_pretrained(vae), []
+        decoder, parts = AutoencoderKLCogVideoX.from_pretrained(vae, local_files_only=True), []
         for row in range(len(features.entries)):
             sample = features.sample(row)
             frames = decode_frame(decoder, sample["latents"].float())

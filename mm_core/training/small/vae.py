@@ -145,7 +145,10 @@ class VAETask:
         self, clips: Clips, frames: int, recogniser: DifferentiableArcFace, seed: int, start: Path | None = None
     ) -> None:
         torch.manual_seed(seed)
-        vae = AutoencoderKLCogVideoX(**tiny.VAE) if start is None else AutoencoderKLCogVideoX.from_pretrained(start)
+        if start is None:
+            vae = AutoencoderKLCogVideoX(**tiny.VAE)
+        else:
+            vae = AutoencoderKLCogVideoX.from_pretrained(start, local_files_only=True)
         self.model = _Reconstruction(vae, recogniser)
         self.clips, self.frames, self.seed = clips, frames, seed
 
@@ -202,7 +205,7 @@ class DecoderTask:
         seed: int,
         start: Path,
     ) -> None:
-        self.vae = AutoencoderKLCogVideoX.from_pretrained(start).float()
+        self.vae = AutoencoderKLCogVideoX.from_pretrained(start, local_files_only=True).float()
         self.clips, self.latents, self.detector, self.seed = clips, latents, detector, seed
         self.model = _Decoding(self.vae, recogniser, self._mean_embedding(recogniser))
 
