@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
+from .errors import CheckpointError
+from .limits import NAME_LENGTH, NAME_PART_BYTES
 from .pipelines.presets import PRESETS
 
 FACE_PACKS = ("buffalo_l", "antelopev2", "buffalo_sc")
 """insightface's usual packs."""
+_TRANSFORMER = "transformer/config.json"
+"""What a folder in diffusers' layout is known by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +47,38 @@ class Folders:
         )
 
 
+def check_name(name: object) -> None:
+    """Raise CheckpointError for what is no name of something within a folder: a path from the root, one with `..`, no
+    text at all, or what no file system takes. `is_below` looks at where a name leads."""
+    text = name if isinstance(name, str) else ""
+    path = PureWindowsPath(text)  # its rules know both kinds of slash, and drives
+    parts = [part.encode("utf-8", "replace") for part in path.parts]
+    usable = text.isprintable() and 0 < len(text) <= NAME_LENGTH and all(len(p) <= NAME_PART_BYTES for p in parts)
+    if not usable or path.anchor or ".." in path.parts:
+        shown = repr(name)
+        raise CheckpointError(
+            f"{shown if len(shown) <= 100 else shown[:100] + '...'} is no name of a model: it must be one of the list, "
+            f"or a path below its folder, without `..`, at most {NAME_LENGTH} characters long."
+        )
+
+
+def is_below(path: Path, root: Path) -> bool:
+    """Whether a file or folder lies below a folder, links followed on both sides."""
+    return Path(os.path.realpath(root)) in Path(os.path.realpath(path)).parents
+
+
 def find_folder(roots: Sequence[Path], name: str) -> Path | None:
-    """The diffusers folder of that name, relative to one of the roots."""
-    candidates = (root / name for root in roots)
-    return next((folder for folder in candidates if (folder / "transformer" / "config.json").is_file()), None)
+    """The diffusers folder of that name, relative to one of the roots.
+
+    A folder that the list has may be a link, which the owner of the machine made; another one must lie below its root.
+    Raises CheckpointError for a name that leads out of them.
+    """
+    check_name(name)
+    for root in roots:
+        folder = root / name
+        if (folder / _TRANSFORMER).is_file() and (folder in _folders_in(root) or is_below(folder, root)):
+            return folder
+    return None
 
 
 def hub_folder(roots: Sequence[Path], repo: str) -> Path:
@@ -59,11 +91,17 @@ def other_folders(roots: Sequence[Path]) -> list[str]:
     """Names, for `find_folder`, of the diffusers folders that are no published model's."""
     published = {hub_folder(roots, preset.repo) for preset in PRESETS.values()} if roots else set()
     return [
-        config.parent.parent.relative_to(root).as_posix()
+        folder.relative_to(root).as_posix()
         for root in roots
-        for config in sorted([*root.glob("*/transformer/config.json"), *root.glob("*/*/transformer/config.json")])
-        if config.parent.parent not in published
+        for folder in _folders_in(root)
+        if folder not in published
     ]
+
+
+def _folders_in(root: Path) -> list[Path]:
+    """The diffusers folders in a root."""
+    configs = [*root.glob(f"*/{_TRANSFORMER}"), *root.glob(f"*/*/{_TRANSFORMER}")]
+    return [config.parents[1] for config in sorted(configs)]
 
 
 def find_face_packs(roots: Sequence[Path]) -> list[str]:

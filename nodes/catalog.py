@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..mm_core.errors import CheckpointError, SettingError
 from ..mm_core.folders import FACE_PACKS as FACE_PACKS
-from ..mm_core.folders import Folders, find_face_packs, find_folder, hub_folder, other_folders
+from ..mm_core.folders import Folders, check_name, find_face_packs, find_folder, hub_folder, other_folders
 from ..mm_core.pipelines.presets import HUB_ADDRESS, PRESETS
 from . import runtime
 
@@ -50,7 +50,9 @@ def face_packs() -> list[str]:
 
 
 def face_root(pack: str) -> Path:
-    """The insightface folder that holds a pack; the usual one if none does."""
+    """The insightface folder that holds a pack of the list; the usual one if none does. Raises CheckpointError."""
+    if pack not in face_packs():
+        raise CheckpointError(f"There is no face pack {str(pack)[:100]!r}; choose one of {', '.join(face_packs())}.")
     roots = runtime.model_folders(runtime.FACE_MODELS)
     return next((root for root in roots if (root / "models" / pack).is_dir()), roots[0])
 
@@ -142,14 +144,16 @@ def find_id_encoder(choice: str, base_model: str, adapter: str, allow_download: 
 
 
 def files_behind(choices: Mapping[str, object]) -> list[Path]:
-    """The files on disk that the loader's choices, input name to value, stand for."""
+    """The files on disk that the loader's choices, input name to value, stand for. Raises CheckpointError for a name
+    that leads out of its folder."""
     files = []
     for part, kind in _KINDS.items():
         name = choices.get(part)
-        if isinstance(name, str):
+        if name is not None:
+            check_name(name)
             files += [Path(path) / name for path in runtime.model_folders(kind)]
     base = choices.get("base_model")
-    if isinstance(base, str):
+    if base is not None:
         folder = hub_folder(_diffusers_roots(), base) if base in HUB else find_folder(_diffusers_roots(), base)
         if folder is not None:
             files += [*folder.glob("*/*.json"), *folder.glob("*/*.safetensors")]

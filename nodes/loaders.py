@@ -9,6 +9,8 @@ from weakref import WeakValueDictionary
 from comfy_api.latest import io
 
 from ..mm_core.choices import OFFLOADING, PRECISIONS
+from ..mm_core.errors import CheckpointError
+from ..mm_core.folders import check_name
 from . import catalog, runtime
 from .types import CATEGORY, Model, ModelSocket, advanced, with_aliases
 
@@ -40,9 +42,17 @@ class MagicMirrorLoader(io.ComfyNode):
         return with_aliases(schema, "magic mirror", "cogvideox", "identity video", "id-preserving video")
 
     @classmethod
-    def validate_inputs(cls, base_model: str | None, adapter: str | None, id_encoder: str | None) -> bool:
-        """Let names that are not in the lists pass: `execute` says into which folder the missing file belongs, and may
-        download it."""
+    def validate_inputs(cls, base_model: str | None, adapter: str | None, id_encoder: str | None) -> bool | str:
+        """Names that lead out of their folders are told before anything runs; None comes from another node, and
+        `execute` looks at it. Others that are not in the lists pass: `execute` says into which folder the missing file
+        belongs, and may download it. The inputs that are not looked at here must be in their lists, ComfyUI sees to it.
+        """
+        try:
+            for name in (base_model, adapter, id_encoder):
+                if name is not None:
+                    check_name(name)
+        except CheckpointError as error:
+            return str(error)
         return True
 
     @classmethod

@@ -23,6 +23,7 @@ from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 from ..mm_core.errors import CheckpointError, MagicMirrorError, SettingError, packages
+from ..mm_core.folders import check_name, is_below
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -106,19 +107,24 @@ def model_files(kind: str, *suffixes: str) -> list[str]:
 
 
 def model_file(kind: str, name: str) -> Path:
-    """The path of one of `model_files`.
+    """The path of one of `model_files`, or of another file below the folders of the kind.
 
     Raises:
-        CheckpointError: it is not there any more.
+        CheckpointError: it is not there, or it leads out of the folders; a link in the list is its owner's choice.
     """
+    check_name(name)
     path = folder_paths.get_full_path(kind, name)
+    folders = model_folders(kind)
     if path is None:
-        folders = " or ".join(str(folder) for folder in model_folders(kind))
         raise CheckpointError(
             "There is no {name} in {folders}. Put it there, or choose another file.",
             key="file_missing",
             name=name,
-            folders=folders,
+            folders=" or ".join(map(str, folders)),
+        )
+    if name not in folder_paths.get_filename_list(kind) and not any(is_below(Path(path), root) for root in folders):
+        raise CheckpointError(
+            f"{name} leads out of {' and '.join(map(str, folders))}. Choose a file of the list, or put it there."
         )
     return Path(path)
 
