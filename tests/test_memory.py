@@ -16,11 +16,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.hooks.group_offloading import ModuleGroup
-from tiny_models import build_identity, noise, save_tiny_folder
+from lora_files import write_loras
+from tiny_models import PROMPT_TOKENS, TRANSFORMERS, build_identity, noise, save_tiny_folder
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from mm_core.checkpoints.adapter_file import Trained, save_adapter
+from mm_core.checkpoints.lora_file import open_lora
+from mm_core.checkpoints.lora_keys import layer_shapes
 from mm_core.choices import POLICIES
 from mm_core.errors import SettingError
 from mm_core.memory import choose_policy, compute_dtype, on_device, size_in_bytes
@@ -29,6 +32,7 @@ from mm_core.models.config import AdapterConfig
 from mm_core.pipelines import magic_mirror
 from mm_core.pipelines.base import FolderBase
 from mm_core.pipelines.clip import ClipSettings
+from mm_core.pipelines.lora import Lora
 from mm_core.pipelines.magic_mirror import MagicMirror
 from mm_core.pipelines.presets import PRESETS, T5_XXL
 from mm_core.pipelines.tiny import build_tokenizer
@@ -126,6 +130,28 @@ def test_same_clip(build: Build, expected: tuple[Tensor, Tensor], policy: str) -
     for _ in range(2):
         for ours, theirs in zip(run(mirror), expected, strict=True):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_loras_come_and_go(
+    build: Build, expected: tuple[Tensor, Tensor], whereabouts: Whereabouts, policy: str, tmp_path: Path
+) -> None:
+    """Under every policy a LoRA changes the clip as with all weights in their place, moves with them, and is gone from
+    the next clip."""
+    sizes = TRANSFORMERS["5b"] | dict(max_text_seq_length=PROMPT_TOKENS)
+    path = write_loras(tmp_path, sizes)["kohya"]
+    lora = Lora(file=open_lora(path, layer_shapes(sizes)), strength=1.0)
+    changed = build("none").sample(CLIP, build_identity(), loras=[lora])
+    mirror = build(policy)
+    for _ in range(2):
+        assert torch.equal(mirror.sample(CLIP, build_identity(), loras=[lora]), changed)
+        whereabouts.of.clear()
+        assert torch.equal(mirror.sample(CLIP, build_identity(), loras=[lora]), changed)
+        matrix = mirror.pipeline.transformer.transformer_blocks[0].attn1.to_q.lora_A["magic_mirror"]
+        assert (matrix in whereabouts.of) == (policy in ("model", "group"))
+        assert hasattr(matrix, "_hf_hook") == (policy == "sequential")
+        assert torch.equal(mirror.sample(CLIP, build_identity()), expected[0])
+    assert not torch.equal(changed, expected[0])
 
 
 class Cancelled(Exception):

@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
 from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from ..checkpoints.json_file import read_object
@@ -68,6 +74,9 @@ class BaseModel(Protocol):
     def transformer_files(self) -> list[Path]:
         """Where the transformer's weights are, under diffusers' key names."""
 
+    def load_scheduler(self) -> CogVideoXDDIMScheduler | CogVideoXDPMScheduler:
+        """The noise levels that the model was trained at."""
+
     def load_text_encoder(self, dtype: torch.dtype) -> T5EncoderModel:
         """The text encoder alone, on the CPU."""
 
@@ -119,6 +128,12 @@ class FolderBase:
     def transformer_files(self) -> list[Path]:
         return self._files("transformer")
 
+    def load_scheduler(self) -> CogVideoXDDIMScheduler | CogVideoXDPMScheduler:
+        where = self.folder / "scheduler" / "scheduler_config.json"
+        config = read_object(where)
+        settings = checked(config, part_configs.SCHEDULER, str(where))
+        return build_scheduler(settings, config.get("_class_name", "CogVideoXDDIMScheduler"))
+
     def load_text_encoder(self, dtype: torch.dtype) -> T5EncoderModel:
         return load_text_encoder(self.text_config, self._files("text_encoder"), dtype)
 
@@ -134,18 +149,13 @@ class FolderBase:
 
     def load(self, dtype: torch.dtype) -> CogVideoXPipeline:
         self.check_complete()
-        where = self.folder / "scheduler" / "scheduler_config.json"
-        scheduler = read_object(where)
         try:
             return CogVideoXPipeline(
                 tokenizer=self.tokenizer,
                 text_encoder=self.load_text_encoder(dtype),
                 vae=load_vae(self.vae_config, self._files("vae"), dtype),
                 transformer=load_transformer(self.transformer_config, self.transformer_files, dtype),
-                scheduler=build_scheduler(
-                    checked(scheduler, part_configs.SCHEDULER, str(where)),
-                    scheduler.get("_class_name", "CogVideoXDDIMScheduler"),
-                ),
+                scheduler=self.load_scheduler(),
             )
         except CheckpointError as error:
             raise CheckpointError(
@@ -285,6 +295,9 @@ class FileBase:
     def transformer_files(self) -> list[Path]:
         return [self.transformer]
 
+    def load_scheduler(self) -> CogVideoXDDIMScheduler | CogVideoXDPMScheduler:
+        return build_scheduler(self.preset.scheduler, "CogVideoXDDIMScheduler")
+
     def load_text_encoder(self, dtype: torch.dtype) -> T5EncoderModel:
         return load_text_encoder(T5_XXL, [self.text_encoder], dtype)
 
@@ -299,7 +312,7 @@ class FileBase:
             text_encoder=self.load_text_encoder(dtype),
             vae=load_vae(preset.vae, [self.vae], dtype),
             transformer=load_transformer(preset.transformer, [self.transformer], dtype),
-            scheduler=build_scheduler(preset.scheduler, "CogVideoXDDIMScheduler"),
+            scheduler=self.load_scheduler(),
         )
 
 

@@ -6,7 +6,7 @@ The denoising loop is diffusers' own `CogVideoXPipeline`; this file prepares wha
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +41,7 @@ from .control import AdapterSettings
 from .decode import decode
 from .denoise import denoise
 from .identity import Identity, encode_identity
+from .lora import Lora, set_loras
 from .preview import fit_latent_rgb, preview_image
 from .prompt import IdentityTokens, identity_tokens, without_trigger
 
@@ -118,6 +119,7 @@ class MagicMirror:
     def pipeline(self) -> CogVideoXPipeline:
         """diffusers' pipeline with the adapter attached and the memory policy applied."""
         pipe = self.base.load(self.dtype)
+        self._loras: tuple[Lora, ...] | None = ()
         pipe.set_progress_bar_config(disable=True)
         if self.adapter is not None:
             attach(pipe.transformer, self.adapter)
@@ -199,8 +201,11 @@ class MagicMirror:
         identity: Identity | None = None,
         settings: AdapterSettings | None = None,
         on_step: StepCallback | None = None,
+        loras: Sequence[Lora] = (),
     ) -> Tensor:
         """Sample latents, (1, C, F', H / 8, W / 8). Without identity, or with all strengths 0, this is plain CogVideoX.
+
+        loras: act on this clip and on no other.
 
         Raises:
             as `check`; whatever `on_step` raises, with the device freed as after a finished run.
@@ -208,6 +213,7 @@ class MagicMirror:
         settings = settings or AdapterSettings()
         tokens = self.check(clip, identity, settings)
         pipe = self.pipeline
+        self._set_loras(tuple(loras))
         self._make_room(needed_bytes(self._policy, pipe))
         pipe.scheduler, last = _watched_scheduler(SCHEDULERS[clip.scheduler], pipe.scheduler.config)
         with_identity = identity is not None and not settings.off
@@ -239,9 +245,25 @@ class MagicMirror:
         identity: Identity | None = None,
         settings: AdapterSettings | None = None,
         on_step: StepCallback | None = None,
+        loras: Sequence[Lora] = (),
     ) -> Clip:
         """`sample`, then `decode`."""
-        return self.decode(self.sample(clip, identity, settings, on_step))
+        return self.decode(self.sample(clip, identity, settings, on_step, loras))
+
+    def _set_loras(self, loras: tuple[Lora, ...]) -> None:
+        """Take off the LoRAs of the clip before, unless they are the same, and put on these."""
+        if loras == self._loras:
+            return
+        self._loras = None  # if this fails, the next clip starts anew
+        hooked = self._policy in ("model", "sequential")
+        if hooked:
+            self.pipeline.remove_all_hooks()
+        try:
+            set_loras(self.pipeline, loras, self.dtype)
+        finally:
+            if hooked:
+                apply_policy(self._policy, self.pipeline, None, self.device)
+        self._loras = loras
 
     @torch.no_grad()
     def _embed(self, text: str | tuple[int, ...]) -> Tensor:
