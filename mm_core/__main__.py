@@ -75,7 +75,7 @@ def generate(args: argparse.Namespace) -> None:
         start=args.start,
         end=args.end,
     )
-    model.check_prompt(clip, settings)
+    model.checks.of_prompt(clip, settings)
     print(model.status)
     images = [read_image(path) for path in args.reference]
     if args.download:

@@ -58,6 +58,14 @@ class DecodeError(MagicMirrorError):
         self.latents = latents
 
 
+class NumericsError(MagicMirrorError):
+    """A computation gave NaN or infinity: mostly an overflow of its precision."""
+
+
+class OutOfMemoryError(MagicMirrorError):
+    """A device, or the machine, has too little memory for what was asked."""
+
+
 @contextmanager
 def downloading(what: str) -> Iterator[None]:
     """Around a download: whatever stops it becomes a MagicMirrorError that says what was being fetched."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from accelerate import cpu_offload
-from diffusers import CogVideoXPipeline
-from diffusers.hooks import apply_group_offloading
+from accelerate.hooks import remove_hook_from_module
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from torch import nn
 
 from .choices import OFFLOADING, PRECISIONS
@@ -17,8 +18,9 @@ from .models.adapter import MagicMirrorAdapter
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# Activations of one step of the 5B model at 49 x 480 x 720 with guidance, beside the weights; see README, "Memory".
-_ACTIVATION_BYTES = 6 * 2**30
+ACTIVATION_BYTES = 6 * 2**30
+"""Of one step of the 5B model at 49 x 480 x 720 with guidance, beside the weights; see README, "Memory"."""
+_STORED = torch.float8_e4m3fn
 
 
 def default_device() -> torch.device:
@@ -27,25 +29,56 @@ def default_device() -> torch.device:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type to compute in. auto: bf16 where the device has it, else fp16; fp32 on a CPU. fp8 is a storage type."""
+    """The type to compute in. auto: bf16 where the device has it, else fp16; fp32 on a CPU. fp8 is a storage type.
+
+    Raises:
+        SettingError: an unknown precision, or fp8 on a device that cannot store it.
+    """
     if precision not in PRECISIONS:
         raise SettingError(f"The precision is {precision!r}; choose one of {', '.join(PRECISIONS)}.")
     if precision in _DTYPES:
         return _DTYPES[precision]
     if device.type == "cpu":
-        return torch.float32
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        return torch.float16
-    return torch.bfloat16
+        dtype = torch.float32
+    elif device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        dtype = torch.float16  # Turing: it would emulate bf16, many times slower
+    else:
+        dtype = torch.bfloat16
+    if precision == "fp8":
+        _check_fp8(device, dtype)
+    return dtype
 
 
-def store_in_fp8(pipe: CogVideoXPipeline, dtype: torch.dtype) -> None:
-    """Keep the transformer's large layers as 8-bit floats and widen each one while it computes."""
-    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+def _check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    """Try what storing in fp8 does. Raises SettingError where the device cannot."""
+    try:
+        torch.ones(1, dtype=dtype, device=device).to(_STORED).to(dtype)
+    except (RuntimeError, TypeError) as error:
+        raise SettingError(
+            f"precision is fp8, and the device {device} has no 8-bit floats ({str(error).splitlines()[0]}). Choose "
+            "auto as precision; where memory is short, group or sequential as offload."
+        ) from error
 
 
-def choose_policy(policy: str, pipe: CogVideoXPipeline, device: torch.device) -> str:
-    """Resolve `auto` by the memory that is free on the device now. On a CPU weights rest where they compute: `none`."""
+def store_in_fp8(
+    transformer: CogVideoXTransformer3DModel, adapter: MagicMirrorAdapter | None, dtype: torch.dtype
+) -> None:
+    """Keep the large layers of every step as 8-bit floats, and widen each one while it computes: the transformer's, and
+    the adapter's keys and values. The rest of the adapter is small, or done before the first step."""
+    transformer.enable_layerwise_casting(storage_dtype=_STORED, compute_dtype=dtype)
+    for layer in keys_and_values(adapter) if adapter is not None else []:
+        apply_layerwise_casting(layer, storage_dtype=_STORED, compute_dtype=dtype, skip_modules_pattern=None)
+
+
+def choose_policy(
+    policy: str, sizes: Sequence[int], device: torch.device, *, activations: int = ACTIVATION_BYTES
+) -> str:
+    """Resolve `auto` by the memory that is free on the device now. On a CPU weights rest where they compute: `none`.
+
+    Args:
+        sizes: bytes of each model that takes its turn on the device.
+        activations: bytes that are needed beside them.
+    """
     if policy not in OFFLOADING:
         raise SettingError(f"The offloading is {policy!r}; choose one of {', '.join(OFFLOADING)}.")
     if device.type == "cpu":
@@ -55,10 +88,9 @@ def choose_policy(policy: str, pipe: CogVideoXPipeline, device: torch.device) ->
     if device.type != "cuda":
         return "model"
     free, _ = torch.cuda.mem_get_info(device)
-    parts = [size_in_bytes(part) for part in (pipe.text_encoder, pipe.transformer, pipe.vae)]
-    if sum(parts) + _ACTIVATION_BYTES < free:
+    if sum(sizes) + activations < free:
         return "none"
-    return "model" if max(parts) + _ACTIVATION_BYTES < free else "group"
+    return "model" if max(sizes) + activations < free else "group"
 
 
 def size_in_bytes(module: nn.Module) -> int:
@@ -67,14 +99,15 @@ def size_in_bytes(module: nn.Module) -> int:
 
 def needed_bytes(policy: str, pipe: CogVideoXPipeline) -> int:
     """Free device memory that a run wants, beside the weights that rest there under the policy."""
-    largest = max(size_in_bytes(part) for part in (pipe.text_encoder, pipe.transformer, pipe.vae))
-    return _ACTIVATION_BYTES + (largest if policy == "model" else 0)
+    largest = max(size_in_bytes(part) for part in (pipe.transformer, pipe.vae))
+    return ACTIVATION_BYTES + (largest if policy == "model" else 0)
 
 
 def apply_policy(
     policy: str, pipe: CogVideoXPipeline, adapter: MagicMirrorAdapter | None, device: torch.device
 ) -> None:
-    """Set a policy up, once, after the adapter was attached. The adapter itself rests on the CPU under every policy."""
+    """Set a policy up for transformer and VAE, once, after the adapter was attached. The adapter itself rests on the
+    CPU under every policy, and the text encoder visits the device by `lent`."""
     if policy == "none":
         pipe.to(device)
     elif policy == "model":
@@ -84,15 +117,35 @@ def apply_policy(
         # Blocks, not layers, of the transformer: a prefetching layer hook expects the layers in the order of a whole
         # forward, and `precompute_factors` asks single ones.
         apply_group_offloading(pipe.transformer, offload_type="block_level", num_blocks_per_group=1, **stream)
-        for module in (pipe.text_encoder, pipe.vae):
-            apply_group_offloading(module, offload_type="leaf_level", **stream)
+        apply_group_offloading(pipe.vae, offload_type="leaf_level", **stream)
     else:
         pipe.enable_sequential_cpu_offload(device=device)
     if adapter is not None and policy in ("group", "sequential"):
         # The large layers that every step needs come layer by layer, like the base's.
-        for block in adapter.blocks.values():
-            cpu_offload(block.attn.to_k_ip, execution_device=device)
-            cpu_offload(block.attn.to_v_ip, execution_device=device)
+        for layer in keys_and_values(adapter):
+            cpu_offload(layer, execution_device=device)
+
+
+@contextmanager
+def lent(module: nn.Module, policy: str, device: torch.device) -> Iterator[None]:
+    """Let one model run on the device as a policy has it: to stay there, for the block, or layer by layer.
+
+    A prefetching group needs the layers of a whole model in a known order, time and pinned memory to be set up; for the
+    one forward pass of a text encoder `group` means layer by layer too.
+    """
+    if policy == "none":
+        module.to(device)
+        yield
+    elif policy == "model":
+        with on_device([module], device):
+            yield
+    else:
+        module.to("cpu")
+        cpu_offload(module, execution_device=device)
+        try:
+            yield
+        finally:
+            remove_hook_from_module(module, recurse=True)
 
 
 @contextmanager
@@ -108,10 +161,15 @@ def on_device(modules: Iterable[nn.Module], device: torch.device) -> Iterator[No
             module.to("cpu")
 
 
+def keys_and_values(adapter: MagicMirrorAdapter) -> list[nn.Module]:
+    """The layers of the adapter that are large and that every denoising step runs."""
+    return [layer for block in adapter.blocks.values() for layer in (block.attn.to_k_ip, block.attn.to_v_ip)]
+
+
 def sampling_parts(adapter: MagicMirrorAdapter) -> list[nn.Module]:
     """The adapter's layers that every denoising step runs. Perceiver, projections, text fusion, CAN and the face
     modulation are done before the first step, and need not stay on the device."""
-    parts: list[nn.Module] = []
+    parts = keys_and_values(adapter)
     for block in adapter.blocks.values():
-        parts += [block.face_norm1, block.face_norm2, block.attn.norm_k_ip, block.attn.to_k_ip, block.attn.to_v_ip]
+        parts += [block.face_norm1, block.face_norm2, block.attn.norm_k_ip]
     return parts

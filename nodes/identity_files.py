@@ -101,7 +101,7 @@ class MagicMirrorLoadIdentity(io.ComfyNode):
     def execute(cls, model: Model, file: str) -> io.NodeOutput:
         from ..mm_core.pipelines.identity_file import load_identity
 
-        identity = load_identity(_find(file), encoder=model.mirror.encoder_fingerprint)
+        identity = load_identity(_find(file), encoder=model.mirror.id_encoder.fingerprint)
         faces = image_from_photos(identity.crops)
         shown = ui.PreviewImage(faces).as_dict() | runtime.show(f"{file}\n{identity.report}").as_dict()
         return io.NodeOutput(Person(identity=identity), faces, identity.report, ui=shown)

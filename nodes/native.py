@@ -104,8 +104,8 @@ class MagicMirrorApplyNative(io.ComfyNode):
         if identity.identity is None or settings.off:
             return io.NodeOutput(model, _conditioning(plain()))
         _check_fits(mirror, transformer)
-        mirror.check_identity(identity.identity)
-        tokens = mirror.identity_tokens(prompt, settings)
+        mirror.checks.of_identity(identity.identity)
+        tokens = mirror.checks.tokens(prompt, settings)
         text, slots = (plain(), ()) if tokens is None else (_encode(mirror, clip, tokens.ids), tokens.slots)
         adapter = native_model.adapter_of(mirror, native_model.compute_dtype(model))
         person = native_model.encode_native(adapter, identity.identity, text, slots, settings)

@@ -157,7 +157,7 @@ def retire_others(mirror: MagicMirror) -> None:
     global _last_used
     previous = None if _last_used is None else _last_used()
     if previous is not None and previous is not mirror:
-        previous.unload()
+        previous.unload(successor=mirror)
         del previous
         release_memory()
     _last_used = weakref.ref(mirror)

@@ -122,7 +122,7 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
 
 
 def _scaling_factor(mirror: MagicMirror) -> float:
-    return mirror.pipeline.vae.config.scaling_factor
+    return mirror.base.vae_config["scaling_factor"]
 
 
 def _untrained(mirror: MagicMirror) -> bool:

@@ -100,7 +100,7 @@ def test_a_mistake_is_one_clear_line(
     monkeypatch.setattr(TinyBase, "load", lambda self, dtype: pytest.fail("the base model was loaded"))
     monkeypatch.setattr("mm_core.__main__.DOWNLOADS", tmp_path / "nothing")
     monkeypatch.setattr(
-        "mm_core.pipelines.magic_mirror.load_id_encoder", lambda *_, **__: pytest.fail("the ID encoder was loaded")
+        "mm_core.pipelines.identity.load_id_encoder", lambda *_, **__: pytest.fail("the ID encoder was loaded")
     )
     assert main([*arguments, *extra]) == 2
     error = capsys.readouterr().err

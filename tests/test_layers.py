@@ -14,6 +14,8 @@ SOURCES = sorted([ROOT / "__init__.py", *ROOT.glob("mm_core/**/*.py"), *ROOT.glo
 MAY_IMPORT = {
     "mm_core.errors": set(),
     "mm_core.choices": set(),
+    "mm_core.numerics": set(),
+    "mm_core.out_of_memory": set(),
     "mm_core.limits": set(),
     "mm_core.files": set(),
     "mm_core.video": {"mm_core.files"},
@@ -25,7 +27,7 @@ MAY_IMPORT = {
     "mm_core.memory": {"mm_core.models"},
     "mm_core.pipelines": {
         *("mm_core.models", "mm_core.faces", "mm_core.checkpoints", "mm_core.memory"),
-        "mm_core.files",
+        *("mm_core.files", "mm_core.numerics", "mm_core.out_of_memory"),
     },
     "mm_core.folders": {"mm_core.pipelines"},
     "mm_core.doctor": {"mm_core.checkpoints", "mm_core.folders", "mm_core.pipelines"},
@@ -36,7 +38,7 @@ MAY_IMPORT = {
     "nodes": {
         *("mm_core.doctor", "mm_core.folders"),
         *("mm_core.pipelines", "mm_core.faces", "mm_core.checkpoints", "mm_core.memory", "mm_core.video"),
-        *("mm_core.evaluation", "mm_core.models"),
+        *("mm_core.evaluation", "mm_core.models", "mm_core.numerics"),
     },
 }
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server", "execution", "nodes"}

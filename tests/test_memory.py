@@ -29,7 +29,7 @@ from mm_core.errors import SettingError
 from mm_core.memory import choose_policy, compute_dtype, on_device, size_in_bytes
 from mm_core.models.adapter import MagicMirrorAdapter
 from mm_core.models.config import AdapterConfig
-from mm_core.pipelines import magic_mirror
+from mm_core.pipelines import loaded, text
 from mm_core.pipelines.base import FolderBase
 from mm_core.pipelines.clip import ClipSettings
 from mm_core.pipelines.lora import Lora
@@ -46,10 +46,10 @@ CLIP = ClipSettings(prompt="a man img reading", width=48, height=32, num_frames=
 class UntiedBase(FolderBase):
     """Its T5 embedding stands once: accelerate cannot bring in tied weights layer by layer on a CPU."""
 
-    def load(self, dtype: torch.dtype) -> CogVideoXPipeline:
-        pipe = super().load(dtype)
-        pipe.text_encoder.encoder.embed_tokens = copy.deepcopy(pipe.text_encoder.shared)
-        return pipe
+    def load_text_encoder(self, dtype: torch.dtype) -> T5EncoderModel:
+        encoder = super().load_text_encoder(dtype)
+        encoder.encoder.embed_tokens = copy.deepcopy(encoder.shared)
+        return encoder
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,8 @@ def build(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
     monkeypatch.setattr(accelerate, "cpu_offload", lambda part, _, **options: cpu_offload(part, REST, **options))
 
     def build(policy: str, device: torch.device = REST) -> MagicMirror:
-        monkeypatch.setattr(magic_mirror, "choose_policy", lambda *_: policy)
+        for module in (loaded, text):
+            monkeypatch.setattr(module, "choose_policy", lambda *_, **__: policy)
         return MagicMirror(UntiedBase(folder), adapter=folder / "adapter.safetensors", device=device)
 
     return build
@@ -181,7 +182,7 @@ def test_whole_models_return(build: Build, whereabouts: Whereabouts, policy: str
     mirror = build(policy, DEVICE)
     run_or_cancel(mirror, cancelled)
     assert whereabouts.on_device(mirror.adapter) == []
-    base = (mirror.pipeline.text_encoder, mirror.pipeline.transformer, mirror.pipeline.vae)
+    base = (mirror.text.module, mirror.pipeline.transformer, mirror.pipeline.vae)
     assert bool(whereabouts.on_device(*base)) == (policy == "none")
 
 
@@ -191,7 +192,7 @@ def test_groups_return(build: Build, whereabouts: Whereabouts, cancelled: bool) 
     mirror = build("group")
     run_or_cancel(mirror, cancelled)
     pipe = mirror.pipeline
-    assert whereabouts.on_device(pipe.text_encoder, pipe.transformer, pipe.vae) == []
+    assert whereabouts.on_device(mirror.text.module, pipe.transformer, pipe.vae) == []
     assert pipe.transformer.transformer_blocks[0].attn1.to_q in whereabouts.of
 
 
@@ -201,8 +202,11 @@ def test_layers_return(build: Build, cancelled: bool) -> None:
     mirror = build("sequential")
     run_or_cancel(mirror, cancelled)
     pipe = mirror.pipeline
-    roots = (pipe.text_encoder, pipe.transformer, pipe.vae, mirror.adapter)
+    roots = (pipe.transformer, pipe.vae, mirror.adapter)
     hooked = [layer for root in roots for layer in root.modules() if hasattr(layer, "_hf_hook")]
+    encoder = mirror.text.module  # visited the device, and is whole again
+    assert not any(hasattr(layer, "_hf_hook") for layer in encoder.modules())
+    assert {weight.device for weight in encoder.parameters()} == {REST}
     assert {weight.device.type for layer in hooked for weight in layer.parameters(recurse=False)} == {"meta"}
     assert mirror.adapter.blocks["2"].attn.to_v_ip in hooked
 
@@ -295,6 +299,10 @@ def published() -> CogVideoXPipeline:
     return CogVideoXPipeline(tokenizer=build_tokenizer(), scheduler=CogVideoXDDIMScheduler(), **parts)
 
 
+def sizes(pipe: CogVideoXPipeline) -> list[int]:
+    return [size_in_bytes(part) for part in (pipe.text_encoder, pipe.transformer, pipe.vae)]
+
+
 @pytest.mark.parametrize(
     ("gigabytes", "policy"), [(80, "none"), (40, "none"), (24, "model"), (20, "model"), (16, "group"), (6, "group")]
 )
@@ -303,17 +311,17 @@ def test_automatic_policy(
 ) -> None:
     """By the memory that is free: all of the model, a part at a time, or a block at a time, beside 6 GiB to compute."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (gigabytes * 2**30, 96 * 2**30))
-    assert choose_policy("auto", published, torch.device("cuda")) == policy
+    assert choose_policy("auto", sizes(published), torch.device("cuda")) == policy
 
 
 def test_chosen_policy(published: CogVideoXPipeline) -> None:
     """The user's choice stands; a CPU has nothing to offload to; an unknown name is told with the known ones."""
     for policy in POLICIES:
-        assert choose_policy(policy, published, torch.device("cuda")) == policy
-        assert choose_policy(policy, published, torch.device("cpu")) == "none"
-    assert choose_policy("auto", published, torch.device("mps")) == "model"
+        assert choose_policy(policy, sizes(published), torch.device("cuda")) == policy
+        assert choose_policy(policy, sizes(published), torch.device("cpu")) == "none"
+    assert choose_policy("auto", sizes(published), torch.device("mps")) == "model"
     with pytest.raises(SettingError, match=r"'disk'.*auto, none, model, group, sequential"):
-        choose_policy("disk", published, torch.device("cpu"))
+        choose_policy("disk", sizes(published), torch.device("cpu"))
 
 
 def test_size_in_bytes(published: CogVideoXPipeline) -> None:

@@ -21,6 +21,7 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
 from ..checkpoints.json_file import read_object
@@ -31,6 +32,7 @@ from . import part_configs, tiny
 from .part_configs import check_positions, checked
 from .parts import build_scheduler, load_text_encoder, load_transformer, load_vae
 from .presets import PRESETS, T5_XXL, ClipLimits, Preset
+from .preview import LATENT_RGB, load_latent_rgb
 from .single_file import model_of
 from .tokenizer import load_tokenizer
 
@@ -77,11 +79,19 @@ class BaseModel(Protocol):
     def load_scheduler(self) -> CogVideoXDDIMScheduler | CogVideoXDPMScheduler:
         """The noise levels that the model was trained at."""
 
+    @property
+    def text_encoder_files(self) -> list[Path]:
+        """Where the text encoder's weights are."""
+
+    @property
+    def latent_rgb(self) -> Tensor | None:
+        """(C + 1, 3), the map of `preview.fit_latent_rgb` where it comes with the model."""
+
     def load_text_encoder(self, dtype: torch.dtype) -> T5EncoderModel:
         """The text encoder alone, on the CPU."""
 
-    def load(self, dtype: torch.dtype) -> CogVideoXPipeline:
-        """The pipeline with all weights, on the CPU."""
+    def load(self, dtype: torch.dtype, *, text_encoder: bool = True) -> CogVideoXPipeline:
+        """The pipeline with all weights, on the CPU; with no text encoder, half as large, where none is wanted."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +144,16 @@ class FolderBase:
         settings = checked(config, part_configs.SCHEDULER, str(where))
         return build_scheduler(settings, config.get("_class_name", "CogVideoXDDIMScheduler"))
 
+    @property
+    def text_encoder_files(self) -> list[Path]:
+        return self._files("text_encoder")
+
+    @property
+    def latent_rgb(self) -> Tensor | None:
+        return None
+
     def load_text_encoder(self, dtype: torch.dtype) -> T5EncoderModel:
-        return load_text_encoder(self.text_config, self._files("text_encoder"), dtype)
+        return load_text_encoder(self.text_config, self.text_encoder_files, dtype)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -147,12 +165,12 @@ class FolderBase:
             )
         return tokenizer
 
-    def load(self, dtype: torch.dtype) -> CogVideoXPipeline:
+    def load(self, dtype: torch.dtype, *, text_encoder: bool = True) -> CogVideoXPipeline:
         self.check_complete()
         try:
             return CogVideoXPipeline(
                 tokenizer=self.tokenizer,
-                text_encoder=self.load_text_encoder(dtype),
+                text_encoder=self.load_text_encoder(dtype) if text_encoder else None,
                 vae=load_vae(self.vae_config, self._files("vae"), dtype),
                 transformer=load_transformer(self.transformer_config, self.transformer_files, dtype),
                 scheduler=self.load_scheduler(),
@@ -251,6 +269,10 @@ class TinyBase(FolderBase):
     def id_encoder(self) -> Path:
         return self.folder / "id_encoder.safetensors"
 
+    @cached_property
+    def latent_rgb(self) -> Tensor | None:
+        return load_latent_rgb(self.folder / LATENT_RGB)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FileBase:
@@ -298,6 +320,14 @@ class FileBase:
     def load_scheduler(self) -> CogVideoXDDIMScheduler | CogVideoXDPMScheduler:
         return build_scheduler(self.preset.scheduler, "CogVideoXDDIMScheduler")
 
+    @property
+    def text_encoder_files(self) -> list[Path]:
+        return [self.text_encoder]
+
+    @property
+    def latent_rgb(self) -> Tensor | None:
+        return None
+
     def load_text_encoder(self, dtype: torch.dtype) -> T5EncoderModel:
         return load_text_encoder(T5_XXL, [self.text_encoder], dtype)
 
@@ -305,11 +335,11 @@ class FileBase:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.tokenizer_folder)
 
-    def load(self, dtype: torch.dtype) -> CogVideoXPipeline:
+    def load(self, dtype: torch.dtype, *, text_encoder: bool = True) -> CogVideoXPipeline:
         preset = self.preset
         return CogVideoXPipeline(
             tokenizer=self.tokenizer,
-            text_encoder=self.load_text_encoder(dtype),
+            text_encoder=self.load_text_encoder(dtype) if text_encoder else None,
             vae=load_vae(preset.vae, [self.vae], dtype),
             transformer=load_transformer(preset.transformer, [self.transformer], dtype),
             scheduler=self.load_scheduler(),

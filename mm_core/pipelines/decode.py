@@ -10,6 +10,8 @@ from diffusers import CogVideoXPipeline
 from torch import Tensor
 
 from ..errors import DecodeError
+from ..numerics import precision_name, remedy
+from ..out_of_memory import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +26,7 @@ def decode(pipe: CogVideoXPipeline, latents: Tensor) -> Tensor:
     Runs out of memory with whole frames? Then with tiles, then with smaller ones.
 
     Raises:
-        DecodeError: the smallest tiles did not fit either; it carries the latents.
+        DecodeError: the smallest tiles did not fit either, or frames are not finite; it carries the latents.
     """
     vae = pipe.vae
     for part in _TILES:
@@ -33,8 +35,12 @@ def decode(pipe: CogVideoXPipeline, latents: Tensor) -> Tensor:
                 _tile(vae, part)
             latents = latents.to(pipe._execution_device, vae.dtype)
             video = vae.decode(1 / vae.config.scaling_factor * latents).sample
+            if not video.isfinite().all():
+                raise _not_finite(latents)
             return (video[0].float() * 0.5 + 0.5).clamp(0, 1).permute(1, 2, 3, 0).cpu()
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             log.warning("Decoding %s ran out of memory; trying smaller tiles.", part or "whole frames")
             message = str(error)
         finally:
@@ -47,6 +53,17 @@ def decode(pipe: CogVideoXPipeline, latents: Tensor) -> Tensor:
         "The clip is sampled, but there is not enough memory to decode it, even in tiles of "
         f"{_TILES[-1]:.0%} of the size: {message}. Close other programs or use a stronger "
         "offloading, then decode the latents.",
+        latents.cpu(),
+    )
+
+
+def _not_finite(latents: Tensor) -> DecodeError:
+    if not latents.isfinite().all():
+        what, do = "The latents that were to be decoded", "They are no clip: sample it again."
+    else:
+        what, do = "The clip is sampled, but its decoded frames", "Then decode the latents."
+    return DecodeError(
+        f"{what} are not finite (NaN or infinity), in {precision_name(latents.dtype)}. {remedy(latents.dtype)} {do}",
         latents.cpu(),
     )
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpoints.photomaker import FILE_NAME, REPO, load_id_encoder, read_fingerprint
+from ..errors import CheckpointError
 from ..faces.references import Reference
 from ..memory import on_device
 from ..models.id_encoder import FaceFeatures, IDEncoder
@@ -70,3 +74,40 @@ def encode_identity(references: Sequence[Reference], encoder: IDEncoder, device:
         features = encoder(pixels.to(device), embeddings.to(device))
         features = FaceFeatures(*(tensor.float().cpu() for tensor in features))
     return Identity(features=features, references=tuple(references))
+
+
+class IdentityEncoder:
+    """The frozen ID encoder, PhotoMaker-V2's or one of another size, read when it is first needed.
+
+    path: its file; None where none was chosen, which is an error only when it is needed.
+    """
+
+    def __init__(self, path: Path | None, dtype: torch.dtype, device: torch.device) -> None:
+        self._path, self._dtype, self._device = path, dtype, device
+
+    @cached_property
+    def module(self) -> IDEncoder:
+        """The encoder on the CPU. Raises CheckpointError without a file."""
+        return load_id_encoder(self._chosen(), dtype=self._dtype)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of its weights, the same at every precision. Raises CheckpointError without a file."""
+        return read_fingerprint(self._chosen())
+
+    def identity(self, references: Sequence[Reference], face_pack: str | None = None) -> Identity:
+        """Encode photos of one person; see `faces.references.analyse_references`.
+
+        face_pack: the name of the face models that found them; an identity file tells it.
+        """
+        identity = encode_identity(references, self.module, self._device)
+        return replace(identity, encoder=self.fingerprint, face_pack=face_pack)
+
+    def unload(self) -> None:
+        """Let go of the weights."""
+        vars(self).pop("module", None)
+
+    def _chosen(self) -> Path:
+        if self._path is None:
+            raise CheckpointError(f"No ID encoder was chosen. It is {FILE_NAME} of https://huggingface.co/{REPO}.")
+        return self._path

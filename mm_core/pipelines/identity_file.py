@@ -51,7 +51,7 @@ class IdentityHeader:
     """The metadata of an identity file."""
 
     encoder: str
-    """The fingerprint of the ID encoder, `MagicMirror.encoder_fingerprint`."""
+    """The fingerprint of the ID encoder, `IdentityEncoder.fingerprint`."""
     face_pack: str
     reports: tuple[PhotoReport, ...]
     """One for each photo."""

@@ -49,8 +49,8 @@ class AdapterTask:
         self.features = Features.open(Path(self.stage.features))
         self.training, self.validation = split_people(self.features, config.validation_people)
         self.training = np.repeat(self.training, [self.features.entries[row].get("repeat", 1) for row in self.training])
-        pipe = self.base.load(DTYPES[self.stage.loop.precision])
-        pipe.text_encoder = None  # its work is in the features
+        # Without the text encoder: its work is in the features.
+        pipe = self.base.load(DTYPES[self.stage.loop.precision], text_encoder=False)
         self.pipe = pipe
         adapter = self._adapter(start)
         if config.gradient_checkpointing:

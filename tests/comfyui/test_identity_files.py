@@ -182,7 +182,7 @@ def test_what_is_in_the_file(server: ComfyServer, graph: Any, queue: Callable[..
     assert json.loads(metadata["workflow"]) == CANVAS
     assert json.loads(metadata["prompt"])[graph.id(EXTRACT)]["inputs"] == graph.inputs(EXTRACT)
     mirror = MagicMirror(TinyBase(), device=torch.device("cpu"))
-    identity = load_identity(path, encoder=mirror.encoder_fingerprint)
+    identity = load_identity(path, encoder=mirror.id_encoder.fingerprint)
     assert identity.face_pack == "buffalo_sc" and identity.report.startswith("photo 1: face 411 px across")
 
 

@@ -18,7 +18,7 @@ from mm_core.checkpoints.adapter_file import Trained, save_adapter
 from mm_core.faces.analysis import FaceAnalyzer
 from mm_core.faces.references import analyse_references, read_image
 from mm_core.models.adapter import MagicMirrorAdapter
-from mm_core.pipelines import magic_mirror, tiny
+from mm_core.pipelines import sampling, tiny
 from mm_core.pipelines.base import FolderBase, TinyBase
 from mm_core.pipelines.clip import ClipSettings
 from mm_core.pipelines.control import AdapterSettings, Window
@@ -161,7 +161,7 @@ def test_the_same_as_on_diffusers(
         graph["5"]["inputs"]["control"] = ["14", 0]
     found = sampled(server, graph if settings else plain(graph))
 
-    monkeypatch.setitem(magic_mirror.SCHEDULERS, "ddim", CoresScheduler)
+    monkeypatch.setitem(sampling.SCHEDULERS, "ddim", CoresScheduler)
     base, adapter = bases[kind]
     mirror = MagicMirror(
         base, adapter=adapter, id_encoder=TinyBase().id_encoder, precision="fp32", device=torch.device("cpu")

@@ -313,7 +313,7 @@ def test_a_model_tells_its_encoder_at_every_precision(tmp_path: Path) -> None:
     path, cpu = tmp_path / "encoder.safetensors", torch.device("cpu")
     save_id_encoder(tiny.build_id_encoder(torch.float32), path, tiny.ID_ENCODER)
     found = {
-        MagicMirror(TinyBase(), id_encoder=path, precision=precision, device=cpu).encoder_fingerprint
+        MagicMirror(TinyBase(), id_encoder=path, precision=precision, device=cpu).id_encoder.fingerprint
         for precision in ("fp32", "bf16")
     }
     assert found == {read_fingerprint(path)}
@@ -323,13 +323,13 @@ def test_a_person_made_by_a_model_names_it_and_comes_back(tmp_path: Path) -> Non
     """What `MagicMirror.identity` makes can be saved as it is, and loads for the same model only."""
     mirror = MagicMirror(TinyBase(), device=torch.device("cpu"))
     made = mirror.identity(list(build_identity().references), "buffalo_sc")
-    assert (made.encoder, made.face_pack) == (mirror.encoder_fingerprint, "buffalo_sc")
+    assert (made.encoder, made.face_pack) == (mirror.id_encoder.fingerprint, "buffalo_sc")
     save_identity(made, tmp_path / "made.safetensors")
-    loaded = load_identity(tmp_path / "made.safetensors", encoder=mirror.encoder_fingerprint)
+    loaded = load_identity(tmp_path / "made.safetensors", encoder=mirror.id_encoder.fingerprint)
     assert torch.equal(loaded.features.structure_tokens, made.features.structure_tokens)
     refusal(tmp_path / "made.safetensors", OTHER_ENCODER)
 
 
 def test_no_encoder_has_no_fingerprint(folders: dict[str, Path]) -> None:
     with pytest.raises(CheckpointError, match="No ID encoder"):
-        MagicMirror(FolderBase(folders["5b"]), device=torch.device("cpu")).encoder_fingerprint  # noqa: B018
+        MagicMirror(FolderBase(folders["5b"]), device=torch.device("cpu")).id_encoder.fingerprint  # noqa: B018

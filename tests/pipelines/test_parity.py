@@ -18,6 +18,7 @@ from torch import Tensor
 from mm_core.errors import DecodeError
 from mm_core.models.block import video_shift
 from mm_core.models.diffusers_block import STATE, detach, take_apart, time_embedding
+from mm_core.pipelines import text
 from mm_core.pipelines.base import FolderBase
 from mm_core.pipelines.clip import ClipSettings
 from mm_core.pipelines.conditioning import FaceConditioning, condition, precompute_factors
@@ -419,10 +420,12 @@ class TestDecodeOutOfMemory:
         assert torch.equal(mirror.decode(self.LATENTS).frames, whole)
 
 
-def test_another_seed_asks_t5_nothing(mirror: MagicMirror) -> None:
+def test_another_seed_asks_t5_nothing(mirror: MagicMirror, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are encoded once; a changed prompt is encoded again, and forgotten ones too."""
     calls = []
-    handle = mirror.pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(text, "_KEPT", 8)
+    mirror.text.unload()
+    handle = mirror.text.module.register_forward_hook(lambda *_: calls.append(1))
     try:
         first = mirror.sample(clip(prompt="a woman img walks", seed=1), build_identity())
         asked = len(calls)

@@ -18,7 +18,7 @@ from mm_core.pipelines.base import TinyBase
 from mm_core.pipelines.clip import ClipSettings
 from mm_core.pipelines.control import AdapterSettings
 from mm_core.pipelines.magic_mirror import MagicMirror
-from mm_core.pipelines.preview import fit_latent_rgb, preview_image
+from mm_core.pipelines.preview import preview_image
 
 LIMIT = 40 * 10**6  # bytes
 PROMPT = "A person img looks towards the camera and smiles."
@@ -55,7 +55,7 @@ def test_the_preview_shows_the_picture() -> None:
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
     with torch.no_grad():
         latents = vae.encode(pixels).latent_dist.mean.permute(0, 2, 1, 3, 4) * vae.config.scaling_factor
-    preview = preview_image(latents, fit_latent_rgb(vae))
+    preview = preview_image(latents, TinyBase().latent_rgb)
     small = picture.resize(preview.size, Image.Resampling.BOX)
     assert np.corrcoef(np.array(preview).ravel(), np.array(small).ravel())[0, 1] > 0.8
 

@@ -148,9 +148,9 @@ def test_values_are_those_of_the_pipeline(features: Features, data: Path, insigh
     for number in (1, 3):
         sample, line = features.sample(number), lines[number]
         clip = ClipSettings(prompt=line["caption"], width=64, height=64, num_frames=9)
-        tokens = mirror.check_prompt(clip, AdapterSettings())
+        tokens = mirror.checks.of_prompt(clip, AdapterSettings())
         assert tuple(sample["slots"].tolist()) == tokens.slots
-        torch.testing.assert_close(sample["prompt_embeds"].float(), mirror._embed(tuple(tokens.ids))[0], **HALF)
+        torch.testing.assert_close(sample["prompt_embeds"].float(), mirror.encode_text(tokens.ids)[0], **HALF)
 
         paths = [features.references[reference] for reference in sample["references"]]
         assert paths == line["references"]
@@ -159,7 +159,7 @@ def test_values_are_those_of_the_pipeline(features: Features, data: Path, insigh
         torch.testing.assert_close(found["id_tokens"].float(), identity.features.id_tokens[0], **HALF)
         torch.testing.assert_close(found["structure_tokens"].float(), identity.features.structure_tokens[0], **HALF)
         assert np.array_equal(found["embedding"], identity.references[0].face.embedding)
-    torch.testing.assert_close(features.empty.float(), mirror._embed(""), **HALF)
+    torch.testing.assert_close(features.empty.float(), mirror.encode_text(""), **HALF)
 
     frames = read_media(data, lines[3]["media"])
     pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None] / 127.5 - 1

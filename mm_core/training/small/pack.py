@@ -12,6 +12,7 @@ from ...checkpoints.photomaker import load_id_encoder, read_id_encoder_config, s
 from ...files import whole_folder, write_json
 from ...pipelines import tiny
 from ...pipelines.base import FolderBase, TinyBase
+from ...pipelines.preview import LATENT_RGB, fit_latent_rgb, save_latent_rgb
 
 _MACHINE = ("_name_or_path", "name_or_path")
 
@@ -24,7 +25,9 @@ def pack(base: Path, id_encoder: Path, adapter: Path, folder: Path) -> TinyBase:
     weights, header = load_adapter(adapter, dtype=torch.float16)
     with whole_folder(folder) as temporary:
         packed = TinyBase(temporary)
-        FolderBase(base).load(torch.float16).save_pretrained(temporary)
+        pipe = FolderBase(base).load(torch.float16)
+        pipe.save_pretrained(temporary)
+        save_latent_rgb(fit_latent_rgb(pipe.vae, torch.device("cpu")), temporary / LATENT_RGB)
         save_id_encoder(load_id_encoder(id_encoder), packed.id_encoder, read_id_encoder_config(id_encoder))
         save_adapter(weights, packed.adapter, base_model=tiny.NAME, trained=header.trained)
         for path in [temporary / "model_index.json", *temporary.rglob("*config.json")]:

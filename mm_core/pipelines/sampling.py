@@ -1,0 +1,127 @@
+"""From prompt and identity to latents. The denoising loop is diffusers' own `CogVideoXPipeline`; here is prepared what
+the identity adds, and watched what comes of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from torch import Tensor
+
+from ..choices import POLICIES
+from ..memory import on_device, sampling_parts
+from ..numerics import FiniteWatch, precision_name
+from ..out_of_memory import out_of_memory_as
+from .clip import ClipSettings, StepCallback
+from .conditioning import FaceConditioning, condition
+from .control import AdapterSettings
+from .denoise import denoise
+from .identity import Identity
+from .loaded import LoadedBase
+from .prompt import IdentityTokens, without_trigger
+
+SCHEDULERS = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}
+
+Encode = Callable[[str | Sequence[int]], Tensor]
+"""A prompt, or its token ids, to embeddings, (1, T, Dtxt)."""
+
+
+@torch.no_grad()
+def sample(
+    loaded: LoadedBase,
+    encode: Encode,
+    clip: ClipSettings,
+    identity: Identity | None,
+    tokens: IdentityTokens | None,
+    settings: AdapterSettings,
+    on_step: StepCallback | None,
+) -> Tensor:
+    """Sample latents, (1, C, F', H / 8, W / 8), on the CPU.
+
+    Args:
+        identity: None for plain CogVideoX.
+        tokens: of the prompt with room for the identity; None where the settings leave the prompt as it is.
+
+    Raises:
+        NumericsError: latents that are not finite. OutOfMemoryError: the clip does not fit. Whatever `on_step` raises.
+        The device is freed as after a finished run.
+    """
+    pipe, device = loaded.pipe, loaded.device
+    pipe.scheduler, watch = watched_scheduler(SCHEDULERS[clip.scheduler], pipe.scheduler.config, clip, loaded.dtype)
+
+    def report(step: int) -> None:
+        if on_step is not None:
+            on_step(step, clip.steps, lambda: loaded.preview.draw(watch["x0"]))
+
+    try:
+        prompt = encode(without_trigger(clip.prompt)).to(device)
+        negative = encode(clip.negative_prompt).to(device) if clip.guidance_scale > 1 else None
+        marked = prompt if tokens is None else encode(tokens.ids).to(device)
+        with out_of_memory_as(*_memory_message(clip, loaded)):
+            face = None
+            if identity is not None:
+                face = _condition(loaded, clip, identity, tokens, settings, marked)
+            with on_device(sampling_parts(loaded.adapter) if face else [], device):
+                latents = denoise(pipe, clip, prompt, negative, face, report)
+    finally:
+        pipe.maybe_free_model_hooks()
+    return latents.permute(0, 2, 1, 3, 4).cpu()
+
+
+def _condition(
+    loaded: LoadedBase,
+    clip: ClipSettings,
+    identity: Identity,
+    tokens: IdentityTokens | None,
+    settings: AdapterSettings,
+    prompt: Tensor,
+) -> FaceConditioning:
+    # Without guidance there is no unconditional half.
+    settings = replace(settings, in_negative=settings.in_negative and clip.guidance_scale > 1)
+    scheduler = loaded.pipe.scheduler
+    scheduler.set_timesteps(clip.steps)
+    return condition(
+        loaded.adapter,
+        loaded.pipe.transformer,
+        identity,
+        prompt,
+        tokens.slots if tokens else (),
+        scheduler.timesteps,
+        settings,
+        loaded.device,
+    )
+
+
+def watched_scheduler(
+    cls: type, config: Any, clip: ClipSettings, dtype: torch.dtype
+) -> tuple[Any, dict[str, Tensor]]:
+    """A scheduler whose steps are watched: that their latents are finite, and what they take for the clean latents,
+    `x0`, to be drawn, since `x_t` is mostly noise."""
+    scheduler, last = cls.from_config(config), {}
+    step, finite = scheduler.step, FiniteWatch(clip.steps, dtype)
+
+    @functools.wraps(step)
+    def watched(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        result = step(*args, **kwargs)
+        finite.note(result[0])
+        last["x0"] = result[1]
+        return result
+
+    scheduler.step = watched
+    return scheduler, last
+
+
+def _memory_message(clip: ClipSettings, loaded: LoadedBase) -> tuple[str, str]:
+    """What did not fit, and the remedy."""
+    stronger = POLICIES[POLICIES.index(loaded.policy) + 1 :]
+    remedies = [f"{' or '.join(stronger)} as offload"] if stronger else []
+    remedies += ["fp8 as precision", "a smaller or a shorter clip"]
+    return (
+        f"sampling {clip.num_frames} frames of {clip.width} x {clip.height} with offload {loaded.policy} in "
+        f"{precision_name(loaded.dtype)}",
+        f"Try {', '.join(remedies)}, or close what else uses the memory.",
+    )

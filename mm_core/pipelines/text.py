@@ -1,0 +1,107 @@
+"""Prompts to T5 embeddings: the encoder is read once, each prompt is encoded once, whatever asks for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.safetensors_file import tensor_shapes
+from ..errors import NumericsError
+from ..memory import choose_policy, lent
+from ..numerics import precision_name, remedy
+from ..out_of_memory import out_of_memory_as
+
+if TYPE_CHECKING:
+    from transformers import T5EncoderModel
+
+    from .base import BaseModel
+
+log = logging.getLogger(__name__)
+
+_KEPT = 32  # prompts; 2 MB each
+_ACTIVATION_BYTES = 2**30  # of one prompt in T5-XXL, generously
+
+# The encoders that some model holds: all models with the same files share one, and what it has made of prompts.
+_shared: WeakValueDictionary[tuple[object, ...], PromptEncoder] = WeakValueDictionary()
+
+
+def prompt_encoder(base: BaseModel, dtype: torch.dtype, device: torch.device) -> PromptEncoder:
+    """The text encoder of a base model in this type. Nothing is loaded yet."""
+    files = [(path, path.stat()) for path in base.text_encoder_files if path.is_file()]
+    key = (base, dtype, device, *((path, stat.st_mtime_ns, stat.st_size) for path, stat in files))
+    encoder = _shared.get(key)
+    if encoder is None:
+        encoder = _shared[key] = PromptEncoder(base, dtype, device)
+    return encoder
+
+
+class PromptEncoder:
+    """A base model's text encoder and the embeddings of the last prompts; the weights rest on the CPU."""
+
+    def __init__(self, base: BaseModel, dtype: torch.dtype, device: torch.device) -> None:
+        self._base, self._dtype, self._device = base, dtype, device
+        self._module: T5EncoderModel | None = None
+        self._embeds: dict[tuple[int, ...], Tensor] = {}
+
+    @property
+    def module(self) -> T5EncoderModel:
+        """T5 itself, read when it is first asked for."""
+        if self._module is None:
+            log.info("MagicMirror reads the text encoder of %s, %.1f GB.", self._base.name, self.size / 1e9)
+            self._module = self._base.load_text_encoder(self._dtype)
+        return self._module
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weights in this type; read from the files' headers."""
+        shapes = [shape for path in self._base.text_encoder_files for shape in tensor_shapes(path).values()]
+        return sum(torch.Size(shape).numel() for shape in shapes) * self._dtype.itemsize
+
+    def encode(self, text: str | Sequence[int], offload: str, make_room: Callable[[int], None]) -> Tensor:
+        """Embeddings of a prompt, as CogVideoXPipeline makes them, or of its token ids: (1, T, Dtxt) on the CPU.
+
+        Args:
+            offload: how the encoder visits the device: auto, or a policy.
+            make_room: called with the bytes that will be needed on the device.
+
+        Raises:
+            NumericsError: embeddings that are not finite. OutOfMemoryError: the encoder does not fit.
+        """
+        ids = self._ids(text) if isinstance(text, str) else tuple(text)
+        if ids not in self._embeds:
+            embeds = self._run(ids, offload, make_room)
+            if len(self._embeds) == _KEPT:
+                del self._embeds[next(iter(self._embeds))]
+            self._embeds[ids] = embeds
+        return self._embeds[ids]
+
+    def unload(self) -> None:
+        """Let go of the weights and of all embeddings."""
+        self._module = None
+        self._embeds.clear()
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        length = self._base.transformer_config["max_text_seq_length"]
+        encoded = self._base.tokenizer(text, padding="max_length", max_length=length, truncation=True)
+        return tuple(encoded["input_ids"])
+
+    @torch.no_grad()
+    def _run(self, ids: tuple[int, ...], offload: str, make_room: Callable[[int], None]) -> Tensor:
+        make_room(_ACTIVATION_BYTES + (0 if offload in ("group", "sequential") else self.size))
+        policy = choose_policy(offload, [self.size], self._device, activations=_ACTIVATION_BYTES)
+        if (policy, offload) == ("none", "auto"):
+            policy = "model"  # what it needs now, others need later
+        remedies = "Choose group or sequential as offload, or close what else uses the memory."
+        with out_of_memory_as("the text encoder", remedies), lent(self.module, policy, self._device):
+            embeds = self.module(torch.tensor([ids], device=self._device))[0].to("cpu", self._dtype)
+        if not embeds.isfinite().all():
+            raise NumericsError(
+                f"The text encoder's embeddings of the prompt are not finite (NaN or infinity), in "
+                f"{precision_name(self._dtype)}. {remedy(self._dtype)}"
+            )
+        return embeds
