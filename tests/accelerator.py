@@ -63,10 +63,8 @@ class Accelerator:
 
     def allocate(self, size: int) -> None:
         if self.limit_bytes is not None and self.live_bytes + size > self.limit_bytes:
-            raise torch.OutOfMemoryError(
-                f"{NAME} out of memory. Tried to allocate {size} bytes; {self.live_bytes} of {self.limit_bytes} are "
-                "in use."
-            )
+            used = f"{self.live_bytes} of {self.limit_bytes} are in use"
+            raise torch.OutOfMemoryError(f"{NAME} out of memory. Tried to allocate {size} bytes; {used}.")
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
@@ -230,6 +228,14 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return target
 
 
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    """What the CPU would run; where gradients are wanted, plain mathematics, which has them on any device."""
+    op = _aten.scaled_dot_product_attention.default
+    if torch.is_grad_enabled() and any(x.requires_grad for x in args[:3]):
+        return op.decompose(*args, **kwargs)
+    return _compute(op, *args, **kwargs)
+
+
 def _empty(size: Any, *, dtype: Any = None, memory_format: Any = None, **_: Any) -> Tensor:
     return _on_device(torch.empty(size, dtype=dtype, memory_format=memory_format or torch.contiguous_format))
 
@@ -275,7 +281,6 @@ def _register() -> tuple[torch.library.Library, ...]:
         "empty_strided": _empty_strided,
         "copy_": _copy,
         "_copy_from": lambda source, target, non_blocking=False: _copy(target, source),
-        "_fused_sdp_choice": lambda *args, **kwargs: 0,  # attention as plain mathematics
         "_has_compatible_shallow_copy_type": lambda tensor, source: True,  # `parameter.data = ...` between devices
         "record_stream": lambda tensor, stream: None,
     }
@@ -284,6 +289,8 @@ def _register() -> tuple[torch.library.Library, ...]:
     every.fallback(_compute, "PrivateUse1")
     for name, kernel in kernels.items():
         aten.impl(name, kernel, "PrivateUse1")
+    for key in ("PrivateUse1", "AutogradPrivateUse1"):  # the first in inference mode
+        aten.impl("scaled_dot_product_attention", _attention, key)
     every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     for names, dtype in ((_LOWER, None), (_FULL, torch.float32)):
         for name in names:
@@ -329,20 +336,19 @@ class Generator(_CPUGenerator, metaclass=_AnyGenerator):
         return torch.device(NAME, 0)
 
 
-class Event(torch.Event):
-    """Does nothing: the device computes at once."""
-
-    def __new__(cls, *_: Any, **__: Any) -> Event:
+class _OfDevice:
+    def __new__(cls, *_: Any, **__: Any) -> Any:
         return super().__new__(cls, device=torch.device(NAME, 0))
+
+
+class Event(_OfDevice, torch.Event):
+    """Does nothing: the device computes at once."""
 
     def synchronize(self) -> None: ...
 
 
-class Stream(torch.Stream):
+class Stream(_OfDevice, torch.Stream):
     """Does nothing, like `Event`."""
-
-    def __new__(cls, *_: Any, **__: Any) -> Stream:
-        return super().__new__(cls, device=torch.device(NAME, 0))
 
 
 class DeviceModule:
@@ -364,7 +370,6 @@ class DeviceModule:
     def _is_in_bad_fork(self) -> bool:
         return False
 
-    def set_device(self, device: Any) -> None: ...
     def synchronize(self, device: Any = None) -> None: ...
     def empty_cache(self) -> None: ...
     def manual_seed(self, seed: int) -> None: ...

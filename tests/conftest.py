@@ -9,6 +9,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,6 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from comfy_server import ComfyServer
+
+if TYPE_CHECKING:
+    from accelerator import Accelerator
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,6 +37,15 @@ def _provided(variable: str) -> Path:
 def repository() -> Path:
     """The root of the checkout."""
     return ROOT
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    """A simulated accelerator, which is there for the test."""
+    from accelerator import simulated
+
+    with simulated() as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

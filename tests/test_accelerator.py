@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,12 +13,6 @@ from accelerate import cpu_offload
 from accelerator import Accelerator, simulated
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from torch import Tensor, nn
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    with simulated() as found:
-        yield found
 
 
 def network() -> nn.Sequential:
@@ -121,8 +114,9 @@ def test_it_computes_what_the_cpu_computes(accelerator: Accelerator) -> None:
     convolved = F.conv3d(volume.to(accelerator.device), weight.to(accelerator.device), padding=1).cpu()
     torch.testing.assert_close(convolved, F.conv3d(volume, weight, padding=1))
     q, q_here = x.view(1, 1, 4, 3), here.view(1, 1, 4, 3)
-    attended = F.scaled_dot_product_attention(q_here, q_here, q_here).cpu()
-    torch.testing.assert_close(attended, F.scaled_dot_product_attention(q, q, q))
+    assert torch.equal(
+        F.scaled_dot_product_attention(q_here, q_here, q_here).cpu(), F.scaled_dot_product_attention(q, q, q)
+    )
     here.view(4, 3)[:, 1].mul_(3).t().unfold(0, 2, 1).add_(1)
     x.view(4, 3)[:, 1].mul_(3).t().unfold(0, 2, 1).add_(1)
     assert torch.equal(here.cpu(), x)
@@ -196,6 +190,15 @@ def test_a_training_step(accelerator: Accelerator) -> None:
     torch.testing.assert_close(step(accelerator.device, autocast=False), step(cpu, autocast=False))
     torch.testing.assert_close(step(accelerator.device, autocast=True), step(cpu, autocast=True), atol=0.03, rtol=0.03)
     assert not torch.equal(step(accelerator.device, autocast=False)[0], network()[0].weight)
+
+
+def test_attention_has_gradients(accelerator: Accelerator) -> None:
+    def gradient(device: torch.device) -> Tensor:
+        q = picture().view(1, 1, 4, 3).to(device).requires_grad_(True)
+        F.scaled_dot_product_attention(q, q * 2, q + 1).sum().backward()
+        return q.grad.cpu()
+
+    torch.testing.assert_close(gradient(accelerator.device), gradient(torch.device("cpu")))
 
 
 def test_generators(accelerator: Accelerator) -> None:
