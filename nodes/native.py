@@ -257,15 +257,8 @@ def _check_fits(mirror: MagicMirror, transformer: Any) -> None:
     """Raise CheckpointError where MODEL and adapter are of different sizes."""
     if mirror.header is None:
         raise CheckpointError("Load MagicMirror has no adapter: choose one there.")
-    blocks = transformer.blocks
-    found = {
-        "num_attention_heads": transformer.num_attention_heads,
-        "attention_head_dim": transformer.attention_head_dim,
-        "num_layers": len(blocks),
-        "time_embed_dim": blocks[0].norm1.linear.in_features,
-        "text_embed_dim": transformer.patch_embed.text_proj.in_features,
-    }
-    mirror.header.check_fits(found, adapter="The adapter", base="this MODEL")
+    sizes = native_model.host().sizes(transformer)
+    mirror.header.check_fits(sizes, adapter="The adapter", base="this MODEL")
 
 
 NODES = [

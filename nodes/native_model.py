@@ -28,7 +28,9 @@ from tqdm import trange
 from ..mm_core.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from ..mm_core.hosts.cogvideox_comfyui import CoreCogVideoX
     from ..mm_core.models.adapter import MagicMirrorAdapter
+    from ..mm_core.models.block import FaceState
     from ..mm_core.pipelines.control import Acting, AdapterSettings, Window
     from ..mm_core.pipelines.identity import Identity
     from ..mm_core.pipelines.magic_mirror import MagicMirror
@@ -47,7 +49,7 @@ _adapters: weakref.WeakKeyDictionary[MagicMirror, dict[torch.dtype, ModelPatcher
 
 def core_model(mirror: MagicMirror) -> ModelPatcher:
     """The base model of a mirror as ComfyUI's own MODEL, from files with diffusers' key names, of any size."""
-    from ..mm_core.models.core_block import core_key
+    from ..mm_core.checkpoints.core_keys import core_key
 
     base = mirror.base
     weights = {}
@@ -100,6 +102,17 @@ def adapter_of(mirror: MagicMirror, dtype: torch.dtype) -> ModelPatcher:
     return loaded[dtype]
 
 
+@functools.cache
+def host() -> CoreCogVideoX:
+    """The adapter's binding to core's blocks, with core's own attention and positions."""
+    from ..mm_core.hosts.cogvideox_comfyui import CoreCogVideoX
+
+    core = comfy.ldm.cogvideo.model
+    return CoreCogVideoX(
+        attention=optimized_attention, rotate=core.apply_rotary_emb, timestep_embedding=core.get_timestep_embedding
+    )
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NativeIdentity:
     """What the blocks and the prompt get; on the CPU."""
@@ -138,27 +151,22 @@ def with_identity(
     model: ModelPatcher, adapter_patcher: ModelPatcher, identity: NativeIdentity, settings: AdapterSettings
 ) -> ModelPatcher:
     """A clone of the model that makes this person; the model stays as it is."""
-    from ..mm_core.models.core_block import adapted_forward
-
-    transformer, adapter = transformer_of(model), adapter_patcher.model
+    transformer, adapter, binding = transformer_of(model), adapter_patcher.model, host()
     model = model.clone()
     key = f"{ADDITIONAL}.{uuid.uuid4()}"  # a later Apply finds no state of an earlier one
-    for layer in adapter.config.adapted_layers:
+    for position, layer in enumerate(adapter.config.adapted_layers):
         name = f"diffusion_model.blocks.{layer}.forward"
-        forward = adapted_forward(
-            transformer.blocks[layer],
-            adapter.blocks[str(layer)],
-            model.get_model_object(name),
-            key,
-            optimized_attention,
-            comfy.ldm.cogvideo.model.apply_rotary_emb,
-        )
+        where = torch.tensor([position], device=model.load_device)
+        block, adapter_block = transformer.blocks[layer], adapter.blocks[str(layer)]
+        forward = binding.adapted_forward(block, adapter_block, where, model.get_model_object(name), key)
         model.add_object_patch(name, forward)
     correct_rotary(model)
     model.set_additional_models(ADDITIONAL, [adapter_patcher])
     sampling = model.get_model_object("model_sampling")
     wrapper = _Identity(
         key=key,
+        host=binding,
+        adapter=adapter,
         identity=identity,
         settings=settings,
         sigmas={window: tuple(map(sampling.percent_to_sigma, window)) for window in settings.windows},
@@ -174,6 +182,8 @@ class _Identity:
     """Around the transformer: puts the rows that carry the identity last, and hands over the state."""
 
     key: str
+    host: CoreCogVideoX
+    adapter: MagicMirrorAdapter
     identity: NativeIdentity
     settings: AdapterSettings
     sigmas: dict[Window, tuple[float, float]]
@@ -195,7 +205,7 @@ class _Identity:
         if not carried:
             return executor(x, timestep, context, ofs, options, **kwargs)
         order = torch.tensor([row for row in range(len(x)) if row not in carried] + carried)
-        options[self.key] = self._state(acting, len(carried), x)
+        options[self.key] = self._state(acting, executor.class_obj, timestep[carried], x)
         here, there = order.to(x.device), order.argsort().to(x.device)
         ofs = ofs[here] if ofs is not None and len(ofs) == len(x) else ofs
         return executor(x[here], timestep[here], context[here], ofs, options, **kwargs)[there]
@@ -216,20 +226,23 @@ class _Identity:
         chosen = [number for number, half in enumerate(halves) if half == 0 or self.settings.in_negative]
         return [row for number in chosen for row in range(number * size, (number + 1) * size)]
 
-    def _state(self, acting: Acting, rows: int, x: Tensor) -> object:
-        from ..mm_core.models.core_block import CoreFaceState
+    def _state(self, acting: Acting, transformer: Any, timestep: Tensor, x: Tensor) -> FaceState:
         from ..mm_core.pipelines.conditioning import ablate
 
         def spread(tensor: Tensor) -> Tensor:
-            return tensor.to(x.device, x.dtype).expand(rows, *tensor.shape[1:])
+            return tensor.to(x.device, x.dtype).expand(len(timestep), *tensor.shape[1:])
 
-        return CoreFaceState(
+        state = self.host.face_state(
+            transformer,
+            self.adapter,
             id_embedding=spread(self.identity.id_embedding),
-            face=spread(self.identity.face_tokens) if acting.face else None,
+            face_tokens=spread(self.identity.face_tokens) if acting.face else None,
+            timestep=timestep,
             can_scale=acting.can_scale,
             ip_scale=self.settings.ip_scale,
-            ablate=functools.partial(ablate, settings=self.settings),
         )
+        state.factors = ablate(state.factors, self.settings)
+        return state
 
 
 def correct_rotary(model: ModelPatcher) -> None:

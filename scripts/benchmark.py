@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from diffusers import CogVideoXTransformer3DModel
 
+from mm_core.hosts.cogvideox_diffusers import STATE, attach
 from mm_core.models.adapter import MagicMirrorAdapter
+from mm_core.models.block import FaceState
 from mm_core.models.config import AdapterConfig
-from mm_core.models.diffusers_block import STATE, FaceState, attach, face_state
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
     adapter = MagicMirrorAdapter(AdapterConfig.for_base(transformer.config))
     for module in (transformer, adapter):
         torch.nn.Module.to(module, device, dtype).eval()
-    attach(transformer, adapter)
+    attached = attach(transformer, adapter)
     timestep = torch.tensor([500], device=device)
     text = torch.randn(1, 226, 4096, device=device, dtype=dtype)
     latents = torch.randn(1, (args.frames - 1) // 4 + 1, 16, args.height // 8, args.height // 8 * 3 // 2)
@@ -42,7 +43,7 @@ def main() -> None:
     faces = torch.randn(1, 32, adapter.config.hidden_size, device=device, dtype=dtype)
 
     def compute_state() -> FaceState:
-        return face_state(transformer, adapter, id_tokens=ids, face_tokens=faces, timestep=timestep)
+        return attached.face_state(id_tokens=ids, face_tokens=faces, timestep=timestep)
 
     known = compute_state()
 

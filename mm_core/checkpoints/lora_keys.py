@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from ..models.core_block import core_key
+from .core_keys import core_key
 
 TEXT_ENCODER = ("text_encoder", "lora_te")
 """What the keys of the text encoder's layers begin with."""

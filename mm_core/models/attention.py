@@ -1,4 +1,4 @@
-"""Joint attention over [text, face, video] with decoupled cross-attention to the face (paper Sec. 3.3, Eq. 8)."""
+"""Decoupled cross-attention to the face beside the joint attention (paper Sec. 3.3, Eq. 8)."""
 
 from __future__ import annotations
 
@@ -34,27 +34,3 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
 def join_heads(x: Tensor) -> Tensor:
     """(B, heads, S, d) -> (B, S, heads * d)."""
     return x.transpose(1, 2).flatten(2)
-
-
-def decoupled_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    face: tuple[Tensor, Tensor],
-    ip_scale: float,
-    rotary: Callable[[Tensor], Tensor],
-    kernel: AttentionKernel,
-) -> Tensor:
-    """Attention to all, and to the face beside it, before the output projection (Eq. 8).
-
-    Args:
-        query, key, value: (n, heads, S, d) of text, face and video, in this order, after their norms, before rotary.
-        face: keys and values of the face, from `FaceKeyValue`.
-        rotary: turns the video part of a query or key; text and face have no position.
-        kernel: softmax attention.
-    """
-    # Eq. 8: T_SA(W_qkv x_full) + ip_scale * T_CA(W_q x_full, W_kv' x_face)
-    out = kernel(rotary(query), rotary(key), value)
-    if ip_scale:
-        out = out + ip_scale * kernel(query, *face)
-    return out

@@ -1,189 +1,178 @@
 """One adapted block, in the order of the paper (Sec. 3.3). Plain torch: it does not know whose block it runs in.
 
-A front end, such as the one for diffusers, takes a frozen block apart into a `BaseBlock`; the mathematics below is
-written once.
+A host (`mm_core/hosts`) shows a frozen block as `BlockParts`; the mathematics below is written once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import AttentionKernel, FaceKeyValue, decoupled_attention, join_heads, split_heads
+from .attention import AttentionKernel, FaceKeyValue, join_heads
 from .config import AdapterConfig
-from .modulation import BlockFactors, ConditionedModulation, FaceModulation, Modulation
+from .modulation import BlockFactors, ConditionedModulation, FaceModulation, halves
 
-Layer = Callable[[Tensor], Tensor]
+VIDEO_AND_TEXT = ("video", "text")
+"""The streams whose modulation CAN changes, in CogVideoX: both, with 12 x D factors."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class BaseBlock:
-    """The parts of a frozen CogVideoX block, whatever class they come from. Built anew for each call: a LoRA may have
-    replaced a layer since the last one."""
+class BlockParts(Protocol):
+    """The parts of a frozen DiT block. Made anew for each call: a LoRA may have replaced a layer since the last one."""
 
-    head_dim: int
-    modulation1: Layer
-    """(B, Dt) -> (B, 6D): video shift, scale, gate, then text shift, scale, gate (`phi_vid`, `phi_txt`)."""
-    norm1: Layer
-    to_q: Layer
-    to_k: Layer
-    to_v: Layer
-    norm_q: Layer
-    norm_k: Layer
-    to_out: Layer
-    modulation2: Layer
-    """The same for the feed-forward; the first is for attention."""
-    norm2: Layer
-    feed_forward: Layer
-    rotary: Callable[[Tensor], Tensor]
-    """Turns the video tokens, the last ones of a (B, heads, S, d) sequence."""
-    kernel: AttentionKernel
+    attention: AttentionKernel
+
+    def modulation(self, temb: Tensor) -> Tensor:
+        """`phi(t, l)` of each modulated stream, video first: (B, Dt) -> (B, streams, 6, D), the six as in `halves`."""
+
+    def video_shift(self, temb: Tensor) -> Tensor:
+        """(B, Dt) -> (B, D): `mu1_vid`, the video's shift before attention, without CAN."""
+
+    def norm1(self, tokens: Tensor) -> Tensor:
+        """Normalise a stream before attention, (B, S, D), without modulation."""
+
+    def qkv(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, S, D) -> query, key, value, (B, heads, S, d) each, after their norms, before rotary."""
+
+    def apply_rotary_emb(self, x: Tensor) -> Tensor:
+        """Turn the queries or keys of the video tokens, (B, heads, S, d); text and face have no position."""
+
+    def to_out(self, tokens: Tensor) -> Tensor:
+        """Project the attention's output, (B, S, D)."""
+
+    def cross_attention(self, video: Tensor) -> Tensor:
+        """What a family does to the video, (B, S, D), between attention and feed-forward; CogVideoX: nothing."""
+
+    def norm2(self, tokens: Tensor) -> Tensor:
+        """As `norm1`, before the feed-forward."""
+
+    def feed_forward(self, tokens: Tensor) -> Tensor: ...
 
 
 class AdapterBlock(nn.Module):
     """All trained weights of one adapted block."""
 
-    def __init__(self, config: AdapterConfig) -> None:
+    def __init__(self, config: AdapterConfig, streams: tuple[str, ...] = VIDEO_AND_TEXT) -> None:
         super().__init__()
-        dim = config.hidden_size
+        dim, time_dim = config.hidden_size, config.time_embed_dim
         self.face_norm1 = nn.LayerNorm(dim)
         self.face_norm2 = nn.LayerNorm(dim)
-        self.face_modulation = FaceModulation(config.time_embed_dim, dim)
-        self.can = ConditionedModulation(config.id_proj_dim, config.time_embed_dim, dim, config.can_hidden_dim)
+        self.face_modulation = FaceModulation(time_dim, dim)
+        self.can = ConditionedModulation(config.id_proj_dim, time_dim, dim, config.can_hidden_dim, len(streams))
         self.attn = FaceKeyValue(dim, config.attention_head_dim)
 
     def factors(self, id_embedding: Tensor, temb: Tensor, video_shift: Tensor) -> BlockFactors:
-        """The adapter's modulation at (t, l): what `conditioning.py` computes once for a whole schedule."""
+        """The adapter's modulation at (t, l), before the first step: it does not depend on the latents."""
         return BlockFactors(face=self.face_modulation(temb), can=self.can(id_embedding, temb, video_shift))
 
 
-def video_shift(base: BaseBlock, temb: Tensor) -> Tensor:
-    """The shift of the video before attention that the frozen block predicts, without CAN: (B, Dt) -> (B, D)."""
-    # mu1_vid, the first of six.
-    return base.modulation1(temb).chunk(6, dim=-1)[0]
-
-
 def adapted_block(
-    base: BaseBlock,
+    base: BlockParts,
     adapter: AdapterBlock,
+    video: Tensor,
+    text: Tensor,
+    face: Tensor,
+    temb: Tensor,
+    factors: BlockFactors,
+    ip_scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A frozen block with Magic Mirror's face stream, CAN and decoupled cross-attention; all n rows have an identity.
+
+    Args:
+        video: (n, S, D).
+        text: (n, T, D); T is 0 in families whose text is no stream of the block.
+        face: (n, Q, D); Q is 0 with the structure branch switched off.
+        temb: (n, Dt) time embedding.
+        factors: the adapter's modulation, CAN's strength in it.
+        ip_scale: (), strength of the cross-attention.
+
+    Returns:
+        video, text and face after the block.
+    """
+    lengths = [text.shape[1], face.shape[1], video.shape[1]]
+    m_face = factors.face  # Eq. 6: phi_face(t, l), (n, 6, D)
+    m = base.modulation(temb) + factors.can.unflatten(1, (-1, 6))  # Eq. 7: m = phi(t, l) + m_hat, (n, streams, 6, D)
+    (vid1, vid2), (txt1, txt2), (face1, face2) = halves(m[:, 0]), halves(m[:, -1]), halves(m_face)
+
+    n_face = face1(adapter.face_norm1(face))  # (n, Q, D)
+    full = torch.cat([txt1(base.norm1(text)), n_face, vid1(base.norm1(video))], dim=1)  # (n, T + Q + S, D)
+    q, k, v = base.qkv(full)  # (n, heads, T + Q + S, d) each
+    out = base.attention(_turned(base, q, lengths), _turned(base, k, lengths), v)
+    if face.shape[1]:  # Eq. 8: T_SA(W_qkv x_full) + T_CA(W_q x_full, W_kv' x_face)
+        k_ip, v_ip = adapter.attn(n_face)  # (n, heads, Q, d) each
+        out = out + base.attention(q, k_ip, ip_scale * v_ip)
+    a_text, a_face, a_video = base.to_out(join_heads(out)).split(lengths, dim=1)
+    text, face = txt1.residual(text, a_text), face1.residual(face, a_face)
+    video = base.cross_attention(vid1.residual(video, a_video))
+
+    n_face = face2(adapter.face_norm2(face))
+    full = torch.cat([txt2(base.norm2(text)), n_face, vid2(base.norm2(video))], dim=1)
+    f_text, f_face, f_video = base.feed_forward(full).split(lengths, dim=1)
+    return vid2.residual(video, f_video), txt2.residual(text, f_text), face2.residual(face, f_face)
+
+
+def _turned(base: BlockParts, x: Tensor, lengths: list[int]) -> Tensor:
+    """Queries or keys with rotary positions on the video, the last stream."""
+    rest, video = x.split([sum(lengths[:-1]), lengths[-1]], dim=2)
+    return torch.cat([rest, base.apply_rotary_emb(video)], dim=2)
+
+
+@dataclass(kw_only=True)
+class FaceState:
+    """The identity in one forward pass of the transformer, for the last n rows of the batch.
+
+    Factors and streams of all A adapted blocks stand in one tensor each, from which a block takes its own by a number
+    that is a tensor too: to `torch.compile` all blocks look the same. The stream that enters a block stays here, so
+    that gradient checkpointing finds it when it runs the block again.
+    """
+
+    factors: BlockFactors
+    """face (A, n, 6, D) and can (A, n, 6 * streams, D), CAN's strength in it."""
+    streams: Tensor
+    """(A + 1, n, Q, D): the face stream entering each adapted block, and leaving the last. Q is 0 without the structure
+    branch."""
+    ip_scale: Tensor
+    """(), strength of the cross-attention."""
+
+    @classmethod
+    def entering(cls, face: Tensor | None, factors: BlockFactors, ip_scale: Tensor) -> FaceState:
+        """The state before the first block. face: (n, Q, D) tokens; None for no structure branch."""
+        blocks, rows, _, dim = factors.face.shape
+        face = factors.face.new_empty(rows, 0, dim) if face is None else face
+        return cls(factors=factors, streams=F.pad(face[None], (0, 0, 0, 0, 0, 0, 0, blocks)), ip_scale=ip_scale)
+
+
+def run_block(
+    base: BlockParts,
+    adapter: AdapterBlock,
+    position: Tensor,
+    state: FaceState,
+    plain: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
     video: Tensor,
     text: Tensor,
     temb: Tensor,
-    face: Tensor | None,
-    factors: BlockFactors,
-    can_scale: float,
-    ip_scale: float,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A CogVideoX block with Magic Mirror's face stream, CAN and decoupled cross-attention.
-
-    The last n rows of the batch carry the identity; the rows before them (the unconditional half of guidance) take the
-    plain path. Every layer is called once for all rows and streams, so that offloading moves its weights once.
+) -> tuple[Tensor, Tensor]:
+    """A block of a batch whose last n rows carry the identity; the rows before them are the frozen block's own.
 
     Args:
-        video: (B, S, D) video tokens.
-        text: (B, T, D) text tokens.
-        temb: (B, Dt) time embedding.
-        face: (n, Q, D) face stream, n <= B; None with the structure branch switched off.
-        factors: the adapter's modulation for the n rows.
-        can_scale, ip_scale: strengths of CAN's residuals and of the cross-attention.
+        position: (1,), which of the adapted blocks this is.
+        plain: the frozen block's own forward on (video, text, temb).
 
     Returns:
-        video, text and face stream after the block.
+        video (B, S, D) and text (B, T, D); the face stream is in the state.
     """
-    rows = factors.can.shape[0]
-    vid1, txt1 = _conditioned(base.modulation1(temb), can_scale * factors.can[:, 0:3], can_scale * factors.can[:, 6:9])
-    vid2, txt2 = _conditioned(base.modulation2(temb), can_scale * factors.can[:, 3:6], can_scale * factors.can[:, 9:12])
-    face1, face2 = Modulation(*factors.face[:, :3].unbind(1)), Modulation(*factors.face[:, 3:].unbind(1))
-
-    n_video, n_text = vid1(base.norm1(video)), txt1(base.norm1(text))
-    n_face = None if face is None else face1(adapter.face_norm1(face))
-    a_text, a_face, a_video = _attention(base, adapter, n_text, n_face, n_video, rows, ip_scale)
-    video, text = vid1.residual(video, a_video), txt1.residual(text, a_text)
-    face = None if face is None else face1.residual(face, a_face)
-
-    n_video, n_text = vid2(base.norm2(video)), txt2(base.norm2(text))
-    n_face = None if face is None else face2(adapter.face_norm2(face))
-    packed, unpack = _pack(n_text, n_face, n_video, rows)
-    f_text, f_face, f_video = unpack(_per_token(base.feed_forward, packed))
-    video, text = vid2.residual(video, f_video), txt2.residual(text, f_text)
-    face = None if face is None else face2.residual(face, f_face)
-    return video, text, face
-
-
-def _attention(
-    base: BaseBlock,
-    adapter: AdapterBlock,
-    text: Tensor,
-    face: Tensor | None,
-    video: Tensor,
-    rows: int,
-    ip_scale: float,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Self-attention of every row over [text, face, video], plus cross-attention to the face where there is one."""
-    packed, unpack = _pack(text, face, video, rows)
-    queries = [base.norm_q(split_heads(q, base.head_dim)) for q in _per_token(base.to_q, packed)]
-    keys = [base.norm_k(split_heads(k, base.head_dim)) for k in _per_token(base.to_k, packed)]
-    values = [split_heads(v, base.head_dim) for v in _per_token(base.to_v, packed)]
-    outs = [base.kernel(base.rotary(q), base.rotary(k), v) for q, k, v in zip(queries[:-1], keys[:-1], values[:-1])]
-    q, k, v = queries[-1], keys[-1], values[-1]
-    if face is None:
-        outs.append(base.kernel(base.rotary(q), base.rotary(k), v))
-    else:
-        outs.append(decoupled_attention(q, k, v, adapter.attn(face), ip_scale, base.rotary, base.kernel))
-    return unpack(_per_token(base.to_out, [join_heads(out) for out in outs]))
-
-
-def _conditioned(base_factors: Tensor, video_delta: Tensor, text_delta: Tensor) -> tuple[Modulation, Modulation]:
-    """The factors of the block plus the residuals on the last rows (Eq. 7); the plain rows before them stay.
-
-    base_factors: (B, 6D); the deltas: (n, 3, D).
-    """
-    # Eq. 7: m = phi(t, l) + m_hat
-    shift, scale, gate, text_shift, text_scale, text_gate = base_factors.chunk(6, dim=-1)
-    plain_rows = base_factors.shape[0] - video_delta.shape[0]
-    pad = (0, 0, 0, 0, plain_rows, 0)
-    return (
-        Modulation(shift, scale, gate).plus(nn.functional.pad(video_delta, pad)),
-        Modulation(text_shift, text_scale, text_gate).plus(nn.functional.pad(text_delta, pad)),
+    rows = video.shape[0] - state.streams.shape[1]
+    factors = BlockFactors(*(of_all.index_select(0, position)[0] for of_all in state.factors))
+    face = state.streams.index_select(0, position)[0]
+    own_video, own_text, face = adapted_block(
+        base, adapter, video[rows:], text[rows:], face, temb[rows:], factors, state.ip_scale
     )
-
-
-Unpack = Callable[[Sequence[Tensor]], tuple[Tensor, Tensor | None, Tensor]]
-
-
-def _pack(text: Tensor, face: Tensor | None, video: Tensor, rows: int) -> tuple[list[Tensor], Unpack]:
-    """Join the streams into sequences: [text, video] for the plain rows, if any, then [text, face, video] for the last
-    `rows`. Returns them and the function that takes results of the same lengths apart again."""
-    plain = text.shape[0] - rows
-    length, faces = text.shape[1], 0 if face is None else face.shape[1]
-    streams = [text[plain:], video[plain:]] if face is None else [text[plain:], face, video[plain:]]
-    packed = [torch.cat(streams, dim=1)]
-    if plain:
-        packed.insert(0, torch.cat([text[:plain], video[:plain]], dim=1))
-
-    def unpack(results: Sequence[Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
-        identity = results[-1]
-        texts, videos = [identity[:, :length]], [identity[:, length + faces :]]
-        if plain:
-            texts.insert(0, results[0][:, :length])
-            videos.insert(0, results[0][:, length:])
-        face_part = None if face is None else identity[:, length : length + faces]
-        return _rows(texts), face_part, _rows(videos)
-
-    return packed, unpack
-
-
-def _rows(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _per_token(layer: Layer, sequences: list[Tensor]) -> list[Tensor]:
-    """Apply a token-wise layer to sequences of different lengths in a single call."""
-    if len(sequences) == 1:
-        return [layer(sequences[0])]
-    tokens = torch.cat([s.flatten(0, 1) for s in sequences])
-    results = layer(tokens).split([s.shape[0] * s.shape[1] for s in sequences])
-    return [r.unflatten(0, s.shape[:2]) for r, s in zip(results, sequences)]
+    state.streams = state.streams.index_copy(0, position + 1, face[None])
+    if not rows:
+        return own_video, own_text
+    plain_video, plain_text = plain(video[:rows], text[:rows], temb[:rows])
+    return torch.cat([plain_video, own_video]), torch.cat([plain_text, own_text])

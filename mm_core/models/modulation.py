@@ -21,25 +21,27 @@ class Modulation(NamedTuple):
     gate: Tensor
 
     def __call__(self, normed: Tensor) -> Tensor:
-        """Scaled and shifted: (B, S, D), normalised, to the same."""
-        return normed * (1 + self.scale)[:, None] + self.shift[:, None]
+        """`x * (1 + scale) + shift`: (B, S, D), normalised, to the same, in one pass over the tokens."""
+        return torch.addcmul(self.shift[:, None], normed, (1 + self.scale)[:, None])
 
     def residual(self, hidden_states: Tensor, update: Tensor) -> Tensor:
-        """`h + gate * F(...)`."""
-        return hidden_states + self.gate[:, None] * update
+        """`h + gate * F(...)`, (B, S, D)."""
+        return torch.addcmul(hidden_states, self.gate[:, None], update)
 
-    def plus(self, delta: Tensor) -> Modulation:
-        """Add (B, 3, D) residual factors (Eq. 7)."""
-        return Modulation(self.shift + delta[:, 0], self.scale + delta[:, 1], self.gate + delta[:, 2])
+
+def halves(factors: Tensor) -> tuple[Modulation, Modulation]:
+    """(B, 6, D) shift1, scale1, gate1, shift2, scale2, gate2 -> those of attention and of the feed-forward."""
+    return Modulation(*factors[:, :3].unbind(1)), Modulation(*factors[:, 3:].unbind(1))
 
 
 class BlockFactors(NamedTuple):
-    """All that the adapter adds to one block's modulation, for n rows that carry an identity."""
+    """All that the adapter adds to modulation, for n rows that carry an identity: of one block, or of A blocks (then
+    with A in front)."""
 
     face: Tensor
-    """(n, 6, D): shift1, scale1, gate1, shift2, scale2, gate2 of the face stream."""
+    """(n, 6, D): shift1, scale1, gate1, shift2, scale2, gate2 of the face stream (Eq. 6)."""
     can: Tensor
-    """(n, 12, D): CAN's residuals, the same six for video, then for text."""
+    """(n, 6 * streams, D): CAN's residuals (Eq. 7), the same six for each modulated stream: video, then text."""
 
 
 class FaceModulation(nn.Module):
@@ -56,18 +58,19 @@ class FaceModulation(nn.Module):
 
 
 class ConditionedModulation(nn.Module):
-    """`phi_cond` of CAN (Eq. 7): residuals on the factors that the frozen block predicts for video and text.
+    """`phi_cond` of CAN (Eq. 7): residuals on the factors that the frozen block predicts for its streams.
 
     Residuals, not factors: predicting the factors themselves fails to train, the paper reports.
     """
 
-    def __init__(self, id_dim: int, time_dim: int, dim: int, hidden_dim: int) -> None:
+    def __init__(self, id_dim: int, time_dim: int, dim: int, hidden_dim: int, streams: int) -> None:
         super().__init__()
+        self.num_factors = 6 * streams
         self.linear_1 = nn.Linear(id_dim + time_dim + dim, hidden_dim)
-        self.linear_2 = nn.Linear(hidden_dim, 12 * dim)
+        self.linear_2 = nn.Linear(hidden_dim, self.num_factors * dim)
 
     def forward(self, id_embedding: Tensor, temb: Tensor, video_shift: Tensor) -> Tensor:
-        """(B, c1) projected ID, (B, Dt) time embedding, (B, D) shift of the frozen block to (B, 12, D)."""
+        """(B, c1) projected ID, (B, Dt) time embedding, (B, D) shift of the frozen block -> (B, 6 * streams, D)."""
         # video_shift: mu1_vid
         condition = torch.cat([id_embedding, F.silu(temb), video_shift], dim=-1)
-        return self.linear_2(F.silu(self.linear_1(condition))).unflatten(-1, (12, -1))
+        return self.linear_2(F.silu(self.linear_1(condition))).unflatten(-1, (self.num_factors, -1))

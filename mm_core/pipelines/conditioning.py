@@ -6,13 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
 from torch import Tensor
 
+from ..hosts.cogvideox_diffusers import HOST, Attached
 from ..memory import on_device
-from ..models.adapter import MagicMirrorAdapter
-from ..models.block import video_shift
-from ..models.diffusers_block import FaceState, take_apart, time_embedding
+from ..models.block import FaceState
 from ..models.id_fusion import fuse_slots
 from ..models.modulation import BlockFactors
 from .control import Acting, AdapterSettings
@@ -21,20 +19,22 @@ from .identity import Identity
 
 @dataclass(frozen=True, kw_only=True)
 class FaceConditioning:
-    """The identity for one schedule. Tensors rest on the CPU; one step's worth goes to the device at a time."""
+    """The identity for one schedule. The factors rest on the CPU; one step's worth goes to the device at a time."""
 
     prompt_embeds: Tensor
     """(1, T, Dtxt), the prompt with the fused word."""
     face_tokens: Tensor | None
     """(1, Q, D), the face stream entering the first adapted block, on the device."""
-    factors: dict[int, BlockFactors]
-    """For each adapted block: face (steps, 6, D) and CAN (steps, 12, D)."""
+    factors: BlockFactors
+    """For each step and each of the A adapted blocks: face (steps, A, 6, D) and CAN (steps, A, 12, D)."""
+    ip_scale: Tensor
+    """(), on the device."""
     settings: AdapterSettings
-    device: torch.device
+    attached: Attached
 
     def acting(self, step: int) -> Acting:
         """What acts at a step."""
-        position = step / next(iter(self.factors.values())).can.shape[0]
+        position = step / len(self.factors.can)
         return self.settings.acting(lambda window: window.start <= position < window.end)
 
     def state(self, step: int) -> FaceState | None:
@@ -42,24 +42,16 @@ class FaceConditioning:
         acting = self.acting(step)
         if not acting.in_blocks:
             return None
-        rows = 2 if self.settings.in_negative else 1
-        factors = {
-            layer: BlockFactors(*(f[step, None].to(self.device).expand(rows, -1, -1) for f in block))
-            for layer, block in self.factors.items()
-        }
-        face = self.face_tokens.expand(rows, -1, -1) if acting.face else None
-        return FaceState(
-            factors=factors,
-            streams=dict.fromkeys(factors, face),
-            can_scale=acting.can_scale,
-            ip_scale=self.settings.ip_scale,
-        )
+        rows, device = 2 if self.settings.in_negative else 1, self.ip_scale.device
+        face, can = (of_all[step].to(device)[:, None].expand(-1, rows, -1, -1) for of_all in self.factors)
+        tokens = self.face_tokens.expand(rows, -1, -1) if acting.face else None
+        factors = BlockFactors(face=face, can=acting.can_scale * can)
+        return self.attached.ready(FaceState.entering(tokens, factors, self.ip_scale))
 
 
 @torch.no_grad()
 def condition(
-    adapter: MagicMirrorAdapter,
-    transformer: CogVideoXTransformer3DModel,
+    attached: Attached,
     identity: Identity,
     prompt_embeds: Tensor,
     slots: Sequence[int],
@@ -74,7 +66,7 @@ def condition(
         slots: positions of the slots; none where the settings never fuse.
         timesteps: (steps,) the schedule.
     """
-    dtype = prompt_embeds.dtype
+    adapter, dtype = attached.adapter, prompt_embeds.dtype
     features = identity.features._replace(structure_tokens=identity.features.structure_tokens.to(device, dtype))
     id_tokens = identity.id_tokens.to(device, dtype)  # (1, N, c)
     if not settings.id_branch:
@@ -86,41 +78,38 @@ def condition(
             prompt_embeds = prompt_embeds.to(device)
             fused = adapter.id_fusion(prompt_embeds[:, slots, :], id_tokens)
             prompt_embeds = fuse_slots(prompt_embeds, fused, tuple(slots), settings.identity_scale)
-    factors = precompute_factors(adapter, transformer, id_embedding, timesteps, device)
+    factors = precompute_factors(attached, id_embedding, timesteps, device)
     return FaceConditioning(
         prompt_embeds=prompt_embeds,
         face_tokens=face_tokens,
-        factors={layer: ablate(block, settings) for layer, block in factors.items()},
+        factors=ablate(factors, settings),
+        ip_scale=torch.tensor(settings.ip_scale, dtype=dtype, device=device),
         settings=settings,
-        device=device,
+        attached=attached,
     )
 
 
 @torch.no_grad()
 def precompute_factors(
-    adapter: MagicMirrorAdapter,
-    transformer: CogVideoXTransformer3DModel,
-    id_embedding: Tensor,
-    timesteps: Tensor,
-    device: torch.device,
-) -> dict[int, BlockFactors]:
-    """The adapter's modulation of every adapted block at every timestep, on the CPU.
+    attached: Attached, id_embedding: Tensor, timesteps: Tensor, device: torch.device
+) -> BlockFactors:
+    """The adapter's modulation of every adapted block at every timestep, on the CPU: (steps, A, .., D) each.
 
     It depends on (timestep, layer, identity) only, so the sampler need not keep CAN and the face modulation, most of
     the adapter's weights, on the device: they visit it block by block, here.
     """
-    dtype = id_embedding.dtype
-    temb = _run(lambda t: time_embedding(transformer, t, dtype), timesteps, transformer.time_embedding.linear_1)
+    transformer, adapter, dtype = attached.transformer, attached.adapter, id_embedding.dtype
+    first = transformer.time_embedding.linear_1
+    temb = _run(lambda t: HOST.time_embedding(transformer, t, dtype), timesteps, first)
     id_embedding = id_embedding.expand(len(timesteps), -1)
-    factors = {}
+    found = []
     for layer in adapter.config.adapted_layers:
-        block = adapter.blocks[str(layer)]
-        base = transformer.transformer_blocks[layer]
-        shift = _run(lambda t, base=base: video_shift(take_apart(base), t), temb, base.norm1.linear)
+        block, base = adapter.blocks[str(layer)], transformer.transformer_blocks[layer]
+        shift = _run(HOST.parts(base).video_shift, temb, base.norm1.linear)
         with on_device([block.can, block.face_modulation], device):
             result = block.factors(id_embedding.to(device), temb.to(device), shift.to(device))
-        factors[layer] = BlockFactors(*(tensor.cpu() for tensor in result))
-    return factors
+        found.append([tensor.cpu() for tensor in result])
+    return BlockFactors(*(torch.stack(of_all, dim=1) for of_all in zip(*found)))
 
 
 def _run(function: Callable[[Tensor], Tensor], x: Tensor, layer: torch.nn.Module) -> Tensor:
@@ -131,9 +120,9 @@ def _run(function: Callable[[Tensor], Tensor], x: Tensor, layer: torch.nn.Module
 
 
 def ablate(factors: BlockFactors, settings: AdapterSettings) -> BlockFactors:
-    """The factors of one block with the ablation's switches applied."""
+    """Factors, (.., 6, D) and (.., 12, D), with the ablation's switches applied."""
     if not settings.face_modulation:
-        open_gates = factors.face.new_tensor([0, 0, 1, 0, 0, 1])[None, :, None]
+        open_gates = factors.face.new_tensor([0, 0, 1, 0, 0, 1])[:, None]
         factors = factors._replace(face=open_gates.expand_as(factors.face))
     if not settings.can:
         factors = factors._replace(can=torch.zeros_like(factors.can))

@@ -9,7 +9,7 @@ import torch
 from diffusers import CogVideoXPipeline
 from torch import Tensor
 
-from ..models.diffusers_block import STATE
+from ..hosts.cogvideox_diffusers import STATE
 from .clip import ClipSettings
 from .conditioning import FaceConditioning
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from diffusers import CogVideoXPipeline
 
+from ..hosts.cogvideox_diffusers import Attached, attach
 from ..memory import apply_policy, choose_policy, needed_bytes, size_in_bytes, store_in_fp8
 from ..models.adapter import MagicMirrorAdapter
-from ..models.diffusers_block import attach
 from .base import BaseModel
 from .lora import Lora, set_loras
 from .preview import LatentPreview
@@ -21,7 +21,8 @@ class LoadedBase:
     """Transformer, VAE and adapter, ready to sample. The text encoder is apart: `text.PromptEncoder`."""
 
     pipe: CogVideoXPipeline
-    adapter: MagicMirrorAdapter | None
+    attached: Attached | None
+    """The adapter on the transformer."""
     policy: str
     """Resolved: one of `choices.POLICIES`."""
     preview: LatentPreview
@@ -73,8 +74,7 @@ def load_base(
     """
     pipe = base.load(dtype, text_encoder=False)
     pipe.set_progress_bar_config(disable=True)
-    if adapter is not None:
-        attach(pipe.transformer, adapter)
+    attached = None if adapter is None else attach(pipe.transformer, adapter)
     if fp8:
         store_in_fp8(pipe.transformer, adapter, dtype)
     sizes = [text_bytes, size_in_bytes(pipe.transformer), size_in_bytes(pipe.vae)]
@@ -82,4 +82,4 @@ def load_base(
     policy = choose_policy(offload, sizes, device)
     apply_policy(policy, pipe, adapter, device)
     preview = LatentPreview(pipe.vae, device, lend=policy == "model", known=base.latent_rgb)
-    return LoadedBase(pipe=pipe, adapter=adapter, policy=policy, preview=preview, dtype=dtype, device=device)
+    return LoadedBase(pipe=pipe, attached=attached, policy=policy, preview=preview, dtype=dtype, device=device)

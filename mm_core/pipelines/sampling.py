@@ -65,7 +65,7 @@ def sample(
             face = None
             if identity is not None:
                 face = _condition(loaded, clip, identity, tokens, settings, marked)
-            with on_device(sampling_parts(loaded.adapter) if face else [], device):
+            with on_device(sampling_parts(loaded.attached.adapter) if face else [], device):
                 latents = denoise(pipe, clip, prompt, negative, face, report)
     finally:
         pipe.maybe_free_model_hooks()
@@ -85,8 +85,7 @@ def _condition(
     scheduler = loaded.pipe.scheduler
     scheduler.set_timesteps(clip.steps)
     return condition(
-        loaded.adapter,
-        loaded.pipe.transformer,
+        loaded.attached,
         identity,
         prompt,
         tokens.slots if tokens else (),

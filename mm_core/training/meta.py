@@ -23,8 +23,8 @@ from transformers import T5Config, T5EncoderModel
 
 from ..checkpoints.photomaker import read_id_encoder_config
 from ..errors import SettingError
+from ..hosts.cogvideox_diffusers import STATE
 from ..models.adapter import MagicMirrorAdapter
-from ..models.diffusers_block import STATE
 from ..models.id_encoder import PHOTOMAKER_V2, IDEncoder, IDEncoderConfig
 from ..pipelines import tiny
 from ..pipelines.base import FolderBase, TinyBase
@@ -322,7 +322,7 @@ class SavedTensors:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             self._part = number
             state = (kwargs.get("attention_kwargs") or {}).get(STATE)
-            carried = [] if state is None else [*state.factors.get(number, ()), state.streams.get(number)]
+            carried = [] if state is None else [*state.factors, state.streams, state.ip_scale]
             found = [*args, *kwargs.values(), *carried]
             self._inputs |= {self._key(value) for value in found if isinstance(value, Tensor)}
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..faces.analysis import FaceAnalyzer
 from ..faces.tracking import find_faces, follow
+from ..hosts.cogvideox_diffusers import STATE, attach
 from ..models.adapter import MagicMirrorAdapter
-from ..models.diffusers_block import STATE, attach, face_state
 from ..pipelines.conditioning import ablate
 from ..pipelines.control import AdapterSettings
 from .arcface import DifferentiableArcFace
@@ -67,7 +67,7 @@ class AdapterTraining(nn.Module):
         self.adapter = adapter.requires_grad_(True)
         # Nobody reads the face stream after the last adapted block, so its second norm can never have a gradient.
         adapter.blocks[str(adapter.config.adapted_layers[-1])].face_norm2.requires_grad_(False)
-        attach(self.transformer, adapter)
+        self.attached = attach(self.transformer, adapter)
         self.settings, self.identity_weight, self.motion_weight = settings, identity_weight, motion_weight
         self.motion_windows = motion_windows
         # Not submodules: frozen, in their own dtype, and none of the trained model's state.
@@ -204,14 +204,10 @@ class AdapterTraining(nn.Module):
         if settings.structure_branch:
             photos = batch["structure_tokens"].flatten(1, 2)  # (n, R * S, clip)
             face_tokens = adapter.face_proj(adapter.face_perceiver(photos))  # (n, Q, D)
-        state = face_state(
-            self.transformer,
-            adapter,
-            id_tokens=id_tokens,
-            face_tokens=face_tokens,
-            timestep=batch["timestep"][-rows:],
+        state = self.attached.face_state(
+            id_tokens=id_tokens, face_tokens=face_tokens, timestep=batch["timestep"][-rows:]
         )
-        state.factors = {layer: ablate(factors, settings) for layer, factors in state.factors.items()}
+        state.factors = ablate(state.factors, settings)
         return text, state
 
     def _identity_loss(self, prediction: Tensor, batch: dict[str, Tensor]) -> Tensor:

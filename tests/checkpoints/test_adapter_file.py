@@ -26,9 +26,9 @@ from torch import Tensor
 
 from mm_core.checkpoints.adapter_file import Trained, load_adapter, read_header, save_adapter
 from mm_core.errors import CheckpointError
+from mm_core.hosts.cogvideox_diffusers import STATE, attach
 from mm_core.models.adapter import MagicMirrorAdapter
 from mm_core.models.config import AdapterConfig
-from mm_core.models.diffusers_block import STATE, attach, face_state
 from mm_core.pipelines.base import FolderBase
 from mm_core.pipelines.magic_mirror import MagicMirror
 
@@ -165,14 +165,8 @@ def test_hand_written_file_loads_and_works(path: Path) -> None:
     transformer = build_transformer("5b")
     inputs = transformer_inputs(transformer)
     plain = transformer(**inputs).sample
-    attach(transformer, adapter)
-    state = face_state(
-        transformer,
-        adapter,
-        id_tokens=noise(1, 2, 12),
-        face_tokens=noise(1, 3, 32),
-        timestep=inputs["timestep"],
-    )
+    attached = attach(transformer, adapter)
+    state = attached.face_state(id_tokens=noise(1, 2, 12), face_tokens=noise(1, 3, 32), timestep=inputs["timestep"])
     adapted = transformer(**inputs, attention_kwargs={STATE: state}).sample
     assert adapted.isfinite().all()
     assert not torch.allclose(adapted, plain, atol=1e-3)

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from mm_core.hosts.cogvideox_diffusers import HOST, STATE, CogVideoXParts, attach
 from mm_core.models.adapter import MagicMirrorAdapter
-from mm_core.models.block import adapted_block, video_shift
+from mm_core.models.block import adapted_block
 from mm_core.models.config import AdapterConfig
-from mm_core.models.diffusers_block import STATE, attach, face_state, take_apart
 from mm_core.models.id_encoder import FaceFeatures, IDEncoder, IDEncoderConfig
 from mm_core.models.id_fusion import fuse_slots
 from mm_core.models.perceiver import IDPerceiver
@@ -150,14 +150,15 @@ class BlockCase:
         self.rotary = rotary_embedding(VIDEO_TOKENS, 16) if rotary else None
 
     def ours(
-        self, *, rows: int = 1, face: bool = True, can_scale: float = 1.0, ip_scale: float = 1.0
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The project's block; the last `rows` rows carry the identity."""
-        base = take_apart(self.base, VIDEO_TOKENS, self.rotary)
-        temb = self.temb[-rows:]
-        factors = self.block.factors(self.projected_id[-rows:], temb, video_shift(base, temb))
-        stream = self.face[-rows:] if face else None
-        return adapted_block(base, self.block, self.video, self.text, self.temb, stream, factors, can_scale, ip_scale)
+        self, *, face: bool = True, can_scale: float = 1.0, ip_scale: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The project's block."""
+        base = CogVideoXParts(self.base, self.rotary)
+        factors = self.block.factors(self.projected_id, self.temb, base.video_shift(self.temb))
+        factors = factors._replace(can=can_scale * factors.can)
+        stream = self.face if face else self.face[:, :0]
+        scale = self.face.new_tensor(ip_scale)
+        return adapted_block(base, self.block, self.video, self.text, stream, self.temb, factors, scale)
 
     def expected(self, row: int = 0, **strengths: float) -> tuple[Tensor, Tensor, Tensor]:
         """The transcription, on one row."""
@@ -179,7 +180,7 @@ def test_factors(dtype: torch.dtype) -> None:
     case = BlockCase(dtype, rotary=False, rows=2)
     base, block = case.base.state_dict(), case.block.state_dict()
     mu1_vid = reference.linear(base, "norm1.linear", reference.silu(case.temb))[:, :32]
-    ours_mu1 = video_shift(take_apart(case.base), case.temb)
+    ours_mu1 = HOST.parts(case.base).video_shift(case.temb)
     assert_near(ours_mu1, mu1_vid, TOLERANCE[dtype])
     ours = case.block.factors(case.projected_id, case.temb, ours_mu1)
     face = torch.stack(reference.face_factors(block, case.temb), dim=1)
@@ -200,23 +201,19 @@ def test_block(rotary: bool, dtype: torch.dtype, strengths: dict[str, float]) ->
         assert_near(ours, expected, TOLERANCE[dtype])
 
 
-def test_rows_with_and_without_identity() -> None:
-    """The first row of a batch takes the base's path; the last two rows equal runs of their own."""
+def test_rows_of_a_batch_are_apart() -> None:
+    """Three rows with an identity each equal runs of their own."""
     case = BlockCase(torch.float32, rotary=True, rows=3)
-    video, text, face = case.ours(rows=2)
-    for ours, expected in zip((video[0, None], text[0, None]), case.plain(0), strict=True):
-        assert_near(ours, expected, 1e-5)
-    for row in (1, 2):
-        ours = (video[row, None], text[row, None], face[row - 1, None])
-        for actual, expected in zip(ours, case.expected(row), strict=True):
-            assert_near(actual, expected, 1e-5)
+    for row in range(3):
+        for actual, expected in zip(case.ours(), case.expected(row), strict=True):
+            assert_near(actual[row, None], expected, 1e-5)
 
 
 def test_without_structure_branch_only_can_acts() -> None:
     """Without a face stream there is nothing to attend to: the block is the base's under CAN's factors."""
     case = BlockCase(torch.float32, rotary=True)
     video, text, face = case.ours(face=False, can_scale=0.0)
-    assert face is None
+    assert face.shape == (1, 0, 32)
     for ours, expected in zip((video, text), case.plain(0), strict=True):
         assert_near(ours, expected, 1e-5)
     assert not torch.allclose(case.ours(face=False)[0], video)
@@ -304,10 +301,10 @@ def test_transformer(kind: str) -> None:
     """A whole transformer with the adapter attached, of each published kind, is the transcription over all blocks."""
     transformer, plain = build_transformer(kind), build_transformer(kind)
     adapter = build_adapter(transformer).requires_grad_(False)
-    attach(transformer, adapter)
+    attached = attach(transformer, adapter)
     inputs = transformer_inputs(transformer)
     face, id_tokens = noise(1, 3, 32, seed=6), noise(1, 2, 12, seed=7)
-    state = face_state(transformer, adapter, id_tokens=id_tokens, face_tokens=face, timestep=inputs["timestep"])
+    state = attached.face_state(id_tokens=id_tokens, face_tokens=face, timestep=inputs["timestep"])
     ours = transformer(**inputs, attention_kwargs={STATE: state}).sample
     expected = reference_transformer(plain, adapter, inputs, face, id_tokens)
     assert_near(ours, unpatchify(expected, ours, plain.config.patch_size_t or 1), 3e-5)
@@ -321,3 +318,37 @@ def test_transformer_without_identity(kind: str) -> None:
     attach(transformer, build_adapter(transformer))
     inputs = transformer_inputs(transformer, batch=2)
     assert torch.equal(transformer(**inputs).sample, plain(**inputs).sample)
+
+
+def in_two_parts(block: nn.Module, rows: int) -> None:
+    """Let a block of diffusers run the first rows of a batch and the others one after the other: torch multiplies
+    batches of different sizes by different code, whose last bits differ."""
+    forward = block.forward
+
+    def parts(hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
+        batch = hidden_states, encoder_hidden_states, temb
+        return tuple(
+            torch.cat(pair)
+            for pair in zip(forward(*(x[:rows] for x in batch), **rest), forward(*(x[rows:] for x in batch), **rest))
+        )
+
+    block.forward = parts
+
+
+@pytest.mark.parametrize(("batch", "people"), [(2, 1), (3, 1), (4, 2)])
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_rows_without_identity(kind: str, batch: int, people: int) -> None:
+    """Rows before those with an identity have diffusers' bits, with the adapter acting on the others."""
+    transformer, plain = build_transformer(kind), build_transformer(kind)
+    attached = attach(transformer, build_adapter(transformer))
+    rows = batch - people
+    for block in plain.transformer_blocks[::2]:
+        in_two_parts(block, rows)
+    inputs = transformer_inputs(transformer, batch)
+    person = dict(id_tokens=noise(people, 2, 12, seed=7), face_tokens=noise(people, 3, 32, seed=6))
+    state = attached.face_state(**person, timestep=inputs["timestep"][rows:])
+    ours, theirs = transformer(**inputs, attention_kwargs={STATE: state}).sample, plain(**inputs).sample
+    assert torch.equal(ours[:rows], theirs[:rows])
+    inputs = {name: value[rows:] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    alone = attached.face_state(**person, timestep=inputs["timestep"])
+    assert_near(ours[rows:], transformer(**inputs, attention_kwargs={STATE: alone}).sample, 1e-5)

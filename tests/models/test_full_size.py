@@ -7,9 +7,10 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch.utils.flop_counter import FlopCounterMode
 
+from mm_core.hosts.cogvideox_diffusers import STATE, attach
 from mm_core.models.adapter import MagicMirrorAdapter
+from mm_core.models.block import FaceState
 from mm_core.models.config import AdapterConfig
-from mm_core.models.diffusers_block import STATE, FaceState, attach
 from mm_core.models.modulation import BlockFactors
 from mm_core.pipelines.presets import PRESETS
 
@@ -40,11 +41,10 @@ def forward(transformer: CogVideoXTransformer3DModel, state: FaceState | None = 
 
 def sampling_state(adapter: MagicMirrorAdapter) -> FaceState:
     """What a step of sampling gets: all factors computed before."""
-    size = adapter.config.hidden_size
-    factors = BlockFactors(face=torch.empty(1, 6, size, device=META), can=torch.empty(1, 12, size, device=META))
-    face = torch.empty(1, adapter.config.num_face_tokens, size, device=META)
-    layers = adapter.config.adapted_layers
-    return FaceState(factors=dict.fromkeys(layers, factors), streams=dict.fromkeys(layers, face))
+    blocks, size = len(adapter.config.adapted_layers), adapter.config.hidden_size
+    face, can = (torch.empty(blocks, 1, factors, size, device=META) for factors in (6, 12))
+    tokens = torch.empty(1, adapter.config.num_face_tokens, size, device=META)
+    return FaceState.entering(tokens, BlockFactors(face=face, can=can), torch.empty((), device=META))
 
 
 @pytest.mark.parametrize(
@@ -67,17 +67,17 @@ def test_adapter_size(model: str, parameters: int, tensors: int) -> None:
 def test_forward_passes(model: str) -> None:
     """An adapted forward of every published model gives a prediction of the latents' shape."""
     transformer, adapter = published(model)
-    attach(transformer, adapter)
+    attached = attach(transformer, adapter)
     frames = 13 if PRESETS[model].transformer.get("patch_size_t") is None else 14
-    assert forward(transformer, sampling_state(adapter)) == (1, frames, 16, 60, 90)
+    assert forward(transformer, attached.ready(sampling_state(adapter))) == (1, frames, 16, 60, 90)
 
 
 def test_cost_of_a_step() -> None:
     """A step with the identity costs at most half a per cent more arithmetic than one of the base model."""
     transformer, adapter = published("CogVideoX-5b")
-    attach(transformer, adapter)
+    attached = attach(transformer, adapter)
     flops = []
-    for state in (None, sampling_state(adapter)):
+    for state in (None, attached.ready(sampling_state(adapter))):
         with FlopCounterMode(display=False) as counter:
             forward(transformer, state)
         flops.append(counter.get_total_flops())

@@ -11,8 +11,9 @@ from tiny_models import build_identity
 from torch import Tensor, nn
 
 from mm_core.errors import PromptError, SettingError
+from mm_core.hosts.cogvideox_diffusers import STATE
 from mm_core.models.adapter import MagicMirrorAdapter
-from mm_core.models.diffusers_block import STATE, FaceState
+from mm_core.models.block import FaceState
 from mm_core.pipelines.clip import ClipSettings
 from mm_core.pipelines.control import BALANCED, CONTROLS, AdapterSettings, Window
 from mm_core.pipelines.magic_mirror import MagicMirror
@@ -34,13 +35,14 @@ class Step(NamedTuple):
     text: Tensor
     state: FaceState | None
 
-    @property
-    def can_scale(self) -> float:
-        return self.state.can_scale if self.state else 0.0
+    def can_scale(self, full: Step) -> float:
+        """How strong CAN is, beside the same step at strength 1."""
+        ours, whole = (0.0 if step.state is None else float(step.state.factors.can.norm()) for step in (self, full))
+        return round(ours / whole, 4)
 
     @property
     def face(self) -> bool:
-        return self.state is not None and any(stream is not None for stream in self.state.streams.values())
+        return self.state is not None and self.state.streams.shape[2] > 0
 
 
 @pytest.fixture
@@ -95,7 +97,7 @@ def test_each_part_acts_in_its_window(
     assert not torch.equal(with_person.text, plain.text)
     for step, is_fused in zip(ours, fused, strict=True):
         assert torch.equal(step.text, with_person.text if is_fused else plain.text)
-    assert [step.can_scale for step in ours] == can
+    assert [step.can_scale(whole) for step, whole in zip(ours, steps[:4], strict=True)] == can
     assert [step.face for step in ours] == face
 
 
@@ -128,7 +130,7 @@ def test_text_fusion_that_never_acts(mirror: MagicMirror, steps: list[Step]) -> 
     never = AdapterSettings(identity_window=NEVER)
     mirror.sample(clip(), build_identity(), never)
     assert all(torch.equal(step.text, steps[0].text) for step in steps)
-    assert steps[-1].can_scale == 1 and steps[-1].face
+    assert steps[-1].state.factors.can.any() and steps[-1].face
     wizard = clip(prompt="a wizard reading")
     assert mirror.check(wizard, build_identity(), never) is None
     with pytest.raises(PromptError):

@@ -16,8 +16,7 @@ from tiny_models import PROMPT_TOKENS, TINY_KINDS, assert_near, build_identity, 
 from torch import Tensor
 
 from mm_core.errors import DecodeError
-from mm_core.models.block import video_shift
-from mm_core.models.diffusers_block import STATE, detach, take_apart, time_embedding
+from mm_core.hosts.cogvideox_diffusers import HOST, STATE, attach
 from mm_core.pipelines import text
 from mm_core.pipelines.base import FolderBase
 from mm_core.pipelines.clip import ClipSettings
@@ -110,7 +109,7 @@ class TestSwitchedOff:
         """After the adapter came off again, and without one from the beginning."""
         mirror = MagicMirror(FolderBase(folders["5b"]), adapter=folders["5b"] / "adapter.safetensors")
         mirror.sample(clip(steps=1), build_identity())
-        detach(mirror.pipeline.transformer)
+        mirror.loaded.attached.remove()
         assert torch.equal(mirror.sample(clip()), plain("5b", clip()))
         assert torch.equal(MagicMirror(FolderBase(folders["5b"])).sample(clip()), plain("5b", clip()))
 
@@ -218,8 +217,7 @@ class TestConditioning:
         """The conditioning of a prompt, and the prompt."""
         prompt = noise(1, PROMPT_TOKENS, 14, seed=1)
         result = condition(
-            mirror.adapter,
-            mirror.pipeline.transformer,
+            mirror.loaded.attached,
             identity or build_identity(),
             prompt,
             (3, 4),
@@ -238,16 +236,16 @@ class TestConditioning:
         cpu = torch.device("cpu")
         with torch.no_grad():
             id_embedding = adapter.id_embedding(identity)
-            factors = precompute_factors(adapter, base, id_embedding, self.STEPS, cpu)
-            assert tuple(factors) == (0, 2, 4)
+            face, can = precompute_factors(attach(base, adapter), id_embedding, self.STEPS, cpu)
+            assert face.shape == (3, 3, 6, 32) and can.shape == (3, 3, 12, 32)
+            assert face.dtype == can.dtype == dtype
             for step, timestep in enumerate(self.STEPS):
-                temb = time_embedding(base, timestep[None], dtype)
-                for layer, (face, can) in factors.items():
-                    shift = video_shift(take_apart(base.transformer_blocks[layer]), temb)
+                temb = HOST.time_embedding(base, timestep[None], dtype)
+                for position, layer in enumerate((0, 2, 4)):
+                    shift = HOST.parts(base.transformer_blocks[layer]).video_shift(temb)
                     alone = adapter.blocks[str(layer)].factors(id_embedding, temb, shift)
-                    assert face.dtype == can.dtype == dtype
-                    assert_near(face[step, None], alone.face, tolerance)
-                    assert_near(can[step, None], alone.can, tolerance)
+                    assert_near(face[step, position, None], alone.face, tolerance)
+                    assert_near(can[step, position, None], alone.can, tolerance)
 
     def test_fused_text(self, mirror: MagicMirror) -> None:
         """Only the slots of the prompt change, and not at strength 0."""
@@ -271,7 +269,7 @@ class TestConditioning:
         """There is no face stream in any block and the photos' structure acts nowhere; the ID tokens do."""
         face, _ = self.conditioning(mirror, structure_branch=False)
         assert face.face_tokens is None
-        assert set(face.state(0).streams.values()) == {None}
+        assert face.state(0).streams.shape == (4, 1, 0, 32)
         one = build_identity()
         other = replace(one, features=one.features._replace(structure_tokens=-one.features.structure_tokens))
         settings = AdapterSettings(structure_branch=False)
@@ -282,11 +280,10 @@ class TestConditioning:
     def test_without_face_modulation(self, mirror: MagicMirror) -> None:
         """The face stream passes with open gates, no shift and no scale, whatever the step."""
         face, _ = self.conditioning(mirror, face_modulation=False)
-        for factors in face.factors.values():
-            assert factors.face.shape == (3, 6, 32)
-            assert factors.face.unique(dim=-1)[0].flatten().tolist() == [0, 0, 1, 0, 0, 1]
-            assert torch.equal(factors.face[0], factors.face[2])
-            assert factors.can.any()
+        assert face.factors.face.shape == (3, 3, 6, 32)
+        assert face.factors.face.unique(dim=-1)[0, 0].flatten().tolist() == [0, 0, 1, 0, 0, 1]
+        assert torch.equal(face.factors.face[0], face.factors.face[2])
+        assert all(face.factors.can[:, position].any() for position in range(3))
 
     def test_without_can(self, mirror: MagicMirror) -> None:
         """CAN's residuals are gone, as at strength 0."""

@@ -17,7 +17,7 @@ from torch import nn
 
 from mm_core.checkpoints.adapter_file import expected_tensors, load_adapter
 from mm_core.errors import CheckpointError, SettingError
-from mm_core.models.diffusers_block import STATE
+from mm_core.hosts.cogvideox_diffusers import STATE
 from mm_core.training.__main__ import main, train_stage
 from mm_core.training.adapter_task import ADAPTER_FILE, AdapterTask
 from mm_core.training.config import ABLATIONS, StageConfig, TrainingConfig

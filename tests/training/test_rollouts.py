@@ -95,7 +95,7 @@ def test_a_rollout_is_what_inference_samples(config: TrainingConfig, monkeypatch
     photo = FaceFeatures(id_tokens=sample["id_tokens"], structure_tokens=sample["structure_tokens"])
     prompt, device = sample["text"][None], torch.device("cpu")
     face = condition(
-        task.model.adapter, pipe.transformer, Identity(features=photo, references=()), prompt,
+        task.model.attached, Identity(features=photo, references=()), prompt,
         tuple(sample["slots"].tolist()), pipe.scheduler.timesteps, task.model.settings, device,
     )  # fmt: skip
     theirs = denoise(pipe, clip, prompt, task.features.empty.float(), face)[0]

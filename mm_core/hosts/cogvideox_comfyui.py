@@ -1,0 +1,154 @@
+"""CogVideoX in ComfyUI's core, by the names in it; nothing of it is imported.
+
+`nodes/native_model.py` puts `adapted_forward` in front of a block's own forward, as an object patch, so that LoRA,
+casting and offloading see the model that they know, and a bypass removes it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.attention import split_heads
+from ..models.block import AdapterBlock, FaceState, run_block
+from ..models.config import base_sizes
+from .host import Host
+
+RotaryEmbedding = tuple[Tensor, Tensor]
+
+
+class CoreCogVideoX(Host):
+    """`comfy.ldm.cogvideo.model.CogVideoXTransformer3DModel`.
+
+    Args:
+        attention: core's `optimized_attention`, so that its replacements act here too.
+        rotate: core's `apply_rotary_emb`.
+        timestep_embedding: core's `get_timestep_embedding`.
+    """
+
+    def __init__(
+        self,
+        *,
+        attention: Callable[..., Tensor],
+        rotate: Callable[[Tensor, RotaryEmbedding], Tensor],
+        timestep_embedding: Callable[..., Tensor],
+    ) -> None:
+        self.attention, self.rotate, self.timestep_embedding = attention, rotate, timestep_embedding
+
+    def sizes(self, transformer: nn.Module) -> dict[str, int]:
+        blocks = transformer.blocks
+        return base_sizes(
+            dict(
+                num_attention_heads=transformer.num_attention_heads,
+                attention_head_dim=transformer.attention_head_dim,
+                num_layers=len(blocks),
+                time_embed_dim=blocks[0].norm1.linear.in_features,
+                text_embed_dim=transformer.patch_embed.text_proj.in_features,
+            )
+        )
+
+    def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
+        return transformer.blocks
+
+    def parts(self, block: nn.Module) -> CoreParts:
+        return CoreParts(self, block, None, {})
+
+    def time_embedding(self, transformer: nn.Module, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        net = transformer
+        wave = self.timestep_embedding(timesteps, net.time_proj_dim, net.time_proj_flip, net.time_proj_shift).to(dtype)
+        return net.time_embedding_linear_2(net.time_embedding_act(net.time_embedding_linear_1(wave)))
+
+    def adapted_forward(
+        self,
+        block: nn.Module,
+        adapter_block: AdapterBlock,
+        position: Tensor,
+        inner: Callable[..., tuple[Tensor, Tensor]],
+        key: Hashable,
+    ) -> Callable[..., tuple[Tensor, Tensor]]:
+        """A forward for a block: ours where `transformer_options[key]` is a `FaceState`, else the one before.
+
+        position: (1,), on the device, which of the adapted blocks this is.
+        inner: the forward that was there.
+        """
+        def forward(
+            hidden_states: Tensor,
+            encoder_hidden_states: Tensor,
+            temb: Tensor,
+            image_rotary_emb: RotaryEmbedding | None = None,
+            transformer_options: dict[str, Any] | None = None,
+        ) -> tuple[Tensor, Tensor]:
+            options = transformer_options or {}
+            state: FaceState | None = options.get(key)
+
+            def plain(video: Tensor, text: Tensor, temb: Tensor) -> tuple[Tensor, Tensor]:
+                return inner(
+                    hidden_states=video,
+                    encoder_hidden_states=text,
+                    temb=temb,
+                    image_rotary_emb=image_rotary_emb,
+                    transformer_options=transformer_options,
+                )
+
+            if state is None:
+                return plain(hidden_states, encoder_hidden_states, temb)
+            parts = CoreParts(self, block, image_rotary_emb, options)
+            return run_block(parts, adapter_block, position, state, plain, hidden_states, encoder_hidden_states, temb)
+
+        return forward
+
+
+class CoreParts:
+    """Core's block as the parts that the mathematics needs; see `BlockParts`."""
+
+    def __init__(
+        self, host: CoreCogVideoX, block: nn.Module, image_rotary_emb: RotaryEmbedding | None, options: dict[str, Any]
+    ) -> None:
+        self.host, self.block, self.image_rotary_emb, self.options = host, block, image_rotary_emb, options
+
+    def modulation(self, temb: Tensor) -> Tensor:
+        temb = F.silu(temb)
+        # phi_vid, phi_txt: each norm predicts shift, scale, gate of the video, then of the text.
+        halves = [norm.linear(temb).unflatten(-1, (2, 3, -1)) for norm in (self.block.norm1, self.block.norm2)]
+        return torch.cat(halves, dim=2)  # (B, 2, 6, D)
+
+    def video_shift(self, temb: Tensor) -> Tensor:
+        return self.block.norm1.linear(F.silu(temb)).chunk(6, dim=-1)[0]
+
+    def norm1(self, tokens: Tensor) -> Tensor:
+        return self.block.norm1.norm(tokens)
+
+    def qkv(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        block = self.block
+        q, k, v = (split_heads(layer(tokens), block.head_dim) for layer in (block.q, block.k, block.v))
+        return block.norm_q(q), block.norm_k(k), v
+
+    def apply_rotary_emb(self, x: Tensor) -> Tensor:
+        return x if self.image_rotary_emb is None else self.host.rotate(x, self.image_rotary_emb)
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self.host.attention(
+            query,
+            key,
+            value,
+            heads=query.shape[1],
+            skip_reshape=True,
+            skip_output_reshape=True,
+            transformer_options=self.options,
+        )
+
+    def to_out(self, tokens: Tensor) -> Tensor:
+        return self.block.attn_out(tokens)
+
+    def cross_attention(self, video: Tensor) -> Tensor:
+        return video
+
+    def norm2(self, tokens: Tensor) -> Tensor:
+        return self.block.norm2.norm(tokens)
+
+    def feed_forward(self, tokens: Tensor) -> Tensor:
+        return self.block.ff_out(F.gelu(self.block.ff_proj(tokens), approximate="tanh"))
