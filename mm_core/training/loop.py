@@ -24,12 +24,10 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import ProjectConfiguration
 from diffusers.training_utils import EMAModel
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch import compile as compiled
 from tqdm import tqdm
 
-from ..checkpoints.safetensors_file import read_tensors
 from ..errors import MagicMirrorError, SettingError
 from ..files import PARTIAL, append_lines, write_json
 from .optimizer import OPTIMIZERS, parameter_groups
@@ -42,12 +40,11 @@ from .runs import (
     checkpoints,
     forget_after,
     latest_checkpoint,
-    step_of,
 )
+from .saved_state import SavedState
 
 _log = logging.getLogger(__name__)
 
-TRAINABLE = "trainable.safetensors"
 _TIMESTEP_BUCKETS = 10
 
 
@@ -179,12 +176,8 @@ class _Run:
         self.model, self.optimizer = self.accelerator.prepare(task.model, optimizer)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.ema = EMAModel(self.parameters, decay=config.ema_decay) if config.ema_decay else None
-        if self.ema is not None:
-            self.accelerator.register_for_checkpointing(self.ema)
-        if getattr(task, "state", None) is not None:
-            self.accelerator.register_for_checkpointing(task.state)
-        self.accelerator.register_save_state_pre_hook(self._save_trainable)
-        self.accelerator.register_load_state_pre_hook(self._load_trainable)
+        extras = [extra for extra in (self.ema, getattr(task, "state", None)) if extra is not None]
+        self.saved = SavedState(self.accelerator, folder, self.names, extras)
         self.stopping = threading.Event()
 
     def run(self) -> Path:
@@ -338,28 +331,11 @@ class _Run:
         state = self.accelerator.get_state_dict(self.model)
         return {name: state[name].detach().cpu().clone() for name in self.names} if state else {}
 
-    def _save_trainable(self, models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
-        """Frozen weights have no place in a checkpoint. Sharded models (`weights` is empty) are saved by accelerate."""
-        if weights:
-            if self.accelerator.is_main_process:
-                save_file({name: weights[0][name].contiguous() for name in self.names}, Path(folder) / TRAINABLE)
-            weights.clear()
-
-    def _load_trainable(self, models: list[nn.Module], folder: str) -> None:
-        path = Path(folder) / TRAINABLE
-        if path.is_file():
-            model = self.accelerator.unwrap_model(models.pop(), keep_torch_compile=False)
-            model.load_state_dict(read_tensors(path), strict=False)
-
     def _resume(self) -> int:
         """Load the last checkpoint, if there is one; returns the number of steps done."""
-        last = latest_checkpoint(self.folder)
-        start = 0
-        if last is not None:
-            self.accelerator.load_state(str(last))
-            if self.ema is not None:
-                self.ema.to(self.accelerator.device)
-            start = step_of(last)
+        start = self.saved.resume()
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)
         if self.accelerator.is_main_process:
             for left_by_a_killed_run in (self.folder / CHECKPOINTS).glob(f".*{PARTIAL}"):
                 shutil.rmtree(left_by_a_killed_run)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import SettingError
+from ..checkpoints.json_file import parse_object, read_object
+from ..errors import CheckpointError, SettingError
+from ..files import whole_file
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -50,28 +51,43 @@ def check_settings(folder: Path, wanted: Mapping[str, Any]) -> None:
     path = folder / SETTINGS
     if not path.is_file():
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = read_object(path)
+    except CheckpointError as error:
+        raise SettingError(
+            f"{error} It tells which run the folder holds: remove the file if that is the run to go on with."
+        ) from error
     wanted = json.loads(json.dumps(wanted))
     differing = [name for name in wanted if name not in _FREE and found.get(name) != wanted[name]]
     if differing:
         name = differing[0]
         raise SettingError(
-            f"{folder} holds a run with {name} {found.get(name)}, not {wanted[name]}: use another folder, or the same "
-            "setting to go on."
+            f"{folder} holds a run with {name} {str(found.get(name))[:100]}, not {wanted[name]}: use another folder, "
+            "or the same setting to go on."
         )
 
 
 def forget_after(path: Path, step: int) -> None:
-    """Drop what a killed run measured after its last checkpoint: it will be measured again."""
+    """Drop what a killed run measured after its last checkpoint: it will be measured again.
+
+    Raises SettingError for a line that is damaged; the last one may be cut short, by the kill.
+    """
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if _step_in(line) <= step]
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    lines = path.read_bytes().splitlines()
+    steps = [_step_in(line) for line in lines]
+    for number, found in enumerate(steps[:-1], 1):
+        if found is None:
+            raise SettingError(f"{path} is damaged in line {number}: it must be a JSON object with `step`. Remove it.")
+    kept = [line for line, found in zip(lines, steps) if found is not None and found <= step]
+    with whole_file(path) as temporary:
+        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
 
 
-def _step_in(line: str) -> float:
+def _step_in(line: bytes) -> int | None:
+    """The step of a line of measurements; None for one that is damaged."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:  # a line that the kill cut short
-        return math.inf
+        step = parse_object(line.decode("utf-8"), "a line").get("step")
+    except (UnicodeDecodeError, CheckpointError):
+        return None
+    return step if type(step) is int else None
