@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .pipelines.base import BaseModel
+    from .pipelines.clip import ClipSettings
+    from .pipelines.presets import ClipLimits
 
 DOWNLOADS = Path.home() / ".cache" / "magic-mirror-models"
 FACES = Path.home() / ".insightface"
@@ -40,7 +42,6 @@ def generate(args: argparse.Namespace) -> None:
 
     from .faces.analysis import FaceAnalyzer
     from .faces.references import analyse_references, check_weights, read_image
-    from .pipelines.clip import ClipSettings
     from .pipelines.control import AdapterSettings
     from .pipelines.magic_mirror import MagicMirror
     from .video import write_video
@@ -55,19 +56,7 @@ def generate(args: argparse.Namespace) -> None:
     model = MagicMirror(
         _base(args), adapter=args.adapter, id_encoder=_id_encoder(args), precision=args.precision, offload=args.offload
     )
-    limits = model.base.limits
-    clip = ClipSettings(
-        prompt=args.prompt,
-        negative_prompt=args.negative_prompt,
-        width=limits.width if args.width is None else args.width,
-        height=limits.height if args.height is None else args.height,
-        num_frames=limits.num_frames if args.frames is None else args.frames,
-        steps=args.steps,
-        guidance_scale=args.guidance,
-        dynamic_guidance=args.scheduler == "dpm",
-        scheduler=args.scheduler,
-        seed=args.seed,
-    )
+    clip = _clip_settings(args, model.base.limits)
     settings = AdapterSettings(
         identity_scale=args.identity_scale,
         can_scale=args.can_scale,
@@ -95,6 +84,23 @@ def generate(args: argparse.Namespace) -> None:
         path = _save_latents(latents, output)
         raise MagicMirrorError(f"{error} The sampled clip is kept, as latents, in {path}.") from error
     print(output.absolute())
+
+
+def _clip_settings(args: argparse.Namespace, limits: ClipLimits) -> ClipSettings:
+    from .pipelines.clip import ClipSettings
+
+    return ClipSettings(
+        prompt=args.prompt,
+        negative_prompt=args.negative_prompt,
+        width=limits.width if args.width is None else args.width,
+        height=limits.height if args.height is None else args.height,
+        num_frames=limits.num_frames if args.frames is None else args.frames,
+        steps=args.steps,
+        guidance_scale=args.guidance,
+        dynamic_guidance=args.scheduler == "dpm",
+        scheduler=args.scheduler,
+        seed=args.seed,
+    )
 
 
 def doctor(args: argparse.Namespace) -> None:

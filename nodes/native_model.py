@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import trange
 
 from ..mm_core.errors import CheckpointError
+from ..mm_core.numerics import FiniteWatch
 
 if TYPE_CHECKING:
     from ..mm_core.hosts.cogvideox_comfyui import CoreCogVideoX
@@ -107,8 +108,9 @@ def host() -> CoreCogVideoX:
     """The adapter's binding to core's blocks, with core's own attention and positions."""
     from ..mm_core.hosts.cogvideox_comfyui import CoreCogVideoX
 
+    core = comfy.ldm.cogvideo.model
     return CoreCogVideoX(
-        attention=optimized_attention, timestep_embedding=comfy.ldm.cogvideo.model.get_timestep_embedding
+        attention=optimized_attention, rotate=core.apply_rotary_emb, timestep_embedding=core.get_timestep_embedding
     )
 
 
@@ -291,6 +293,7 @@ class DDIM(comfy.samplers.Sampler):
     ) -> Tensor:
         x, ones = noise.float(), noise.new_ones([len(noise)], dtype=torch.float32)
         options = {"model_options": extra_args.get("model_options", {}), "seed": extra_args.get("seed")}
+        finite = FiniteWatch(len(sigmas) - 1, compute_dtype(model_wrap.model_patcher))
         for step in trange(len(sigmas) - 1, disable=disable_pbar):
             sigma, following = sigmas[step], sigmas[step + 1]
             clean = model_wrap(x, sigma * ones, **options)
@@ -299,6 +302,7 @@ class DDIM(comfy.samplers.Sampler):
             alpha_bar, next_alpha_bar = 1 / (1 + sigma**2), 1 / (1 + following**2)
             noise = (x - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt()
             x = next_alpha_bar.sqrt() * clean + (1 - next_alpha_bar).sqrt() * noise
+            finite.note(x)
         return x
 
 

@@ -81,6 +81,29 @@ def test_imports_point_one_way(path: Path) -> None:
     assert not wrong
 
 
+def test_no_circles() -> None:
+    """No file needs itself, by whatever way: imports within functions and for type checkers count too."""
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in SOURCES}
+
+    def modules(name: str) -> set[str]:
+        """The file behind an imported name: a module itself, or what is taken from one."""
+        return {name, name.rpartition(".")[0]} & names.keys()
+
+    needs = {name: {m for found in imports(path) for m in modules(found)} for name, path in names.items()}
+    while leaves := {name for name, wanted in needs.items() if not wanted}:
+        needs = {name: wanted - leaves for name, wanted in needs.items() if name not in leaves}
+    assert not needs, "these import each other, or are above such files"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=path_id)
+def test_files_and_functions_are_short(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 400
+    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    lengths = {function.name: function.end_lineno - function.lineno + 1 for function in functions}
+    assert not {name: length for name, length in lengths.items() if length >= 60}
+
+
 @pytest.mark.parametrize("path", [p for p in SOURCES if "mm_core" in p.parts], ids=path_id)
 def test_core_knows_no_comfyui(path: Path) -> None:
     assert not {name for name in imports(path) if name.split(".")[0] in COMFYUI}

@@ -90,6 +90,9 @@ class BaseModel(Protocol):
     def load_text_encoder(self, dtype: torch.dtype) -> T5EncoderModel:
         """The text encoder alone, on the CPU."""
 
+    def load_vae(self, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
+        """The VAE alone, on the CPU."""
+
     def load(self, dtype: torch.dtype, *, text_encoder: bool = True) -> CogVideoXPipeline:
         """The pipeline with all weights, on the CPU; with no text encoder, half as large, where none is wanted."""
 
@@ -155,6 +158,9 @@ class FolderBase:
     def load_text_encoder(self, dtype: torch.dtype) -> T5EncoderModel:
         return load_text_encoder(self.text_config, self.text_encoder_files, dtype)
 
+    def load_vae(self, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
+        return load_vae(self.vae_config, self._files("vae"), dtype)
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         tokenizer, size = load_tokenizer(self.folder / "tokenizer"), self.text_config.get("vocab_size", _T5.vocab_size)
@@ -171,7 +177,7 @@ class FolderBase:
             return CogVideoXPipeline(
                 tokenizer=self.tokenizer,
                 text_encoder=self.load_text_encoder(dtype) if text_encoder else None,
-                vae=load_vae(self.vae_config, self._files("vae"), dtype),
+                vae=self.load_vae(dtype),
                 transformer=load_transformer(self.transformer_config, self.transformer_files, dtype),
                 scheduler=self.load_scheduler(),
             )
@@ -331,17 +337,19 @@ class FileBase:
     def load_text_encoder(self, dtype: torch.dtype) -> T5EncoderModel:
         return load_text_encoder(T5_XXL, [self.text_encoder], dtype)
 
+    def load_vae(self, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
+        return load_vae(self.preset.vae, [self.vae], dtype)
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.tokenizer_folder)
 
     def load(self, dtype: torch.dtype, *, text_encoder: bool = True) -> CogVideoXPipeline:
-        preset = self.preset
         return CogVideoXPipeline(
             tokenizer=self.tokenizer,
             text_encoder=self.load_text_encoder(dtype) if text_encoder else None,
-            vae=load_vae(preset.vae, [self.vae], dtype),
-            transformer=load_transformer(preset.transformer, [self.transformer], dtype),
+            vae=self.load_vae(dtype),
+            transformer=load_transformer(self.preset.transformer, [self.transformer], dtype),
             scheduler=self.load_scheduler(),
         )
 

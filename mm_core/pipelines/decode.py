@@ -6,7 +6,7 @@ import gc
 import logging
 
 import torch
-from diffusers import CogVideoXPipeline
+from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 
 from ..errors import DecodeError
@@ -20,7 +20,7 @@ _TILES = (None, 1 / 2, 1 / 4, 1 / 8)
 
 
 @torch.no_grad()
-def decode(pipe: CogVideoXPipeline, latents: Tensor) -> Tensor:
+def decode(vae: AutoencoderKLCogVideoX, latents: Tensor, device: torch.device) -> Tensor:
     """(1, C, F, H, W) latents -> (frames, H, W, 3) float RGB in 0..1 on the CPU.
 
     Runs out of memory with whole frames? Then with tiles, then with smaller ones.
@@ -28,12 +28,11 @@ def decode(pipe: CogVideoXPipeline, latents: Tensor) -> Tensor:
     Raises:
         DecodeError: the smallest tiles did not fit either, or frames are not finite; it carries the latents.
     """
-    vae = pipe.vae
     for part in _TILES:
         try:
             if part is not None:
                 _tile(vae, part)
-            latents = latents.to(pipe._execution_device, vae.dtype)
+            latents = latents.to(device, vae.dtype)
             video = vae.decode(1 / vae.config.scaling_factor * latents).sample
             if not video.isfinite().all():
                 raise _not_finite(latents)

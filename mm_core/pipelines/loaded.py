@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from diffusers import CogVideoXPipeline
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 
 from ..hosts.cogvideox_diffusers import Attached, attach
-from ..memory import apply_policy, choose_policy, needed_bytes, size_in_bytes, store_in_fp8
+from ..memory import apply_policy, choose_policy, needed_bytes, on_device, size_in_bytes, store_in_fp8
 from ..models.adapter import MagicMirrorAdapter
 from .base import BaseModel
 from .lora import Lora, set_loras
@@ -51,6 +52,22 @@ class LoadedBase:
             if hooked:
                 apply_policy(self.policy, self.pipe, None, self.device)
         self._loras = loras
+
+
+@contextmanager
+def vae_of(
+    loaded: LoadedBase | None, base: BaseModel, dtype: torch.dtype, device: torch.device
+) -> Iterator[AutoencoderKLCogVideoX]:
+    """The VAE for a while, ready to decode; where nothing is loaded, it alone is read."""
+    if loaded is None:
+        vae = base.load_vae(dtype)
+        with on_device([vae], device):
+            yield vae
+    else:
+        try:
+            yield loaded.pipe.vae
+        finally:
+            loaded.pipe.maybe_free_model_hooks()
 
 
 def load_base(

@@ -20,7 +20,7 @@ from .clip import Clip, ClipSettings, StepCallback
 from .control import AdapterSettings
 from .decode import decode
 from .identity import Identity, IdentityEncoder
-from .loaded import LoadedBase, load_base
+from .loaded import LoadedBase, load_base, vae_of
 from .lora import Lora
 from .prompt import IdentityTokens
 from .sampling import sample
@@ -126,10 +126,8 @@ class MagicMirror:
 
     def decode(self, latents: Tensor) -> Clip:
         """Decode sampled latents. Raises DecodeError, which carries them, when that fails."""
-        try:
-            return Clip(frames=decode(self.pipeline, latents), latents=latents, fps=self.base.limits.fps)
-        finally:
-            self.pipeline.maybe_free_model_hooks()
+        with vae_of(vars(self).get("loaded"), self.base, self.dtype, self.device) as vae:
+            return Clip(frames=decode(vae, latents, self.device), latents=latents, fps=self.base.limits.fps)
 
     def generate(
         self,

@@ -15,7 +15,7 @@ import yaml
 from ..errors import SettingError
 from ..models.config import AdapterConfig
 from ..pipelines import tiny
-from .loop import LoopConfig
+from .loop_config import LoopConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -148,8 +148,7 @@ class _Maker:
         self.base, self.encoder_config = base_of(config), _id_encoder_config(config)
         self.encoder = id_encoder_of(config, dtype)
         self.analyzer = FaceAnalyzer(Path(config.insightface_root).expanduser(), config.face_pack)
-        pipe = self.base.load(dtype)
-        self.vae, self.text_encoder = pipe.vae, pipe.text_encoder
+        self.vae, self.text_encoder = self.base.load_vae(dtype), self.base.load_text_encoder(dtype)
 
     @property
     def modules(self) -> list[nn.Module]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,14 +20,12 @@ from ..pipelines.decode import decode
 from ..pipelines.denoise import denoise
 from ..pipelines.identity import Identity
 from ..video import write_video
-
-if TYPE_CHECKING:
-    from .adapter_task import AdapterTask
+from .stage import TrainedStage
 
 STEPS, GUIDANCE = 25, 4.0
 
 
-def validate_clips(task: AdapterTask, folder: Path) -> dict[str, float]:
+def validate_clips(task: TrainedStage, folder: Path) -> dict[str, float]:
     """One clip for each validation person, from its own caption and one reference: how alike, how often a face."""
     config, features = task.config, task.features
     analyzer = FaceAnalyzer(Path(config.insightface_root).expanduser(), config.face_pack)
@@ -51,7 +48,7 @@ def validate_clips(task: AdapterTask, folder: Path) -> dict[str, float]:
     return values
 
 
-def _clip(task: AdapterTask, sample: dict[str, Tensor], reference: dict[str, Tensor]) -> Tensor:
+def _clip(task: TrainedStage, sample: dict[str, Tensor], reference: dict[str, Tensor]) -> Tensor:
     """(F, H, W, 3), 0..1."""
     pipe, model = task.pipe, task.model
     device = pipe.transformer.device
@@ -70,8 +67,6 @@ def _clip(task: AdapterTask, sample: dict[str, Tensor], reference: dict[str, Ten
     slots = tuple(sample["slots"].tolist()) if settings.id_branch else ()
     identity = Identity(features=features, references=())
     with on_device([pipe.vae], device), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        face = condition(
-            model.adapter, pipe.transformer, identity, prompt, slots, pipe.scheduler.timesteps, settings, device
-        )
+        face = condition(model.attached, identity, prompt, slots, pipe.scheduler.timesteps, settings, device)
         latents = denoise(pipe, clip, prompt, task.features.empty.to(device, dtype), face)
-        return decode(pipe, latents.permute(0, 2, 1, 3, 4))
+        return decode(pipe.vae, latents.permute(0, 2, 1, 3, 4), device)

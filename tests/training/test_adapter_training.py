@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from torch import nn
 from mm_core.checkpoints.adapter_file import expected_tensors, load_adapter
 from mm_core.errors import CheckpointError, SettingError
 from mm_core.hosts.cogvideox_diffusers import STATE
+from mm_core.training import validation
 from mm_core.training.__main__ import main, train_stage
 from mm_core.training.adapter_task import ADAPTER_FILE, AdapterTask
 from mm_core.training.config import ABLATIONS, StageConfig, TrainingConfig
 from mm_core.training.features import INDEX
-from mm_core.training.loop import LoopConfig, train
+from mm_core.training.loop import train
+from mm_core.training.loop_config import LoopConfig
 from mm_core.training.losses import noise_loss
 from mm_core.training.runs import latest_checkpoint
 
@@ -269,3 +272,17 @@ def test_what_is_missing_is_said(config: TrainingConfig, tmp_path: Path, capsys:
     (tmp_path / "bad.yaml").write_text("base: tiny\nbatch: 4\n", encoding="utf-8")
     assert main(["plan", "--config", str(tmp_path / "bad.yaml")]) == 2
     assert "unknown batch; missing height, image, output, video, width" in capsys.readouterr().err
+
+
+def test_validation_makes_a_clip_of_each_person(
+    config: TrainingConfig, insightface_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the weights that are being trained, and leaves the model as it was; in noise there is no face."""
+    monkeypatch.setattr(validation, "STEPS", 2)
+    config = replace(config, insightface_root=str(insightface_root), face_pack="buffalo_sc", validation_people=1)
+    task = AdapterTask(config, "video")
+    before = hashes({"adapter": task.model.adapter, "base": task.pipe.transformer})
+    values = task.validate(1, tmp_path)
+    assert values["face_rate"] == 0 and math.isnan(values["id_similarity"])
+    assert [path.name for path in sorted(tmp_path.glob("*.mp4"))] == ["00.mp4"]
+    assert hashes({"adapter": task.model.adapter, "base": task.pipe.transformer}) == before

@@ -16,7 +16,8 @@ from mm_core.data.people.scene import sample_clip
 from mm_core.errors import SettingError
 from mm_core.pipelines import tiny
 from mm_core.training.diffusion import add_noise
-from mm_core.training.loop import LoopConfig, train
+from mm_core.training.loop import train
+from mm_core.training.loop_config import LoopConfig
 from mm_core.training.small.base import BaseTask, Latents, mislead
 from mm_core.training.small.clips import SCENE, SHOWN, Clips, scene_of
 from mm_core.training.small.text import TextTask

@@ -18,7 +18,8 @@ from mm_core.faces.analysis import FaceAnalyzer
 from mm_core.pipelines import tiny
 from mm_core.pipelines.base import TinyBase
 from mm_core.training.features import EMPTY, FORMAT, INDEX, ROWS, Features, shard_name
-from mm_core.training.loop import LoopConfig, train
+from mm_core.training.loop import train
+from mm_core.training.loop_config import LoopConfig
 from mm_core.training.losses import TEMPORAL_COMPRESSION
 from mm_core.training.small.clips import to_unit
 from mm_core.training.small.judges import (

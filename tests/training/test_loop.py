@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mm_core.errors import MagicMirrorError, SettingError
-from mm_core.training.loop import LoopConfig, train
+from mm_core.training.loop import train
+from mm_core.training.loop_config import LoopConfig
 from mm_core.training.randomness import generator_for, shuffled
 from mm_core.training.runs import METRICS, checkpoints, is_finished, latest_checkpoint
 

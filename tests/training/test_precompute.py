@@ -31,7 +31,7 @@ from mm_core.training import features as features_module
 from mm_core.training import precompute as module
 from mm_core.training.config import StageConfig, TrainingConfig
 from mm_core.training.features import INDEX, SETTINGS, Features
-from mm_core.training.loop import LoopConfig
+from mm_core.training.loop_config import LoopConfig
 from mm_core.training.precompute import between, check, precompute
 from mm_core.video import write_video
 

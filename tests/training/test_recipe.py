@@ -10,7 +10,7 @@ import torch
 
 from mm_core.checkpoints.adapter_file import load_adapter, read_header
 from mm_core.pipelines.base import TinyBase
-from mm_core.training.loop import LoopConfig
+from mm_core.training.loop_config import LoopConfig
 from mm_core.training.small import __main__ as small
 
 PEOPLE, STEPS, BATCH = 5, 2, 2

@@ -22,7 +22,8 @@ from mm_core.pipelines.denoise import denoise
 from mm_core.pipelines.identity import Identity
 from mm_core.training.adapter_task import AdapterTask
 from mm_core.training.config import SamplingConfig, StageConfig, TrainingConfig
-from mm_core.training.loop import LoopConfig, train
+from mm_core.training.loop import train
+from mm_core.training.loop_config import LoopConfig
 from mm_core.training.losses import motion_loss
 
 STEPS, GUIDANCE, BATCH = 4, 3.0, 4

@@ -15,7 +15,8 @@ from mm_core.data.people.scene import sample_clip
 from mm_core.faces.analysis import FaceAnalyzer
 from mm_core.pipelines.base import TinyBase
 from mm_core.training.arcface import DifferentiableArcFace
-from mm_core.training.loop import LoopConfig, train
+from mm_core.training.loop import train
+from mm_core.training.loop_config import LoopConfig
 from mm_core.training.small.base import Latents
 from mm_core.training.small.clips import SCENE, Clips
 from mm_core.training.small.vae import DecoderTask, RecogniserFeatures, VAETask, smooth

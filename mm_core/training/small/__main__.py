@@ -19,7 +19,8 @@ from pathlib import Path
 
 from ...errors import MagicMirrorError, SettingError
 from ..config import SamplingConfig, TrainingConfig, load_config
-from ..loop import LoopConfig, train
+from ..loop import train
+from ..loop_config import LoopConfig
 from ..runs import is_finished, latest_checkpoint
 from .clips import EYES_AND_MOUTH
 

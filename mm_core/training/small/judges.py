@@ -129,7 +129,7 @@ class PoseTask:
 
     def __init__(self, features: Features, base: Path, guidance: float, seed: int) -> None:
         torch.manual_seed(seed)
-        pipe = FolderBase(base).load(torch.float32)
+        pipe = FolderBase(base).load(torch.float32, text_encoder=False)
         self.features, self.poses, self.seed = features, poses_of(features), seed
         self.alphas_bar = alphas_bar(CogVideoXDDIMScheduler.from_config(pipe.scheduler.config))
         frames, channels, height, width = features.sample(0)["latents"].shape

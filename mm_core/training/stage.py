@@ -1,0 +1,26 @@
+"""A stage in training, as those see it who measure it: the type, apart from how a stage is made."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from diffusers import CogVideoXPipeline
+
+from ..pipelines.base import BaseModel
+from .config import StageConfig, TrainingConfig
+from .features import Features
+from .step import AdapterTraining
+
+
+class TrainedStage(Protocol):
+    """What `adapter_task.AdapterTask` holds."""
+
+    config: TrainingConfig
+    stage: StageConfig
+    base: BaseModel
+    features: Features
+    validation: np.ndarray
+    """Rows of the features of people who are left out of training."""
+    pipe: CogVideoXPipeline
+    model: AdapterTraining
