@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .block import AdapterBlock
+from .block import VIDEO_AND_TEXT, AdapterBlock
 from .config import AdapterConfig
 from .id_encoder import FaceFeatures
 from .id_fusion import IDFusion
@@ -15,9 +15,12 @@ class MagicMirrorAdapter(nn.Module):
     """Face perceiver, projections, text fusion, and one `AdapterBlock` for each adapted DiT block.
 
     Its state dict is the adapter checkpoint, key by key (docs/checkpoint.md).
+
+    Args:
+        streams: those whose modulation CAN changes, a matter of the base's family (`Host.streams`).
     """
 
-    def __init__(self, config: AdapterConfig) -> None:
+    def __init__(self, config: AdapterConfig, streams: tuple[str, ...] = VIDEO_AND_TEXT) -> None:
         super().__init__()
         self.config = config
         self.face_perceiver = FacePerceiver(
@@ -30,7 +33,7 @@ class MagicMirrorAdapter(nn.Module):
         self.face_proj = nn.Linear(config.perceiver_dim, config.hidden_size)
         self.id_fusion = IDFusion(config.text_embed_dim, config.id_token_dim)
         self.id_proj = nn.Linear(config.num_id_tokens * config.id_token_dim, config.id_proj_dim)
-        self.blocks = nn.ModuleDict({str(layer): AdapterBlock(config) for layer in config.adapted_layers})
+        self.blocks = nn.ModuleDict({str(layer): AdapterBlock(config, streams) for layer in config.adapted_layers})
         self.initialize_weights()
 
     def initialize_weights(self) -> None:

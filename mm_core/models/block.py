@@ -94,9 +94,8 @@ def adapted_block(
         video, text and face after the block.
     """
     lengths = [text.shape[1], face.shape[1], video.shape[1]]
-    m_face = factors.face  # Eq. 6: phi_face(t, l), (n, 6, D)
     m = base.modulation(temb) + factors.can.unflatten(1, (-1, 6))  # Eq. 7: m = phi(t, l) + m_hat, (n, streams, 6, D)
-    (vid1, vid2), (txt1, txt2), (face1, face2) = halves(m[:, 0]), halves(m[:, -1]), halves(m_face)
+    (vid1, vid2), (txt1, txt2), (face1, face2) = halves(m[:, 0]), halves(m[:, -1]), halves(factors.face)
 
     n_face = face1(adapter.face_norm1(face))  # (n, Q, D)
     full = torch.cat([txt1(base.norm1(text)), n_face, vid1(base.norm1(video))], dim=1)  # (n, T + Q + S, D)

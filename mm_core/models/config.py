@@ -10,9 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """The sizes of an adapter. The symbols are those of the paper, in its third section."""
-
-    # arXiv 2501.03931
+    """The sizes of an adapter. The symbols are those of the paper (arXiv 2501.03931, Sec. 3)."""
 
     hidden_size: int
     """D, width of the DiT; heads x head size."""

@@ -1,9 +1,8 @@
-"""The frozen half of the facial feature extractor: the ViT and the ID perceiver of PhotoMaker (paper, Sec. 3.2).
+"""The frozen half of the facial feature extractor: PhotoMaker-V2's ViT and ID perceiver (paper Sec. 3.2).
 
-The module tree is that of the published file, its second version, so that its weights load strictly.
+The module tree is that of the published `photomaker-v2.bin`, so that its weights load strictly
+(`checkpoints/photomaker.py`).
 """
-
-# The published file: photomaker-v2.bin, read by checkpoints/photomaker.py.
 
 from __future__ import annotations
 

@@ -34,6 +34,7 @@ class IDFusion(nn.Module):
 
     def forward(self, text_slots: Tensor, id_tokens: Tensor) -> Tensor:
         """(B, N, Dtxt) marked slots and (B, N, c) ID tokens -> (B, N, Dtxt) fused slots."""
+        # Eq. 5: x_hat_id = MLP_fuse(x_id, m * x_txt)
         y = text_slots + self.mlp1(torch.cat([text_slots, id_tokens], dim=-1))
         return y + self.mlp2(y)
 

@@ -54,7 +54,7 @@ class FaceModulation(nn.Module):
 
     def forward(self, temb: Tensor) -> Tensor:
         """(B, Dt) -> (B, 6, D)."""
-        return self.linear_2(F.silu(self.linear_1(F.silu(temb)))).unflatten(-1, (6, -1))
+        return self.linear_2(F.silu(self.linear_1(F.silu(temb)))).unflatten(-1, (6, -1))  # Eq. 6: phi_face(t, l)
 
 
 class ConditionedModulation(nn.Module):
@@ -71,6 +71,6 @@ class ConditionedModulation(nn.Module):
 
     def forward(self, id_embedding: Tensor, temb: Tensor, video_shift: Tensor) -> Tensor:
         """(B, c1) projected ID, (B, Dt) time embedding, (B, D) shift of the frozen block -> (B, 6 * streams, D)."""
-        # video_shift: mu1_vid
         condition = torch.cat([id_embedding, F.silu(temb), video_shift], dim=-1)
+        # Eq. 7: m_hat = phi_cond(x_id, t, mu1_vid)
         return self.linear_2(F.silu(self.linear_1(condition))).unflatten(-1, (self.num_factors, -1))

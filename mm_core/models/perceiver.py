@@ -1,7 +1,6 @@
-"""The perceiver of both branches, in the manner of a Q-Former (paper, Eq. 3 and 4).
+"""The perceiver of both branches, a Q-Former (paper Sec. 3.2, Eq. 3 and 4).
 
-Names and structure follow the published weights of the second PhotoMaker, because the branch of the identity is loaded
-from them.
+Names and structure follow the published weights of PhotoMaker-V2, because the ID branch is loaded from them.
 """
 
 from __future__ import annotations
@@ -67,9 +66,7 @@ class PerceiverResampler(nn.Module):
 
 
 class IDPerceiver(nn.Module):
-    """The embedding of the face, made into N query tokens, reads the image tokens of the ViT (Eq. 3)."""
-
-    # Eq. 3: x_id = tau_id(q_id, f)
+    """`x_id = tau_id(q_id, f)` (Eq. 3): the face embedding, as N query tokens, reads the ViT's image tokens."""
 
     def __init__(self, *, id_dim: int, image_dim: int, dim: int, num_tokens: int, depth: int, dim_head: int) -> None:
         super().__init__()
@@ -83,7 +80,7 @@ class IDPerceiver(nn.Module):
         """(B, id_dim) raw ArcFace embeddings and (B, S, image_dim) -> (B, N, dim) ID tokens."""
         queries = self.token_proj(id_embedding)
         queries = self.token_norm(queries.unflatten(-1, (-1, self.token_norm.normalized_shape[0])))  # (B, N, dim)
-        return queries + self.perceiver_resampler(queries, image_tokens)
+        return queries + self.perceiver_resampler(queries, image_tokens)  # Eq. 3: x_id = tau_id(q_id, f)
 
 
 class FacePerceiver(nn.Module):
@@ -100,4 +97,4 @@ class FacePerceiver(nn.Module):
         weights: (S,) above 0, as if each image token were there so many times.
         """
         queries = self.query_tokens.expand(image_tokens.shape[0], -1, -1)
-        return queries + self.perceiver_resampler(queries, image_tokens, weights)
+        return queries + self.perceiver_resampler(queries, image_tokens, weights)  # Eq. 4: x_face = tau_face(q_face, f)

@@ -22,6 +22,7 @@ from tiny_models import (
     transformer_inputs,
 )
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mm_core.hosts.cogvideox_diffusers import STATE, attach
 from mm_core.models.adapter import MagicMirrorAdapter
@@ -232,6 +233,57 @@ def test_caches_that_skip(model: Model, expected: Tensor, name: str) -> None:
         assert actual.isfinite().all()
     assert len(computed) < 4
     assert torch.nn.functional.cosine_similarity(actual.flatten(), expected.flatten(), dim=0) > 0.9
+
+
+def compiled_graphs(adapter: str | None, *, whole: bool = False) -> list[int]:
+    """How many graphs there are after each clip: two clips of two people, of three steps and other strengths each,
+    with guidance, without, and both again. adapter: attached before or after compiling; None for the base alone."""
+    torch._dynamo.reset()
+    transformer = build_transformer("5b")
+    backend = CompileCounterWithBackend("eager")
+    attached = attach(transformer, build_adapter(transformer).requires_grad_(False)) if adapter == "before" else None
+    for module in [transformer] if whole else transformer.transformer_blocks:
+        module.compile(backend=backend, fullgraph=True)  # fullgraph: a graph break is an error
+    if adapter == "after":
+        attached = attach(transformer, build_adapter(transformer).requires_grad_(False))
+    counts = []
+    for batch in (2, 1, 2, 1):
+        for seed in (7, 8):
+            for timestep, strength in ((900, 1.0), (500, 0.5), (100, 0.0)):
+                inputs = transformer_inputs(transformer, batch) | {"timestep": torch.full((batch,), timestep)}
+                if attached is not None:
+                    person = dict(id_tokens=noise(1, 2, 12, seed=seed), face_tokens=noise(1, 3, 32, seed=seed))
+                    scales = dict(can_scale=strength, ip_scale=strength)
+                    state = attached.face_state(**person, **scales, timestep=torch.tensor([timestep]))
+                    inputs["attention_kwargs"] = {STATE: state}
+                with torch.no_grad():
+                    transformer(**inputs)
+            counts.append(backend.frame_count)
+    return counts
+
+
+@pytest.mark.parametrize("adapter", ["before", "after"])
+def test_compiled_blocks(adapter: str) -> None:
+    """Each kind of block, adapted or not, has no more graphs than the base alone has: one for the first block, whose
+    inputs are slices, one for the others, and these again for another batch. No clip, person or strength adds one."""
+    base, ours = compiled_graphs(None), compiled_graphs(adapter)
+    assert base == [2, 2, 4, 4, 4, 4, 4, 4]
+    # The first block is an adapted one: the plain ones need a graph less.
+    assert ours == [3, 3, 6, 6, 6, 6, 6, 6]
+
+
+def test_a_compiled_transformer_is_one_graph() -> None:
+    """For each size of the batch, as without an adapter."""
+    assert compiled_graphs("before", whole=True) == compiled_graphs(None, whole=True) == [1, 1, 2, 2, 2, 2, 2, 2]
+
+
+def test_compiling_changes_nothing(model: Model, expected: Tensor) -> None:
+    """Compiled blocks, adapted and plain, compute the same; a LoRA that comes on later acts."""
+    for block in model.transformer.transformer_blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    assert_near(model(), expected, 1e-5)
+    model.transformer.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q"], init_lora_weights=False))
+    assert not torch.allclose(model(), expected, atol=1e-2)
 
 
 def assert_untouched(transformer: CogVideoXTransformer3DModel) -> None:
