@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..mm_core.errors import CheckpointError, SettingError
-from ..mm_core.folders import FACE_PACKS as FACE_PACKS
-from ..mm_core.folders import Folders, check_name, find_face_packs, find_folder, hub_folder, other_folders
+from ..mm_core.folders import Folders, check_name, find_face_packs, find_folder, hub_folder, onnx_files, other_folders
 from ..mm_core.pipelines.presets import HUB_ADDRESS, PRESETS
 from . import runtime
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 TINY = "tiny"
 AUTO = "auto"
 NONE = "none"
+TINY_FACE_PACK = "buffalo_sc"
 HUB = tuple(preset.repo for preset in PRESETS.values())
 
 _KINDS = {
@@ -46,7 +46,23 @@ def id_encoders() -> list[str]:
 
 def face_packs() -> list[str]:
     """insightface's usual packs, and those that are there."""
-    return find_face_packs(runtime.model_folders(runtime.FACE_MODELS))
+    return [AUTO, *find_face_packs(runtime.model_folders(runtime.FACE_MODELS))]
+
+
+def find_face_pack(choice: str, base_model: str) -> str:
+    """The pack meant: for "auto" the best of those that are there, or the one to get if there is none.
+
+    An ID encoder reads the embeddings of the recogniser that it was trained with best: tiny's that of buffalo_sc,
+    PhotoMaker-V2 that of buffalo_l.
+    """
+    if choice != AUTO:
+        return choice
+    roots = runtime.model_folders(runtime.FACE_MODELS)
+    packs = find_face_packs(roots)
+    if base_model == TINY:
+        packs.sort(key=lambda pack: pack != TINY_FACE_PACK)
+    there = (pack for pack in packs if any(onnx_files(root / "models" / pack) for root in roots))
+    return next(there, packs[0])
 
 
 def face_root(pack: str) -> Path:

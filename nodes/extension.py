@@ -9,6 +9,7 @@ from comfy_api.latest import ComfyExtension, io
 from . import runtime
 from .control import MagicMirrorControl
 from .doctor import MagicMirrorModelDoctor
+from .examples import MagicMirrorExamplePerson
 from .identity import MagicMirrorApplyCANAdapter, MagicMirrorExtractFaceEmbedding
 from .identity_files import MagicMirrorLoadIdentity, MagicMirrorSaveIdentity
 from .loaders import MagicMirrorLoader
@@ -40,6 +41,7 @@ class MagicMirrorExtension(ComfyExtension):
             MagicMirrorSaveIdentity,
             MagicMirrorLoadIdentity,
             MagicMirrorShots,
+            MagicMirrorExamplePerson,
             *native,
         ]
         return [runtime.in_users_language(node) for node in nodes]

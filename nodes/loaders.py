@@ -76,6 +76,7 @@ class MagicMirrorLoader(io.ComfyNode):
         from ..mm_core.pipelines.magic_mirror import MagicMirror
 
         adapter_file = catalog.find_adapter(adapter, base_model)
+        face_pack = catalog.find_face_pack(face_pack, base_model)
         if allow_download:
             catalog.fetch_face_pack(face_pack)
         base = catalog.open_base(base_model, text_encoder=text_encoder, vae=vae, allow_download=allow_download)
@@ -122,8 +123,9 @@ def _model_inputs() -> list[io.Input]:
         io.Combo.Input(
             "face_pack",
             options=catalog.face_packs(),
-            default=catalog.FACE_PACKS[0],
-            tooltip="insightface's models in models/insightface/models, for non-commercial research only.",
+            default=catalog.AUTO,
+            tooltip="insightface's models in models/insightface/models, for non-commercial research only. auto: those "
+            "that are there; tiny prefers buffalo_sc.",
         ),
     ]
 

@@ -10,9 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-COLUMN, GAP, TOP = 440, 40, 60
-TALL = {"LoadImage": 300, "MagicMirrorVideoCombine": 400, "MagicMirrorExtractFaceEmbedding": 220, "SaveImage": 260}
-NOTE = "MarkdownNote"
+COLUMN, GAP, TOP, TITLE = 360, 40, 60, 40
+# A column is no taller than this, so that at SCALE a graph is in view on a page of 1600 x 1000 beside its side panel.
+HEIGHT, SCALE = 1120, 0.75
+# What a node shows below its inputs, before and after a run.
+TALL = {
+    "LoadImage": 260, "MagicMirrorVideoCombine": 330, "MagicMirrorExtractFaceEmbedding": 230, "SaveImage": 330,
+    "MagicMirrorExamplePerson": 180, "MagicMirrorCogVideoXSampler": 260, "PreviewAny": 150,
+    "MagicMirrorScoreIdentity": 260,
+}  # fmt: skip
+NOTE, NOTE_HEIGHT = "MarkdownNote", 330
 # The page's ids of the nodes at a subgraph's edges.
 INPUTS, OUTPUTS = -10, -20
 
@@ -27,6 +34,8 @@ class Node:
     type: str
     inputs: dict[str, Any]
     title: str | None = None
+    models: tuple[dict[str, str], ...] = ()
+    """Files of its inputs that the page can offer to download: name, url, directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +74,11 @@ def to_api(nodes: dict[str, Node], info: dict[str, Any]) -> dict[str, Any]:
 def to_canvas(name: str, note: str, nodes: dict[str, Node], info: dict[str, Any]) -> dict[str, Any]:
     """The graph as the page saves it."""
     numbers = {key: number for number, key in enumerate(nodes, 1)}
-    placed, links = _place(nodes, numbers, info)
+    placed, links = _place(nodes, numbers, info, below=NOTE_HEIGHT + GAP + TITLE)
     _name_links(placed, links)
     placed.append(
         {
-            "id": len(nodes) + 1, "type": NOTE, "pos": [GAP + COLUMN + GAP, _bottom(placed)], "size": [760, 280],
+            "id": len(nodes) + 1, "type": NOTE, "pos": [GAP, TOP], "size": [COLUMN, NOTE_HEIGHT],
             "flags": {}, "order": len(nodes), "mode": 0, "inputs": [], "outputs": [], "properties": {},
             "widgets_values": [note], "title": "Start here",
         }
@@ -77,7 +86,7 @@ def to_canvas(name: str, note: str, nodes: dict[str, Node], info: dict[str, Any]
     return {
         "id": _identifier(name), "revision": 0, "last_node_id": len(placed),
         "last_link_id": len(links), "nodes": placed, "links": links, "groups": [], "config": {},
-        "extra": {"ds": {"scale": 0.6, "offset": [120, 180]}}, "version": 0.4,
+        "extra": {"ds": {"scale": SCALE, "offset": [60, 80]}}, "version": 0.4,
     }  # fmt: skip
 
 
@@ -155,25 +164,25 @@ def _identifier(name: str) -> str:
 
 
 def _place(
-    nodes: dict[str, Node], numbers: dict[str, int], info: dict[str, Any]
+    nodes: dict[str, Node], numbers: dict[str, int], info: dict[str, Any], below: int = 0
 ) -> tuple[list[dict[str, Any]], list[list[Any]]]:
-    """The nodes in columns, and the links between them."""
+    """The nodes in columns from left to right, each filled before the next, and the links between them.
+
+    below: how far down the first column begins. A node stands behind all that it takes something from.
+    """
     links: list[list[Any]] = []
-    placed, heights = [], {}
     depths = _depths(nodes)
-    for order, (key, node) in enumerate(nodes.items()):
-        entry = _node(node, numbers[key], order, links, numbers, info)
-        column = depths[key]
-        top = heights.get(column, TOP)
-        entry["pos"] = [GAP + column * (COLUMN + GAP), top]
-        heights[column] = top + entry["size"][1] + 2 * GAP
-        placed.append(entry)
-    return placed, links
-
-
-def _bottom(placed: list[dict[str, Any]]) -> int:
-    """Below all nodes."""
-    return max(node["pos"][1] + node["size"][1] for node in placed) + 2 * GAP
+    placed = {
+        key: _node(node, numbers[key], order, links, numbers, info) for order, (key, node) in enumerate(nodes.items())
+    }
+    left, top = GAP, TOP + below
+    for key in sorted(nodes, key=lambda key: depths[key]):
+        height = placed[key]["size"][1]
+        if top > TOP and top + height > TOP + HEIGHT:
+            left, top = left + COLUMN + GAP, TOP
+        placed[key]["pos"] = [left, top]
+        top += height + GAP + TITLE
+    return list(placed.values()), links
 
 
 def _name_links(placed: list[dict[str, Any]], links: list[list[Any]]) -> None:
@@ -213,6 +222,8 @@ def _node(
         "mode": 0, "inputs": inputs, "outputs": outputs, "properties": {"Node name for S&R": node.type},
         "widgets_values": values,
     }  # fmt: skip
+    if node.models:
+        made["properties"]["models"] = list(node.models)
     return made | ({"title": node.title} if node.title else {})
 
 

@@ -174,7 +174,8 @@ def _pack_folder(root: Path, pack: str) -> Path:
     raise CheckpointError(
         "The face models are missing: {folder} must hold the .onnx files of insightface's pack '{pack}' "
         "(detection and recognition). Download it from github.com/deepinsight/insightface (its models are licensed "
-        "for non-commercial research only) and unzip it there",
+        'for non-commercial research only) and unzip it there, or switch on "allow_download" in Load MagicMirror '
+        "(--download on the command line)",
         key="face_models_missing",
         folder=folder,
         pack=pack,
