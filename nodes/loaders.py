@@ -57,8 +57,10 @@ class MagicMirrorLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **choices: object) -> str:
-        """Files that are replaced under the same name count as another model."""
-        return repr(_versions(choices))
+        """Files that are replaced under the same name, or another face pack that is there now, are another model."""
+        pack, base = choices.get("face_pack"), choices.get("base_model")
+        found = catalog.find_face_pack(pack, str(base)) if isinstance(pack, str) else None
+        return repr((_versions(choices), found))
 
     @classmethod
     def execute(

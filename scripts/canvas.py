@@ -86,7 +86,7 @@ def to_canvas(name: str, note: str, nodes: dict[str, Node], info: dict[str, Any]
     return {
         "id": _identifier(name), "revision": 0, "last_node_id": len(placed),
         "last_link_id": len(links), "nodes": placed, "links": links, "groups": [], "config": {},
-        "extra": {"ds": {"scale": SCALE, "offset": [60, 80]}}, "version": 0.4,
+        "extra": {"ds": {"scale": SCALE, "offset": [60, 120]}}, "version": 0.4,
     }  # fmt: skip
 
 
@@ -173,7 +173,8 @@ def _place(
     links: list[list[Any]] = []
     depths = _depths(nodes)
     placed = {
-        key: _node(node, numbers[key], order, links, numbers, info) for order, (key, node) in enumerate(nodes.items())
+        key: _node(node, numbers[key], order, links, numbers, nodes, info)
+        for order, (key, node) in enumerate(nodes.items())
     }
     left, top = GAP, TOP + below
     for key in sorted(nodes, key=lambda key: depths[key]):
@@ -193,7 +194,13 @@ def _name_links(placed: list[dict[str, Any]], links: list[list[Any]]) -> None:
 
 
 def _node(
-    node: Node, number: int, order: int, links: list[list[Any]], numbers: dict[str, int], info: dict[str, Any]
+    node: Node,
+    number: int,
+    order: int,
+    links: list[list[Any]],
+    numbers: dict[str, int],
+    nodes: dict[str, Node],
+    info: dict[str, Any],
 ) -> dict[str, Any]:
     about = info[node.type]
     inputs, values, height = [], [], 60 + TALL.get(node.type, 0)
@@ -213,7 +220,8 @@ def _node(
             entry["shape"] = 7
         if isinstance(value, tuple):
             entry["link"] = len(links) + 1
-            links.append([entry["link"], numbers[value[0]], value[1], number, len(inputs), kind])
+            source = info[nodes[value[0]].type]["output"][value[1]] if value[0] in nodes else kind
+            links.append([entry["link"], numbers[value[0]], value[1], number, len(inputs), source])
         inputs.append(entry)
     outputs = [{"name": n, "type": t} for n, t in zip(about["output_name"], about["output"])]
     height += 22 * max(len(outputs), sum("widget" not in entry for entry in inputs))

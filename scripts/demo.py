@@ -1,4 +1,4 @@
-"""Make a video of the person in a photo, in a real ComfyUI that this script sets up and drives.
+"""Make a video of the example person, or of the one in a photo, in a real ComfyUI that this script sets up and drives.
 
 The last line it prints is the path of the video.
 """
@@ -17,9 +17,9 @@ from typing import Any
 import environment
 from comfy_server import ComfyError, ComfyServer
 
-DEFAULT_PHOTO = environment.ROOT / "docs" / "person.png"
-DEFAULT_WORKFLOW = environment.ROOT / "workflows" / "api" / "text_to_video_tiny.json"
-IMAGE_NODE = "LoadImage"
+WORKFLOWS = environment.ROOT / "workflows" / "api"
+OF_THE_EXAMPLE, OF_A_PHOTO = WORKFLOWS / "text_to_video_tiny.json", WORKFLOWS / "photo_to_video_tiny.json"
+IMAGE_NODE, EXAMPLE_NODE, FACE_NODE = "LoadImage", "MagicMirrorExamplePerson", "MagicMirrorExtractFaceEmbedding"
 PROMPT_NODE = "MagicMirrorCogVideoXSampler"
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv")
 SECONDS_BETWEEN_PROGRESS_LINES = 5
@@ -28,9 +28,9 @@ SECONDS_BETWEEN_PROGRESS_LINES = 5
 def main() -> None:
     """Parse the command line, make the video, print where it is."""
     arguments = _parse_arguments()
-    workflow = _read_workflow(arguments.workflow)
     photo = arguments.photo
-    if not photo.is_file():
+    workflow = _read_workflow(arguments.workflow or (OF_A_PHOTO if photo else OF_THE_EXAMPLE))
+    if photo and not photo.is_file():
         raise SystemExit(f"There is no photo {photo}.")
     if arguments.prompt is not None:
         _set_input(workflow, PROMPT_NODE, "prompt", arguments.prompt)
@@ -47,9 +47,9 @@ def main() -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--photo", type=Path, default=DEFAULT_PHOTO, help="of a person (default: a rendered one)")
+    parser.add_argument("--photo", type=Path, help="of a person (default: the pack's example)")
     parser.add_argument("--prompt", help="what happens in the video (default: the workflow's own prompt)")
-    parser.add_argument("--workflow", type=Path, default=DEFAULT_WORKFLOW, help="a workflow in API format")
+    parser.add_argument("--workflow", type=Path, help="a workflow in API format (default: a shipped one)")
     return parser.parse_args()
 
 
@@ -72,12 +72,24 @@ def _set_input(workflow: dict[str, Any], class_type: str, name: str, value: str)
         node["inputs"][name] = value
 
 
-def _make_video(server: ComfyServer, workflow: dict[str, Any], photo: Path) -> Path:
-    _set_input(workflow, IMAGE_NODE, "image", server.upload_image(photo))
+def _use_photo(workflow: dict[str, Any], name: str) -> None:
+    """Have the photo looked at: in place of what the workflow loads, or of the example person's photos."""
+    faces = [node["inputs"] for node in workflow.values() if node["class_type"] == FACE_NODE]
+    examples = {key for key, node in workflow.items() if node["class_type"] == EXAMPLE_NODE}
+    if any(inputs["image"][0] in examples for inputs in faces):
+        workflow["photo"] = {"class_type": IMAGE_NODE, "inputs": {}}
+        for inputs in faces:
+            inputs["image"] = ["photo", 0]
+    _set_input(workflow, IMAGE_NODE, "image", name)
+
+
+def _make_video(server: ComfyServer, workflow: dict[str, Any], photo: Path | None) -> Path:
+    if photo:
+        _use_photo(workflow, server.upload_image(photo))
     prompt_id = server.post(workflow)
-    started = time.monotonic()
+    started, whose = time.monotonic(), photo.name if photo else "the example person"
     while server.history(prompt_id) is None:
-        print(f"Making the video of {photo.name}: {time.monotonic() - started:.0f} s", flush=True)
+        print(f"Making the video of {whose}: {time.monotonic() - started:.0f} s", flush=True)
         time.sleep(SECONDS_BETWEEN_PROGRESS_LINES)
     result = next(_videos(server.wait(prompt_id)), None)
     if result is None:

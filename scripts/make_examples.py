@@ -11,6 +11,8 @@ import environment
 
 sys.path.insert(0, str(environment.ROOT))
 
+from PIL import Image
+
 from mm_core.data.people.person import Person
 from mm_core.data.people.render import render_clip
 from mm_core.data.people.scene import sample_clip
@@ -20,7 +22,6 @@ from mm_core.faces.references import analyse_references
 from mm_core.pipelines.base import TinyBase
 from mm_core.pipelines.identity_file import save_identity
 from mm_core.pipelines.magic_mirror import MagicMirror
-from PIL import Image
 
 SIZE = 384
 FACE_PACK = "buffalo_sc"  # its recogniser is the one that tiny's ID encoder was trained on

@@ -10,98 +10,149 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import av
 import environment
-import numpy as np
 from canvas import Blueprint, Link, Node, to_api, to_blueprint, to_canvas
 from comfy_server import ComfyServer
-from demo import DEFAULT_PHOTO
-from PIL import Image
+from PIL import Image, ImageOps
+
+sys.path.insert(0, str(environment.ROOT))
+
+from mm_core.examples import example_photos
 
 WORKFLOWS = environment.ROOT / "workflows"
 SUBGRAPHS = environment.ROOT / "subgraphs"
-THUMBNAIL = 256  # pixels of a picture in it
+THUMBNAIL = 320  # pixels of its side
 STEPS, GUIDANCE = 12, 3.0  # of tiny, as in its training; guidance 1.5 keeps less of the person
 LOADER, EXTRACT, APPLY = "MagicMirrorLoader", "MagicMirrorExtractFaceEmbedding", "MagicMirrorApplyCANAdapter"
-SAMPLER, COMBINE = "MagicMirrorCogVideoXSampler", "MagicMirrorVideoCombine"
+SAMPLER, COMBINE, EXAMPLE = "MagicMirrorCogVideoXSampler", "MagicMirrorVideoCombine", "MagicMirrorExamplePerson"
+PHOTOMAKER = {
+    "name": "photomaker-v2.bin",
+    "url": "https://huggingface.co/TencentARC/PhotoMaker-V2/resolve/main/photomaker-v2.bin",
+    "directory": "photomaker",
+}
 
-_BEYOND = """
-For real clips choose *THUDM/CogVideoX-5b* and its adapter in Load MagicMirror; 720 x 480, 49 frames, 50 steps.
+_OWN_PHOTO = "add *Load Image* (double-click the canvas) and connect it to `image` of *Extract Face Embedding*"
+_FACES = """
+Photos need insightface's face models: *face_pack* `auto` takes those in `models/insightface/models`; *allow_download*
+fetches
+them (for non-commercial research only).
 """
+_BEYOND = (
+    _FACES
+    + """
+*tiny* makes 64 px and knows rendered people only. For CogVideoX-5B no adapter is published: see *text_to_video_5b*.
+"""
+)
 NOTES = {
     "text_to_video_tiny": """
-## Magic Mirror on the built-in tiny model
+## A person in a video
 
-Press **Run**: nothing is downloaded, and it runs on any machine. The tiny model was trained on rendered people at
-64 px: it shows what the parts do, and knows rendered faces best. For a real clip open *text_to_video_5b*.
+Press **Run**. Nothing is downloaded, and any machine will do: the person is an example, the model is *tiny*, which
+comes with the
+pack. It makes 9 frames of 64 px and knows rendered people only.
 
 **Change first**
-1. *Photo*: your own, upright and sharp, the face 112 px across or more.
-2. *face_pack*: the insightface pack you have in `models/insightface/models` (here the smallest, `buffalo_sc`).
-3. *prompt*: write `img` after the word that stands for the person.
+1. *prompt*: write `img` after the word for the person.
+2. *person*: the woman or the man.
+3. Somebody else: open *photo_to_video_tiny*.
 """,
-    "several_photos": """
+    "photo_to_video_tiny": f"""
+## From a photo
+
+**Change first**
+1. *Your photo*: {_OWN_PHOTO}. Upright and sharp, the face 112 px across or more.
+2. *prompt*: write `img` after the word for the person.
+"""
+    + _BEYOND,
+    "text_to_video_5b": f"""
+## No adapter is published for CogVideoX-5B
+
+Nobody has trained one yet, so **this graph does not run as it is**. To see the method at work open
+*text_to_video_tiny*. To go on
+here:
+
+**Change first**
+1. *adapter*: one that you trained (docs/training.md), in `models/magic_mirror`. Without one: *adapter* `none`, and
+   bypass
+   *Extract* and *Apply*: plain CogVideoX-5B.
+2. *base_model*: in `models/CogVideo/CogVideoX-5b`, or *allow_download* (about 20 GB, with ID encoder and face models).
+3. *Your photo*: {_OWN_PHOTO}.
+
+Out of memory: *offload* `group`, then *precision* `fp8`.
+""",
+    "several_photos": f"""
 ## One person from several photos
 
-Each photo adds to the likeness; the report says which one does not fit. Up to four inputs, each may be a batch.
+Each photo adds to the likeness; the report says which one does not fit. Here the example's two come as one batch.
 
-**Change first**: the photos, then the *prompt*.
+**Change first**: *Your photo*: {_OWN_PHOTO}, further ones to `image_2` to `image_4`.
 """
     + _BEYOND,
-    "stylised": """
+    "stylised": f"""
 ## A person in a style
 
-**Change first**: the photo, then the style in the *prompt*. If the likeness wins over it, lower *identity_scale* and
-*ip_scale*, or let the identity begin later (*start_percent* 0.1).
+**Change first**: the style in the *prompt*. If the likeness wins over it, lower *identity_scale* and *ip_scale*. For
+a photo of yours,
+{_OWN_PHOTO}.
 """
     + _BEYOND,
-    "multi_shot": """
+    "multi_shot": f"""
 ## Several shots of one person
 
-**Change first**: the photo, then *description* and *shots*. One line is one shot, with a seed of its own; *Rebatch
-Images* joins the clips into one video.
+**Change first**: *description* and *shots*. One line is one shot, with a seed of its own; *Rebatch Images* joins the
+clips into
+one video. For a photo of yours, {_OWN_PHOTO}.
 """
     + _BEYOND,
-    "portrait": """
+    "portrait": f"""
 ## An image of the person
 
 One frame is an image. Good to try prompts and strengths before a clip.
 
-**Change first**: the photo, then the *prompt*.
+**Change first**: the *prompt*. For a photo of yours, {_OWN_PHOTO}.
 """
     + _BEYOND,
-    "best_of_three": """
+    "best_of_three": f"""
 ## The best of three takes
 
-**Change first**: the photo, then the *shots*, here the same one three times: a seed each, and *Score Identity* keeps
-the take most like the photos. *clips* is the number of takes. Its *threshold* can stop a bad batch.
+**Change first**: the *shots*, here the same one three times: a seed each, and *Score Identity* keeps the take most
+like the photos.
+*clips* is the number of takes; *threshold* can stop a bad batch. For a photo of yours, {_OWN_PHOTO}.
 """
     + _BEYOND,
-    "native": """
+    "native": f"""
 ## On ComfyUI's own CogVideoX
 
-**Change first**: the photo, then the *prompt* in Apply. The model is core's: LoRA, quantised loaders, offloading and
-caching nodes go between *CogVideoX Model* and *Apply*, or take the model from *Load Diffusion Model* instead. With
-T5-XXL in *Load CLIP* (type cogvideox) connect *clip*. Sample with *SamplerCustomAdvanced*: KSampler does not fit
-CogVideoX.
-""",
+**Change first**: the *prompt* in Apply. The model is core's: offloading and caching nodes go between *CogVideoX
+Model* and *Apply*,
+or take the model from *Load Diffusion Model*. With T5-XXL in *Load CLIP* (type cogvideox) connect *clip*. Sample with
+*SamplerCustomAdvanced*. For a photo of yours, {_OWN_PHOTO}.
+"""
+    + _BEYOND,
 }
 
 
-def person(photos: int = 1, base: str = "tiny", faces: str = "buffalo_sc") -> dict[str, Node]:
-    """Models, photos and identity, as every workflow begins."""
-    nodes = {"loader": Node(type=LOADER, inputs=dict(base_model=base, face_pack=faces))}
-    images: dict[str, Link] = {}
-    for number in range(1, photos + 1):
-        nodes[f"photo{number}"] = Node(
-            type="LoadImage", inputs=dict(image="example.png"), title=f"Photo {number}" if photos > 1 else "Photo"
-        )
-        images["image" if number == 1 else f"image_{number}"] = (f"photo{number}", 0)
-    return nodes | {"extract": Node(type=EXTRACT, inputs=dict(model=("loader", 0)) | images)}
+def loader(base: str = "tiny") -> dict[str, Node]:
+    """The models, as every workflow begins."""
+    if base == "tiny":
+        return {"loader": Node(type=LOADER, inputs=dict(base_model=base))}
+    inputs = dict(base_model=base, id_encoder=PHOTOMAKER["name"])
+    return {"loader": Node(type=LOADER, inputs=inputs, models=(PHOTOMAKER,))}
+
+
+def person(base: str = "tiny") -> dict[str, Node]:
+    """Models, and the photos of the example."""
+    return loader(base) | {
+        "example": Node(type=EXAMPLE, inputs={}),
+        "extract": Node(type=EXTRACT, inputs=dict(model=("loader", 0), image=("example", 0))),
+        "report": Node(type="PreviewAny", inputs=dict(source=("extract", 2)), title="Report on the photos"),
+    }
 
 
 def small_clip(**inputs: Any) -> dict[str, Any]:
@@ -120,17 +171,22 @@ def small_clip(**inputs: Any) -> dict[str, Any]:
     )
 
 
-def clip(prompt: str | Link, prefix: str, seed: int | Link = 1, **sampler: Any) -> dict[str, Node]:
+def clip(
+    prompt: str | Link, prefix: str, seed: int | Link = 1, identity: Link = ("extract", 0), **sampler: Any
+) -> dict[str, Node]:
     """Apply, sample, save, behind `person`."""
-    apply = dict(model=("loader", 0), identity=("extract", 0))
     settings = small_clip(model=("apply", 0), prompt=prompt, seed=seed, **sampler)
     return {
-        "apply": Node(type=APPLY, inputs=apply),
+        "apply": Node(type=APPLY, inputs=dict(model=("loader", 0), identity=identity)),
         "sampler": Node(type=SAMPLER, inputs=settings),
         "video": Node(type=COMBINE, inputs=dict(images=("sampler", 0), filename_prefix=f"magic_mirror/{prefix}")),
     }
 
 
+STREET = (
+    "Close-up of a person img in a dark wool coat on a city street in the evening. The person looks into the camera "
+    "and slowly begins to smile. Warm light from shop windows, shallow depth of field, cinematic, highly detailed."
+)
 SMILE = "A person img smiles, wearing a green T-shirt, before a white wall."
 
 
@@ -154,9 +210,15 @@ def workflows() -> dict[str, tuple[str, dict[str, Node]]]:
         type="SaveImage", inputs=dict(images=("sampler", 0), filename_prefix="magic_mirror/portrait")
     )
     styled = "A person img smiles, watercolor painting, soft light, pink background."
+    big = dict(
+        width=720, height=480, num_frames=49, steps=50, guidance_scale=6.0, dynamic_guidance=True, scheduler="dpm"
+    )
+    example = loader() | {"example": Node(type=EXAMPLE, inputs={})}
     graphs = {
-        "text_to_video_tiny": person() | clip(smile, "tiny"),
-        "several_photos": person(photos=2) | clip(smile, "several"),
+        "text_to_video_tiny": example | clip(smile, "tiny", identity=("example", 1)),
+        "photo_to_video_tiny": person() | clip(smile, "photo"),
+        "text_to_video_5b": person("THUDM/CogVideoX-5b") | clip(STREET, "5b", **big),
+        "several_photos": person() | clip(smile, "several"),
         "stylised": person() | clip(styled, "styled"),
         "multi_shot": multi_shot,
         "portrait": portrait,
@@ -195,7 +257,7 @@ def native(prompt: str) -> dict[str, Node]:
 def face_to_video() -> Blueprint:
     """The first workflow as one node, without the photo before it and the file behind it."""
     nodes = person() | clip(SMILE, "")
-    nodes = {key: node for key, node in nodes.items() if key not in ("photo1", "video")}
+    nodes = {key: node for key, node in nodes.items() if key not in ("example", "report", "video")}
     nodes["extract"] = Node(type=EXTRACT, inputs=dict(model=("loader", 0), image=("photo", 0)))
     models = ("base_model", "adapter", "face_pack")
     sampling = ("width", "height", "num_frames", "steps", "guidance_scale", "seed")
@@ -214,23 +276,19 @@ def face_to_video() -> Blueprint:
 
 
 def thumbnail(server: ComfyServer, graph: dict[str, Any]) -> Image.Image:
-    """The photo and some frames of what a workflow makes of it."""
-    photo = server.upload_image(DEFAULT_PHOTO)
-    for node in graph.values():
-        if node["class_type"] == "LoadImage":
-            node["inputs"]["image"] = photo
+    """A frame of what a workflow makes, the photo in its corner; the photo alone for a model that is not here."""
+    photo = Image.fromarray(example_photos("woman")[0])
+    if any(node["inputs"].get("base_model", "tiny") != "tiny" for node in graph.values()):
+        return photo.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     outputs = server.run(graph)["outputs"]
     saved = [f for output in outputs.values() for f in output.get("images", []) if f["type"] == "output"]
     content = server.view(saved[0]["filename"], saved[0]["subfolder"])
     with av.open(io.BytesIO(content)) as container:
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    chosen = [frames[i] for i in np.linspace(0, len(frames) - 1, min(3, len(frames))).round().astype(int)]
-    pictures = [Image.open(DEFAULT_PHOTO).convert("RGB"), *map(Image.fromarray, chosen)]
-    sheet = Image.new("RGB", (THUMBNAIL * len(pictures), THUMBNAIL), "white")
-    for number, picture in enumerate(pictures):
-        picture = picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
-        sheet.paste(picture, (number * THUMBNAIL, 0))
-    return sheet
+        frames = [frame.to_image() for frame in container.decode(video=0)]
+    picture = frames[len(frames) // 2].resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
+    inset = photo.resize((THUMBNAIL // 4, THUMBNAIL // 4), Image.Resampling.LANCZOS)
+    picture.paste(ImageOps.expand(inset, 3, "white"), (8, THUMBNAIL * 3 // 4 - 14))
+    return picture
 
 
 def main() -> None:

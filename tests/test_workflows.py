@@ -13,10 +13,10 @@ WORKFLOWS = sorted(path.stem for path in FOLDER.glob("*.json"))
 BLUEPRINT = FOLDER.parent / "subgraphs" / "Face to video.json"
 NOTES = ("Note", "MarkdownNote")
 MODEL_FILES = (".safetensors", ".sft", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".gguf")
-# Values in `widgets_values` of the canvas that are no inputs: what LoadImage's button and a seed's control hold.
+# Values in `widgets_values` of the canvas that are no inputs: what a seed's control holds.
 SEED = (["randomize"], ["fixed"])
 NOT_INPUTS = {
-    "LoadImage": (["image"],), "MagicMirrorCogVideoXSampler": SEED, "MagicMirrorShots": SEED, "RandomNoise": SEED,
+    "MagicMirrorCogVideoXSampler": SEED, "MagicMirrorShots": SEED, "RandomNoise": SEED,
 }  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def test_links_agree_with_their_ends(name: str) -> None:
         assert link in nodes[source]["outputs"][output]["links"]
         assert nodes[source]["outputs"][output]["type"] == kind
         assert nodes[target]["inputs"][slot]["link"] == link
-        assert nodes[target]["inputs"][slot]["type"] == kind
+        assert nodes[target]["inputs"][slot]["type"] in (kind, "*")
     used = {link[0] for link in workflow["links"]}
     assert {link for node in nodes.values() for out in node["outputs"] for link in out["links"] or []} == used
 
@@ -98,11 +98,11 @@ def blueprint() -> tuple[dict[str, Any], dict[str, Any]]:
     return host, definition
 
 
-def test_the_blueprint_is_the_first_workflow() -> None:
-    """The same nodes with the same settings, without the photo before them and the file behind them."""
+def test_the_blueprint_is_the_workflow_of_a_photo() -> None:
+    """The same nodes with the same settings, without the photos before them and what shows their results."""
     _, definition = blueprint()
-    twin = {node["class_type"]: node["inputs"] for node in api("text_to_video_tiny").values()}
-    for outside in ("LoadImage", "MagicMirrorVideoCombine"):
+    twin = {node["class_type"]: node["inputs"] for node in api("photo_to_video_tiny").values()}
+    for outside in ("MagicMirrorExamplePerson", "PreviewAny", "MagicMirrorVideoCombine"):
         del twin[outside]
     assert {node["type"] for node in definition["nodes"]} == twin.keys()
     for node in definition["nodes"]:
@@ -143,3 +143,16 @@ def test_the_blueprint_is_connected() -> None:
         assert source[link["origin_slot"]]["type"] == target[link["target_slot"]]["type"] == link["type"]
     assert [(slot["name"], slot["type"]) for slot in host["outputs"]] == [("video", "VIDEO"), ("images", "IMAGE")]
     assert all(len(slot["linkIds"]) == 1 for slot in definition["outputs"])
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_it_opens_in_view(name: str) -> None:
+    """On a page of 1600 x 1000 the note is at the top left, and no node reaches below the page's edge."""
+    workflow = canvas(name)
+    scale, (left, top) = workflow["extra"]["ds"]["scale"], workflow["extra"]["ds"]["offset"]
+    (note,) = (node for node in workflow["nodes"] if node["type"] in NOTES)
+    assert note["title"] == "Start here" and note["pos"] == [
+        min(node["pos"][axis] for node in workflow["nodes"]) for axis in (0, 1)
+    ]
+    assert (note["pos"][0] + left) * scale > 60 and (note["pos"][1] + top) * scale > 100  # beside and below the bars
+    assert max(node["pos"][1] + node["size"][1] + top for node in workflow["nodes"]) * scale <= 1000

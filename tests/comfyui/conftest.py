@@ -16,7 +16,7 @@ import pytest
 from comfy_server import ComfyClient, ComfyServer
 from PIL import Image
 
-WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "api" / "text_to_video_tiny.json"
+WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "api" / "photo_to_video_tiny.json"
 
 
 class Graph(dict[str, dict[str, Any]]):
@@ -58,11 +58,12 @@ def portrait(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 @pytest.fixture(scope="session")
 def make_graph(portrait: Callable[[str], Path]) -> Callable[..., Graph]:
-    """The tiny workflow with a photo that the server has, in three steps."""
+    """The tiny workflow of a photo, with one that the server has in the example's place, in three steps."""
 
     def make(server: ComfyClient, photo: str = "person_b_2") -> Graph:
         graph = Graph(json.loads(WORKFLOW.read_text(encoding="utf-8")))
-        graph.inputs("LoadImage")["image"] = server.upload_image(portrait(photo))
+        del graph[graph.id("PreviewAny")]
+        graph.add(graph.id("MagicMirrorExamplePerson"), "LoadImage", image=server.upload_image(portrait(photo)))
         graph.inputs("MagicMirrorCogVideoXSampler")["steps"] = 3
         return graph
 
