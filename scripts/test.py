@@ -30,6 +30,8 @@ def _variables() -> dict[str, str]:
         "MAGIC_MIRROR_COMFYUI": str(environment.comfyui(environment.NEW_COMFYUI)),
         "MAGIC_MIRROR_VALIDATORS": str(environment.validators()),
         "MAGIC_MIRROR_COMFYUI_OLD": str(environment.comfyui(environment.OLD_COMFYUI)),
+        "MAGIC_MIRROR_PAGE": str(environment.page(environment.NEW_PAGE)),
+        "MAGIC_MIRROR_PAGE_OLD": str(environment.page(environment.OLD_PAGE)),
         "MAGIC_MIRROR_INSIGHTFACE_ROOT": str(environment.face_models()),
         "MAGIC_MIRROR_PHOTOGRAPHS": str(environment.photographs()),
         **({"MAGIC_MIRROR_BROWSER": str(found)} if found else {}),

@@ -79,6 +79,12 @@ def old_comfyui_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def pages() -> tuple[Path, Path]:
+    """What ComfyUI serves as its page: the newest, and the oldest ComfyUI's own."""
+    return _provided("MAGIC_MIRROR_PAGE"), _provided("MAGIC_MIRROR_PAGE_OLD")
+
+
+@pytest.fixture(scope="session")
 def validators() -> Path:
     """The python of an environment with comfy-cli, nodesafe and comfy-import-guard."""
     return _provided("MAGIC_MIRROR_VALIDATORS")

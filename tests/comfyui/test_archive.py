@@ -8,18 +8,25 @@ import sys
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from comfy_server import ComfyServer, ExecutionFailed
 from environment import PACK_FOLDER
 from packaging.requirements import Requirement
-from PIL import Image
 
 PREFIX = "MagicMirror"
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["current", "oldest"])
-def test_install_use_uninstall(which: int, comfyui_paths: tuple[Path, Path], archive: Path, tmp_path: Path) -> None:
+def test_install_use_uninstall(
+    which: int,
+    comfyui_paths: tuple[Path, Path],
+    archive: Path,
+    insightface_root: Path,
+    tmp_path: Path,
+) -> None:
+    """On a fresh ComfyUI one workflow makes a clip as it is; with face models, which come later, all of tiny do."""
     pack = tmp_path / "base" / "custom_nodes" / PACK_FOLDER
     with zipfile.ZipFile(archive) as file:
         file.extractall(pack)
@@ -28,22 +35,46 @@ def test_install_use_uninstall(which: int, comfyui_paths: tuple[Path, Path], arc
     with start(comfyui_paths[which], tmp_path / "base") as server:
         nodes = {name for name in server.object_info() if name.startswith(PREFIX)}
         assert len(nodes) >= 12
-        shipped = json.loads((pack / "workflows" / "api" / "text_to_video_tiny.json").read_text(encoding="utf-8"))
-        (loader,) = (node for node in shipped.values() if node["class_type"] == "MagicMirrorLoader")
+        workflows = {path.stem: read(path) for path in sorted((pack / "workflows" / "api").glob("*.json"))}
+        del workflows["text_to_video_5b"]
+        made = {"text_to_video_tiny": saved(server, workflows["text_to_video_tiny"])}
+        (loader,) = (n for n in workflows["photo_to_video_tiny"].values() if n["class_type"] == "MagicMirrorLoader")
         helper = {"class_type": "MagicMirrorPromptHelper", "inputs": {"model": ["1", 0], "prompt": "a man img smiles"}}
         shown = server.run({"1": loader, "2": helper})["outputs"]["2"]
         assert '"man"' in json.dumps(shown, ensure_ascii=False).replace('\\"', '"')
         assert "Traceback" not in server.log_text()
-        (photo,) = (node["inputs"]["image"] for node in shipped.values() if node["class_type"] == "LoadImage")
-        Image.new("RGB", (64, 64)).save(server.base / "input" / photo)
-        with pytest.raises(ExecutionFailed, match="The face models are missing"):  # the workflow itself is accepted
-            server.run(shipped)
+        with pytest.raises(ExecutionFailed, match=r"The face models are missing.*allow_download"):
+            server.run(workflows["photo_to_video_tiny"])
+
+        shutil.copytree(insightface_root, server.base / "models" / "insightface", dirs_exist_ok=True)
+        if "MagicMirrorApplyNative" not in nodes:
+            del workflows["native"]
+        for name in workflows.keys() - made.keys():
+            made[name] = saved(server, workflows[name])
+        assert all(len(files) == 1 for files in made.values()), made
 
     shutil.rmtree(pack)
     with start(comfyui_paths[which], tmp_path / "base") as server:
         assert not [name for name in server.object_info() if name.startswith(PREFIX)]
     left = {path.relative_to(server.base).as_posix() for path in server.base.rglob("*") if path.is_file()}
-    assert left == {"comfyui.log", f"input/{photo}"}
+    ours = {name for name in left if not name.startswith(("models/insightface/", "temp/"))}
+    assert ours == {"comfyui.log"} | {f"output/{file}" for files in made.values() for file in files}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A workflow in API format, with fewer steps."""
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    for node in workflow.values():
+        if "steps" in node["inputs"]:
+            node["inputs"]["steps"] = 2
+    return workflow
+
+
+def saved(server: ComfyServer, workflow: dict[str, Any]) -> list[str]:
+    """What a workflow writes into the output folder: a clip or an image."""
+    outputs = server.run(workflow)["outputs"]
+    files = [file for output in outputs.values() for file in output.get("images", []) if file["type"] == "output"]
+    return [f"{file['subfolder']}/{file['filename']}" for file in files]
 
 
 def missing(requirements: Path) -> list[str]:

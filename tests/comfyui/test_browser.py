@@ -3,60 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from browser_page import NOT_OURS, PICTURES, open_page, picture, run, show_all, unknown_nodes
 from comfy_server import ComfyServer
-from playwright.sync_api import ConsoleMessage, Page, expect, sync_playwright
+from playwright.sync_api import ConsoleMessage, Page, expect
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = ROOT / "workflows"
 WORKFLOW = WORKFLOWS / "text_to_video_tiny.json"
 BLUEPRINT = "Face to video"
-PICTURES = os.environ.get("MAGIC_MIRROR_PICTURES")
-PICTURE_SCALE = 1.5  # pixels of a picture for each of the page's
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
-# The page asks for things that a server without internet and without a login does not have; they are not ours.
-NOT_OURS = (
-    "Failed to load resource",
-    "core workflow templates",
-    "fuse options",  # of the search through them
-    "ERR_INTERNET_DISCONNECTED",
-    "ERR_NAME_NOT_RESOLVED",
-    "Google",
-    "firebase",
-)
-
 
 @pytest.fixture(scope="module")
 def page(browser: Path, server: ComfyServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     """ComfyUI's page, past its greeting, with a photo under the name that the workflow has for it."""
     example = shutil.copy(ROOT / "docs" / "person.png", tmp_path_factory.mktemp("photo") / "example.png")
     server.upload_image(Path(example))
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=str(browser), args=FLAGS)
-        scale = PICTURE_SCALE if PICTURES else 1.0
-        page = chromium.new_page(viewport={"width": 1760, "height": 990}, device_scale_factor=scale)
-        page.goto(server.address)
-        page.wait_for_function("window.app?.graph && window.app.extensionManager", timeout=120_000)
-        page.wait_for_timeout(3000)
-        page.keyboard.press("Escape")
+    with open_page(browser, server.address, 1760, 990) as page:
         yield page
-        chromium.close()
 
 
 @pytest.fixture(scope="module")
@@ -71,51 +40,6 @@ def errors(page: Page) -> list[str]:
     page.on("console", note)
     page.on("pageerror", lambda error: found.append(str(error)))
     return found
-
-
-# Where all nodes are on the page, with some space around: x, y, width, height.
-NODES = """() => {
-    const {scale, offset} = window.app.canvas.ds;
-    const canvas = window.app.canvas.canvas.getBoundingClientRect();
-    const boxes = window.app.graph.nodes.map(node => Array.from(node.getBounding()));
-    const x = Math.min(...boxes.map(b => b[0])) - 20, y = Math.min(...boxes.map(b => b[1])) - 40;
-    const right = Math.max(...boxes.map(b => b[0] + b[2])) + 20, bottom = Math.max(...boxes.map(b => b[1] + b[3])) + 20;
-    return {
-        x: canvas.x + (x + offset[0]) * scale, y: canvas.y + (y + offset[1]) * scale,
-        width: (right - x) * scale, height: (bottom - y) * scale,
-    };
-}"""
-
-
-def picture(page: Page, name: str, nodes_only: bool = False) -> None:
-    """Keep what the page shows, where the caller wants pictures."""
-    if PICTURES:
-        page.screenshot(path=str(Path(PICTURES) / name), clip=page.evaluate(NODES) if nodes_only else None)
-
-
-def unknown_nodes(page: Page) -> list[str]:
-    """Types on the canvas, inside its subgraphs too, that the page does not know."""
-    types = page.evaluate("""() => {
-        const all = graph => graph.nodes.flatMap(n => n.isSubgraphNode?.() ? all(n.subgraph) : [n]);
-        return all(window.app.graph).map(n => n.type).filter(t => !(t in window.LiteGraph.registered_node_types));
-    }""")
-    return [kind for kind in types if kind not in ("Note", "MarkdownNote")]
-
-
-def show_all(page: Page) -> None:
-    """The whole graph: a node's video is loaded when the node is drawn."""
-    page.evaluate("window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-    page.wait_for_timeout(1000)
-
-
-def run(page: Page, prefix: str) -> str:
-    """Press the Run button; the file's name in the address of the video that then plays on its node."""
-    page.get_by_test_id("queue-button").click()
-    ours = f"v => v.videoWidth === 64 && v.videoHeight === 64 && v.readyState >= 2 && v.src.includes('{prefix}')"
-    page.wait_for_function(f"[...document.querySelectorAll('video')].some({ours})", timeout=240_000)
-    video = page.locator(f"video[src*='{prefix}']").first
-    expect(video).to_be_visible()
-    return parse_qs(urlsplit(video.get_attribute("src") or "").query)["filename"][0]
 
 
 def test_the_workflow_opens_runs_and_shows_its_video(page: Page, errors: list[str], server: ComfyServer) -> None:

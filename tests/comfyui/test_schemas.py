@@ -46,6 +46,7 @@ NODES = {
     ),
     "MagicMirrorSaveIdentity": ("identity filename_prefix", "", ["STRING"]),
     "MagicMirrorLoadIdentity": ("model file", "", ["MAGICMIRROR_IDENTITY", "IMAGE", "STRING"]),
+    "MagicMirrorExamplePerson": ("person", "", ["IMAGE", "MAGICMIRROR_IDENTITY"]),
     "MagicMirrorShots": ("description shots seed", "", ["STRING", "INT"]),
 }
 NATIVE = {
@@ -65,7 +66,8 @@ COMBOS = {
     ("MagicMirrorLoader", "base_model"): ["tiny", "THUDM/CogVideoX-5b", "THUDM/CogVideoX-2b", "THUDM/CogVideoX1.5-5B"],
     ("MagicMirrorLoader", "adapter"): ["auto", "none"],
     ("MagicMirrorLoader", "id_encoder"): ["auto"],
-    ("MagicMirrorLoader", "face_pack"): ["buffalo_l", "antelopev2", "buffalo_sc"],
+    ("MagicMirrorExamplePerson", "person"): ["woman", "man"],
+    ("MagicMirrorLoader", "face_pack"): ["auto", "buffalo_l", "antelopev2", "buffalo_sc"],
     ("MagicMirrorLoader", "precision"): ["auto", "bf16", "fp16", "fp32", "fp8"],
     ("MagicMirrorLoader", "offload"): ["auto", "none", "model", "group", "sequential"],
     ("MagicMirrorExtractFaceEmbedding", "face"): ["largest", "leftmost", "rightmost", "index"],
