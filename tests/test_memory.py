@@ -14,6 +14,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from accelerator import simulated
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.hooks.group_offloading import ModuleGroup
 from lora_files import write_loras
@@ -26,7 +27,7 @@ from mm_core.checkpoints.lora_file import open_lora
 from mm_core.checkpoints.lora_keys import layer_shapes
 from mm_core.choices import POLICIES
 from mm_core.errors import SettingError
-from mm_core.memory import choose_policy, compute_dtype, on_device, size_in_bytes
+from mm_core.memory import choose_policy, compute_dtype, keys_and_values, on_device, size_in_bytes
 from mm_core.models.adapter import MagicMirrorAdapter
 from mm_core.models.config import AdapterConfig
 from mm_core.pipelines import loaded, text
@@ -342,6 +343,28 @@ def test_precision() -> None:
         compute_dtype("int4", cpu)
 
 
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_emulated_bf16_does_not_count(monkeypatch: pytest.MonkeyPatch, native: bool, dtype: torch.dtype) -> None:
+    """Turing has no bf16 but in software: torch says yes unless it is asked for the real thing."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    assert compute_dtype("auto", torch.device("cuda")) == dtype
+
+
+def test_fp8_where_there_is_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before anything is loaded; torch says that a device lacks a type in more than one way."""
+    for error in (
+        TypeError("Trying to convert Float8_e4m3fn to the MPS backend but it does not have support for that dtype."),
+        RuntimeError('"copy_" not implemented for \'Float8_e4m3fn\''),
+    ):
+
+        def ones(*_: object, error: Exception = error, **__: object) -> Tensor:
+            raise error
+
+        monkeypatch.setattr(torch, "ones", ones)
+        with pytest.raises(SettingError, match=r"precision is fp8, and the device cpu has no 8-bit floats .*Float8"):
+            MagicMirror(FolderBase(folder), precision="fp8", device=REST)
+
+
 def test_fp8(folder: Path, expected: tuple[Tensor, Tensor]) -> None:
     """Storing the transformer in 8 bits takes about a quarter of float32's memory and keeps the clip roughly."""
     mirror = MagicMirror(FolderBase(folder), adapter=folder / "adapter.safetensors", precision="fp8", device=REST)
@@ -349,3 +372,22 @@ def test_fp8(folder: Path, expected: tuple[Tensor, Tensor]) -> None:
     assert nn.functional.cosine_similarity(latents.flatten(), expected[0].flatten(), dim=0) > 0.9
     plain = FolderBase(folder).load(torch.float32).transformer
     assert size_in_bytes(mirror.pipeline.transformer) < 0.6 * size_in_bytes(plain)
+    assert {layer.weight.dtype for layer in keys_and_values(mirror.adapter)} == {torch.float8_e4m3fn}
+    assert mirror.adapter.id_proj.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "none"])
+def test_fp8_under_every_policy(folder: Path, policy: str) -> None:
+    """The same clip as with all in its place; keys and values are back, in 8 bits, after it."""
+    clips = []
+    for place in ("none", policy):
+        with simulated() as accelerator:
+            mirror = MagicMirror(
+                UntiedBase(folder), adapter=folder / "adapter.safetensors", precision="fp8", offload=place,
+                device=accelerator.device,
+            )  # fmt: skip
+            clips.append(mirror.sample(CLIP, build_identity()))
+            weights = [layer.weight for layer in keys_and_values(mirror.adapter)]
+            assert {weight.dtype for weight in weights} == {torch.float8_e4m3fn}
+            assert accelerator.device not in {weight.device for weight in weights}
+    assert torch.equal(*clips)

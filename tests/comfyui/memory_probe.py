@@ -38,7 +38,7 @@ class MemoryProbe:
         gc.collect()
         models = [thing for thing in gc.get_objects() if type(thing).__name__ == "MagicMirror"]
         transformers = [thing for thing in gc.get_objects() if type(thing).__name__ == "CogVideoXTransformer3DModel"]
-        loaded = sum("pipeline" in vars(thing) for thing in models)
+        loaded = sum("loaded" in vars(thing) for thing in models)
         return {"ui": {"text": [str(id(model.mirror)), str(loaded), str(len(transformers))]}}
 
 
