@@ -108,9 +108,8 @@ def host() -> CoreCogVideoX:
     """The adapter's binding to core's blocks, with core's own attention and positions."""
     from ..mm_core.hosts.cogvideox_comfyui import CoreCogVideoX
 
-    core = comfy.ldm.cogvideo.model
     return CoreCogVideoX(
-        attention=optimized_attention, rotate=core.apply_rotary_emb, timestep_embedding=core.get_timestep_embedding
+        attention=optimized_attention, timestep_embedding=comfy.ldm.cogvideo.model.get_timestep_embedding
     )
 
 

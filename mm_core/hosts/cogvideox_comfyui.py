@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..models.attention import split_heads
+from ..models.attention import apply_rotary_emb, split_heads
 from ..models.block import AdapterBlock, FaceState, run_block
 from ..models.config import base_sizes
 from .host import Host
@@ -26,18 +26,11 @@ class CoreCogVideoX(Host):
 
     Args:
         attention: core's `optimized_attention`, so that its replacements act here too.
-        rotate: core's `apply_rotary_emb`.
         timestep_embedding: core's `get_timestep_embedding`.
     """
 
-    def __init__(
-        self,
-        *,
-        attention: Callable[..., Tensor],
-        rotate: Callable[[Tensor, RotaryEmbedding], Tensor],
-        timestep_embedding: Callable[..., Tensor],
-    ) -> None:
-        self.attention, self.rotate, self.timestep_embedding = attention, rotate, timestep_embedding
+    def __init__(self, *, attention: Callable[..., Tensor], timestep_embedding: Callable[..., Tensor]) -> None:
+        self.attention, self.timestep_embedding = attention, timestep_embedding
 
     def sizes(self, transformer: nn.Module) -> dict[str, int]:
         blocks = transformer.blocks
@@ -128,7 +121,7 @@ class CoreParts:
         return block.norm_q(q), block.norm_k(k), v
 
     def apply_rotary_emb(self, x: Tensor) -> Tensor:
-        return x if self.image_rotary_emb is None else self.host.rotate(x, self.image_rotary_emb)
+        return x if self.image_rotary_emb is None else apply_rotary_emb(x, self.image_rotary_emb)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self.host.attention(

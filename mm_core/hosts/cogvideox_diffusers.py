@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from torch import Tensor
 
 from ..models.adapter import MagicMirrorAdapter
-from ..models.attention import split_heads
+from ..models.attention import apply_rotary_emb, split_heads
 from ..models.block import AdapterBlock, FaceState, run_block
 from ..models.config import base_sizes
 from .host import Host

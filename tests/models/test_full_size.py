@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from benchmark import compare
 from diffusers import CogVideoXTransformer3DModel
-from torch.utils.flop_counter import FlopCounterMode
+from step_cost import GIB, GPUS
 
 from mm_core.hosts.cogvideox_diffusers import STATE, attach
 from mm_core.models.adapter import MagicMirrorAdapter
@@ -72,16 +73,16 @@ def test_forward_passes(model: str) -> None:
     assert forward(transformer, attached.ready(sampling_state(adapter))) == (1, frames, 16, 60, 90)
 
 
-def test_cost_of_a_step() -> None:
-    """A step with the identity costs at most half a per cent more arithmetic than one of the base model."""
-    transformer, adapter = published("CogVideoX-5b")
-    attached = attach(transformer, adapter)
-    flops = []
-    for state in (None, attached.ready(sampling_state(adapter))):
-        with FlopCounterMode(display=False) as counter:
-            forward(transformer, state)
-        flops.append(counter.get_total_flops())
-    base, adapted = flops
-    print(f"\nbase {base / 1e12:.2f} TFLOP, adapted {adapted / 1e12:.2f} TFLOP, ratio {adapted / base:.5f}")
-    assert base == pytest.approx(332.2e12, rel=0.001)
-    assert 1 < adapted / base <= 1.005
+@pytest.mark.parametrize("fp8", [False, True])
+def test_cost_of_a_step(fp8: bool) -> None:
+    """With guidance a step with the identity costs no more arithmetic, traffic and time than a few thousandths above
+    the base model's, and little more memory than its keys and values."""
+    compared = compare(fp8=fp8)
+    base, adapted = compared.base, compared.adapted
+    assert base.flops == pytest.approx(2 * 332.2e12, rel=0.001)
+    assert 1 < adapted.flops / base.flops <= 1.0025
+    assert adapted.bytes / base.bytes <= 1.003
+    for gpu in GPUS:
+        assert adapted.seconds(gpu) / base.seconds(gpu) <= 1.003, gpu.name
+    assert adapted.peak / base.peak <= 1.02
+    assert compared.extra <= (0.45 if fp8 else 0.85) * GIB
