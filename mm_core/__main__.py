@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .choices import OFFLOADING, PRECISIONS, SCHEDULERS, VIDEO_FORMATS
+from .choices import OFFLOADING, PRECISIONS, SCHEDULERS, TINY, VIDEO_FORMATS
 from .errors import MagicMirrorError, packages
 from .files import whole_file
 
@@ -130,7 +130,7 @@ def _base(args: argparse.Namespace) -> BaseModel:
     from .pipelines.base import FileBase, FolderBase, TinyBase, download_folder
     from .pipelines.presets import PRESETS
 
-    if args.base == "tiny":
+    if args.base == TINY:
         return TinyBase()
     path = Path(args.base)
     if path.is_file():
@@ -161,7 +161,7 @@ def _base(args: argparse.Namespace) -> BaseModel:
 def _id_encoder(args: argparse.Namespace) -> Path | None:
     from .checkpoints.photomaker import COPY_NAME, FILE_NAME, REPO, download_id_encoder
 
-    if args.id_encoder or args.base == "tiny":
+    if args.id_encoder or args.base == TINY:
         return args.id_encoder
     path, copy = DOWNLOADS / FILE_NAME, DOWNLOADS / COPY_NAME
     if copy.is_file():
@@ -218,7 +218,7 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     add("--negative-prompt", default="")
     add(
         "--base",
-        default="tiny",
+        default=TINY,
         help="tiny (built in), a diffusers folder, a .safetensors file, or a hub name",
     )
     add("--text-encoder", type=Path, help="with a file as base: T5 encoder file")

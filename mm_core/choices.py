@@ -5,6 +5,9 @@ Plain Python: the nodes' schemas read it where diffusers may be missing.
 
 from __future__ import annotations
 
+TINY = "tiny"
+"""The base model that comes with the pack."""
+
 PRECISIONS = ("auto", "bf16", "fp16", "fp32", "fp8")
 """fp8 is a storage type of the transformer; it computes as auto does."""
 

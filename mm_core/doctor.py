@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .checkpoints.json_file import read_object
+from .choices import TINY
 from .errors import CheckpointError
 from .folders import Folders, find_face_packs, find_folder, hub_folder, onnx_files, other_folders, walk
 from .pipelines.presets import HUB_ADDRESS, PRESETS
@@ -168,7 +169,7 @@ def _tiny() -> Finding:
     files = [*sorted(base.folder.glob("*/*.safetensors")), *(path for path in own if path.is_file())]
     return Finding(
         kind="built-in model",
-        name="tiny",
+        name=TINY,
         path=base.folder,
         files=_describe(files),
         problem=f"It lacks {', '.join(lacks)}. Install the node pack again." if lacks else _damaged(files),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..mm_core.choices import TINY as TINY
 from ..mm_core.errors import CheckpointError, SettingError
 from ..mm_core.folders import Folders, check_name, find_face_packs, find_folder, hub_folder, onnx_files, other_folders
 from ..mm_core.pipelines.presets import HUB_ADDRESS, PRESETS
@@ -14,7 +15,6 @@ from . import runtime
 if TYPE_CHECKING:
     from ..mm_core.pipelines.base import BaseModel
 
-TINY = "tiny"
 AUTO = "auto"
 NONE = "none"
 TINY_FACE_PACK = "buffalo_sc"

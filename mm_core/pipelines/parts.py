@@ -96,7 +96,12 @@ def _read(file: Any, key: str, path: Path, dtype: torch.dtype) -> torch.Tensor:
             f"{path.name}: {key} is {tensor.dtype}, not a floating-point tensor. Use the model's own weights, not a "
             "quantised copy."
         )
-    return tensor.to(torch.float32 if dtype == torch.float16 and key.endswith(_FLOAT32_IN_HALF) else dtype)
+    return tensor.to(stored_dtype(key, dtype))
+
+
+def stored_dtype(key: str, dtype: torch.dtype) -> torch.dtype:
+    """The type in which a tensor of a part is kept where the part is to have `dtype`."""
+    return torch.float32 if dtype == torch.float16 and key.endswith(_FLOAT32_IN_HALF) else dtype
 
 
 def _built(build: Callable[[], _Module], files: Sequence[Path]) -> _Module:

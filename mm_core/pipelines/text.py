@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
@@ -15,6 +16,7 @@ from ..errors import NumericsError
 from ..memory import choose_policy, lent
 from ..numerics import precision_name, remedy
 from ..out_of_memory import out_of_memory_as
+from .parts import stored_dtype
 
 if TYPE_CHECKING:
     from transformers import T5EncoderModel
@@ -59,8 +61,8 @@ class PromptEncoder:
     @property
     def size(self) -> int:
         """Bytes of the weights in this type; read from the files' headers."""
-        shapes = [shape for path in self._base.text_encoder_files for shape in tensor_shapes(path).values()]
-        return sum(torch.Size(shape).numel() for shape in shapes) * self._dtype.itemsize
+        shapes = [item for path in self._base.text_encoder_files for item in tensor_shapes(path).items()]
+        return sum(math.prod(shape) * stored_dtype(key, self._dtype).itemsize for key, shape in shapes)
 
     def encode(self, text: str | Sequence[int], offload: str, make_room: Callable[[int], None]) -> Tensor:
         """Embeddings of a prompt, as CogVideoXPipeline makes them, or of its token ids: (1, T, Dtxt) on the CPU.

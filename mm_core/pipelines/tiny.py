@@ -13,13 +13,14 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXP
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from ..choices import TINY
 from ..models.adapter import MagicMirrorAdapter
 from ..models.config import AdapterConfig
 from ..models.id_encoder import IDEncoder, IDEncoderConfig
 from .presets import SCHEDULER as COGVIDEOX_SCHEDULER
 
-NAME = "tiny"
-WEIGHTS = Path(__file__).parents[1] / "weights" / "tiny"
+NAME = TINY
+WEIGHTS = Path(__file__).parents[1] / "weights" / TINY
 _SEED = 0
 _TEXT_DIM = 128
 TEXT_TOKENS = 48

@@ -43,7 +43,6 @@ def own(probed: ComfyServer, make_graph: Callable[..., Any]) -> Any:
 def native(own: Any) -> Any:
     """ComfyUI's own sampler, on the same loader."""
     graph = type(own)(json.loads(NATIVE.read_text(encoding="utf-8")))
-    graph.inputs("LoadImage")["image"] = own.inputs("LoadImage")["image"]
     graph.inputs("MagicMirrorNativeSampling")["steps"] = 1
     graph.add("90", "TextProbe", after=[graph.id("MagicMirrorDecode"), 0])
     return graph

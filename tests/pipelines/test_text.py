@@ -14,6 +14,7 @@ from tiny_models import build_identity, build_pipeline
 
 from mm_core.choices import POLICIES
 from mm_core.errors import NumericsError, OutOfMemoryError
+from mm_core.memory import size_in_bytes
 from mm_core.pipelines.base import FolderBase
 from mm_core.pipelines.clip import ClipSettings
 from mm_core.pipelines.magic_mirror import MagicMirror
@@ -123,6 +124,14 @@ def test_it_rests_on_the_cpu(folder: Path, policy: str) -> None:
         assert devices == {accelerator.device if policy == "none" else CPU}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_its_size_is_known_before_it_is_read(folder: Path, read: list[torch.dtype], precision: str) -> None:
+    mirror = model(folder, precision=precision)
+    size = mirror.text.size
+    assert read == []
+    assert size == size_in_bytes(mirror.text.module)
+
+
 def test_room_is_made_for_it(folder: Path) -> None:
     """Before it is lent whole; layer by layer it needs little."""
     asked: dict[str, int] = {}
@@ -131,7 +140,6 @@ def test_room_is_made_for_it(folder: Path) -> None:
         mirror = MagicMirror(FolderBase(folder), offload=policy, device=CPU, make_room=sizes.append)
         mirror.encode_text(f"rain {policy}")
         (asked[policy],) = sizes
-        assert mirror.text.size == sum(w.numel() * w.element_size() for w in mirror.text.module.parameters())
     assert asked["model"] - asked["group"] == mirror.text.size
 
 

@@ -10,6 +10,7 @@ import torch
 
 from mm_core.checkpoints.adapter_file import load_adapter, read_header
 from mm_core.pipelines.base import TinyBase
+from mm_core.pipelines.preview import fit_latent_rgb
 from mm_core.training.loop_config import LoopConfig
 from mm_core.training.small import __main__ as small
 
@@ -49,6 +50,7 @@ def test_one_command_makes_the_small_model(command: list[str], tmp_path: Path) -
     packed = TinyBase(tmp_path / "run" / "packed")
     pipe = packed.load(torch.float32)
     assert pipe.transformer.config.num_layers == TinyBase().load(torch.float32).transformer.config.num_layers
+    torch.testing.assert_close(packed.latent_rgb, fit_latent_rgb(pipe.vae, torch.device("cpu")), rtol=0, atol=1e-5)
     _, header = load_adapter(packed.adapter)
     assert header.config == read_header(TinyBase().adapter).config
     assert (header.trained.stage, header.trained.steps) == ("video", STEPS)
