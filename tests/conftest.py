@@ -86,7 +86,7 @@ def pages() -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def validators() -> Path:
-    """The python of an environment with comfy-cli, nodesafe and comfy-import-guard."""
+    """The python of an environment with comfy-cli and comfy-import-guard."""
     return _provided("MAGIC_MIRROR_VALIDATORS")
 
 

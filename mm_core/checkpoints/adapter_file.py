@@ -109,7 +109,7 @@ def load_adapter(path: Path, *, dtype: torch.dtype = torch.float32) -> tuple[Mag
     with torch.device("meta"):
         adapter = MagicMirrorAdapter(header.config)
     adapter.load_state_dict(weights, assign=True)
-    return adapter.requires_grad_(False).train(False), header
+    return adapter.requires_grad_(False).eval(), header
 
 
 def _parse_header(path: Path, metadata: Mapping[str, str]) -> AdapterHeader:

@@ -122,7 +122,7 @@ def load_id_encoder(
     # The one constant that no file holds, so `meta` left it empty.
     embeddings = encoder.vision_model.embeddings
     embeddings.position_ids = torch.arange(embeddings.num_positions)[None]
-    return encoder.requires_grad_(False).train(False)
+    return encoder.requires_grad_(False).eval()
 
 
 def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:

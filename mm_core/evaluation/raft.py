@@ -35,7 +35,7 @@ class Raft:
             model = build(weights=None)
             if isinstance(weights, dict) and weights.keys() == model.state_dict().keys():
                 model.load_state_dict(weights)
-                self._model = model.train(False)
+                self._model = model.eval()
                 return
         raise CheckpointError(f"{file} is no state dict of torchvision's raft_small or raft_large: give one of the two")
 

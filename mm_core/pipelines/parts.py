@@ -86,7 +86,7 @@ def load_strictly(
         one = weights.get(copy, weights.get(original))
         weights[copy] = weights[original] = one
     module.load_state_dict(weights, assign=True)
-    return module.requires_grad_(False).train(False)
+    return module.requires_grad_(False).eval()
 
 
 def _read(file: Any, key: str, path: Path, dtype: torch.dtype) -> torch.Tensor:

@@ -138,7 +138,7 @@ def build_base(dtype: torch.dtype) -> CogVideoXPipeline:
         transformer = CogVideoXTransformer3DModel(**TRANSFORMER)
     for module in (text_encoder, vae, transformer):
         # torch's own `to`: diffusers' warns about parts to be kept in float32 even where there are none.
-        torch.nn.Module.to(module, dtype).requires_grad_(False).train(False)
+        torch.nn.Module.to(module, dtype).requires_grad_(False).eval()
     return CogVideoXPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
@@ -150,7 +150,7 @@ def build_base(dtype: torch.dtype) -> CogVideoXPipeline:
 
 def build_id_encoder(dtype: torch.dtype) -> IDEncoder:
     with _seeded():
-        return IDEncoder(ID_ENCODER).to(dtype).requires_grad_(False).train(False)
+        return IDEncoder(ID_ENCODER).to(dtype).requires_grad_(False).eval()
 
 
 def build_adapter(dtype: torch.dtype) -> MagicMirrorAdapter:
@@ -160,7 +160,7 @@ def build_adapter(dtype: torch.dtype) -> MagicMirrorAdapter:
         for parameter in adapter.parameters():
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.02)
-    return adapter.to(dtype).requires_grad_(False).train(False)
+    return adapter.to(dtype).requires_grad_(False).eval()
 
 
 class _seeded:

@@ -59,11 +59,11 @@ class DifferentiableArcFace(nn.Module):
             )
         self.network, normalises_itself = _convert(path)
         self.mean, self.scale = (0.0, 1.0) if normalises_itself else (PIXEL_MEAN, PIXEL_SCALE)
-        self.requires_grad_(False).train(False)
+        self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> DifferentiableArcFace:
         """A frozen judge has no training mode."""
-        return super().train(False)
+        return super().eval()
 
     def forward(self, faces: Tensor) -> Tensor:
         """Aligned faces, (B, 3, 112, 112) RGB from 0 to 1, to embeddings, (B, 512), not normalised.

@@ -215,7 +215,7 @@ class _Run:
         folder.mkdir(parents=True, exist_ok=True)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self.model.train(False)
+            self.model.eval()
             # Clips have other shapes than batches: compiled for both, the model would reach the limit.
             with self._averaged(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 values = self.task.validate(step, folder)

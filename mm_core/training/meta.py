@@ -82,7 +82,7 @@ def build_models(config: TrainingConfig, precision: str) -> Models:
     except (TypeError, ValueError) as error:  # the dataclass's and the front end's own words
         raise SettingError(f"The adapter sizes {dict(config.adapter)} do not fit {name}: {error}.") from error
     for module in (models.transformer, models.vae, models.text_encoder, models.id_encoder):
-        nn.Module.to(module, _DTYPES[precision]).requires_grad_(False).train(False)
+        nn.Module.to(module, _DTYPES[precision]).requires_grad_(False).eval()
     return models
 
 

@@ -67,7 +67,7 @@ def test_captions_are_learnt(text: Path) -> None:
 def test_words_know_their_neighbours_before_training() -> None:
     """The colour of the wall and that of the shirt, swapped, are told apart by the word after them."""
     task = TextTask(0)
-    model, ids = task.model.train(False), task.batch(range(1))["ids"]
+    model, ids = task.model.eval(), task.batch(range(1))["ids"]
     swapped = ids.clone()
     swapped[0, [1, 2]] = ids[0, [2, 1]]
     with torch.no_grad():

@@ -137,7 +137,7 @@ class BaseTask:
             transformer = CogVideoXTransformer3DModel(**tiny.TRANSFORMER)
             _initialise(transformer)
         self.model = _TextToVideo(text_encoder, transformer)
-        self.vae = vae.requires_grad_(False).train(False)
+        self.vae = vae.requires_grad_(False).eval()
         self.latents, self.seed = latents, seed
         self.captions = [captions[i] for i in latents.clip]
         self.order = np.repeat(np.arange(len(latents.clip)), latents.repeats)

@@ -298,4 +298,4 @@ def _export(weights: Mapping[str, Tensor], prefix: str, path: Path) -> None:
 
 def _load(reader: nn.Module, folder: Path) -> nn.Module:
     reader.load_state_dict(read_tensors(folder / WEIGHTS))
-    return reader.requires_grad_(False).train(False)
+    return reader.requires_grad_(False).eval()
