@@ -24,7 +24,7 @@ from .loaded import LoadedBase, load_base, vae_of
 from .lora import Lora
 from .prompt import IdentityTokens
 from .sampling import sample
-from .text import prompt_encoder
+from .text import prompt_encoder, token_ids
 
 
 class MagicMirror:
@@ -121,7 +121,7 @@ class MagicMirror:
         tokens, loaded = self.check(clip, identity, settings), self.loaded
         loaded.set_loras(loras)
         self._make_room(loaded.needed_bytes)
-        encode = partial(self.text.encode, offload=loaded.policy, make_room=self._make_room)
+        encode = partial(self.encode_text, offload=loaded.policy)
         return sample(loaded, encode, clip, None if settings.off else identity, tokens, settings, on_step)
 
     def decode(self, latents: Tensor) -> Clip:
@@ -140,8 +140,9 @@ class MagicMirror:
         """`sample`, then `decode`."""
         return self.decode(self.sample(clip, identity, settings, on_step, loras))
 
-    def encode_text(self, text: str | Sequence[int]) -> Tensor:
+    def encode_text(self, text: str | Sequence[int], offload: str | None = None) -> Tensor:
         """T5 embeddings of a prompt or of token ids, (1, T, Dtxt) on the CPU, without the rest of the base model."""
-        # The text encoder stays on the device only beside a pipeline that has it there: a host has its own models.
-        offload = "model" if self._offload == "none" else self._offload
-        return self.text.encode(text, offload, self._make_room)
+        # By itself the text encoder does not stay on the device: a host has its own models there.
+        offload = offload or ("model" if self._offload == "none" else self._offload)
+        ids = token_ids(self.base, text) if isinstance(text, str) else text
+        return self.text.encode(ids, offload, self._make_room)

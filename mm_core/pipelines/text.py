@@ -28,18 +28,25 @@ log = logging.getLogger(__name__)
 _KEPT = 32  # prompts; 2 MB each
 _ACTIVATION_BYTES = 2**30  # of one prompt in T5-XXL, generously
 
-# The encoders that some model holds: all models with the same files share one, and what it has made of prompts.
+# The encoders that some model holds: all base models with the same files share one, and what it has made of prompts.
 _shared: WeakValueDictionary[tuple[object, ...], PromptEncoder] = WeakValueDictionary()
 
 
 def prompt_encoder(base: BaseModel, dtype: torch.dtype, device: torch.device) -> PromptEncoder:
     """The text encoder of a base model in this type. Nothing is loaded yet."""
-    files = [(path, path.stat()) for path in base.text_encoder_files if path.is_file()]
-    key = (base, dtype, device, *((path, stat.st_mtime_ns, stat.st_size) for path, stat in files))
+    files = [path.resolve() for path in base.text_encoder_files if path.is_file()]
+    versions = [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in files]
+    key = (dtype, device, *(versions or [base]))
     encoder = _shared.get(key)
     if encoder is None:
         encoder = _shared[key] = PromptEncoder(base, dtype, device)
     return encoder
+
+
+def token_ids(base: BaseModel, text: str) -> tuple[int, ...]:
+    """A prompt as CogVideoXPipeline tokenises it: cut or filled to the length that the model reads."""
+    length = base.transformer_config["max_text_seq_length"]
+    return tuple(base.tokenizer(text, padding="max_length", max_length=length, truncation=True)["input_ids"])
 
 
 class PromptEncoder:
@@ -64,8 +71,8 @@ class PromptEncoder:
         shapes = [item for path in self._base.text_encoder_files for item in tensor_shapes(path).items()]
         return sum(math.prod(shape) * stored_dtype(key, self._dtype).itemsize for key, shape in shapes)
 
-    def encode(self, text: str | Sequence[int], offload: str, make_room: Callable[[int], None]) -> Tensor:
-        """Embeddings of a prompt, as CogVideoXPipeline makes them, or of its token ids: (1, T, Dtxt) on the CPU.
+    def encode(self, ids: Sequence[int], offload: str, make_room: Callable[[int], None]) -> Tensor:
+        """Embeddings of a prompt's tokens, as CogVideoXPipeline makes them: (1, T, Dtxt) on the CPU.
 
         Args:
             offload: how the encoder visits the device: auto, or a policy.
@@ -74,7 +81,7 @@ class PromptEncoder:
         Raises:
             NumericsError: embeddings that are not finite. OutOfMemoryError: the encoder does not fit.
         """
-        ids = self._ids(text) if isinstance(text, str) else tuple(text)
+        ids = tuple(ids)
         if ids not in self._embeds:
             embeds = self._run(ids, offload, make_room)
             if len(self._embeds) == _KEPT:
@@ -86,11 +93,6 @@ class PromptEncoder:
         """Let go of the weights and of all embeddings."""
         self._module = None
         self._embeds.clear()
-
-    def _ids(self, text: str) -> tuple[int, ...]:
-        length = self._base.transformer_config["max_text_seq_length"]
-        encoded = self._base.tokenizer(text, padding="max_length", max_length=length, truncation=True)
-        return tuple(encoded["input_ids"])
 
     @torch.no_grad()
     def _run(self, ids: tuple[int, ...], offload: str, make_room: Callable[[int], None]) -> Tensor:

@@ -361,6 +361,12 @@ class TestDecodeOutOfMemory:
     """A VAE that runs out of memory at the first attempts."""
 
     LATENTS = noise(1, 4, 3, 10, 12)
+    # As different devices say it.
+    ERRORS = (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.25 GiB."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.20 GB, max allowed: 18.13 GB)."),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    )
 
     @pytest.fixture
     def fail(self, mirror: MagicMirror, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
@@ -369,12 +375,13 @@ class TestDecodeOutOfMemory:
         decode = vae.decode
 
         def fail(times: int) -> None:
-            outcomes = iter([False] * times)
+            errors = iter([*self.ERRORS, *self.ERRORS][:times])
 
             def limited(latents: Tensor) -> Any:
-                if next(outcomes, True):
+                error = next(errors, None)
+                if error is None:
                     return decode(latents)
-                raise torch.OutOfMemoryError("no room")
+                raise error
 
             monkeypatch.setattr(vae, "decode", limited)
 
@@ -415,6 +422,18 @@ class TestDecodeOutOfMemory:
             mirror.decode(self.LATENTS)
         assert torch.equal(error.value.latents, self.LATENTS)
         assert torch.equal(mirror.decode(self.LATENTS).frames, whole)
+
+
+def test_other_errors_of_a_decode_are_not_tried_again(mirror: MagicMirror, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED")
+
+    def broken(latents: Tensor) -> Any:
+        raise error
+
+    monkeypatch.setattr(mirror.pipeline.vae, "decode", broken)
+    with pytest.raises(RuntimeError) as raised:
+        mirror.decode(noise(1, 4, 3, 4, 6))
+    assert raised.value is error
 
 
 def test_another_seed_asks_t5_nothing(mirror: MagicMirror, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,15 @@ def test_other_files_types_and_folders_have_their_own(folder: Path, folders: dic
     assert model(folder).text is not one.text
 
 
+def test_two_base_models_with_one_file_share_it(folder: Path, tmp_path: Path) -> None:
+    """As single files do, or folders with a link."""
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    shutil.rmtree(other / "text_encoder")
+    (other / "text_encoder").symlink_to(folder / "text_encoder", target_is_directory=True)
+    one = model(folder)
+    assert model(other).text is one.text
+
+
 def test_known_prompts_need_no_encoder(folder: Path, read: list[torch.dtype]) -> None:
     """A model whose prompts the process has seen loads half as much."""
     first = model(folder)
