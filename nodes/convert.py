@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,12 @@ def photos_from_images(batches: Iterable[Tensor | None]) -> Iterator[np.ndarray]
 def image_from_photos(photos: np.ndarray) -> Tensor:
     """(B, H, W, 3) uint8 -> IMAGE."""
     return torch.from_numpy(photos).float() / 255
+
+
+def sound_from_audio(audio: Mapping[str, Any]) -> tuple[Tensor, int]:
+    """AUDIO -> (channels, samples) and the samples per second; of a batch the first. What cannot be played stays."""
+    waveform, rate = audio["waveform"], audio["sample_rate"]
+    return (waveform[0] if waveform.ndim == 3 and len(waveform) else waveform), rate
 
 
 def latent_from_samples(samples: Tensor, scaling_factor: float) -> dict[str, Tensor]:

@@ -31,8 +31,8 @@ class MagicMirrorSaveIdentity(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="person",
-                    tooltip="Start of the file's name; may name a folder (people/anna). A number follows, so that no "
-                    "file is overwritten.",
+                    tooltip="Start of the file's name; may name a folder (people/anna), %date:yyyy-MM-dd%, and a "
+                    "widget (%Node.widget%). A number follows; no file is replaced.",
                 ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="Where the file is.")],
@@ -40,13 +40,18 @@ class MagicMirrorSaveIdentity(io.ComfyNode):
         return with_aliases(schema, "save person", "save face embedding", "export identity")
 
     @classmethod
+    def validate_inputs(cls, filename_prefix: str | None) -> bool | str:
+        """A name that no file may have is told before anything runs."""
+        return runtime.prefix_problem(filename_prefix, SUFFIX, runtime.IDENTITIES) or True
+
+    @classmethod
     def execute(cls, identity: Person, filename_prefix: str) -> io.NodeOutput:
         from ..mm_core.pipelines.identity_file import save_identity
 
         if identity.identity is None:
             raise MagicMirrorError(NOBODY)
-        path = runtime.new_model_file(runtime.IDENTITIES, filename_prefix, SUFFIX)
-        save_identity(identity.identity, path, metadata=runtime.workflow_metadata(cls.hidden))
+        file = runtime.new_model_file(runtime.IDENTITIES, filename_prefix, SUFFIX, cls.hidden)
+        path = save_identity(identity.identity, file, metadata=runtime.workflow_metadata(cls.hidden))
         crops = ui.PreviewImage(image_from_photos(identity.identity.crops))
         return io.NodeOutput(str(path), ui=crops.as_dict() | runtime.show(f"Saved {path}").as_dict())
 

@@ -23,6 +23,8 @@ from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
 from ..mm_core.errors import CheckpointError, MagicMirrorError, SettingError, packages
+from ..mm_core.filenames import expand, locate
+from ..mm_core.files import Numbered
 from ..mm_core.folders import check_name, is_below
 
 if TYPE_CHECKING:
@@ -191,6 +193,20 @@ def progress_callback(total: int) -> Callable[[int], None]:
     return on_progress
 
 
+def frames_callback() -> Callable[[int, int], None]:
+    """Progress bar and cancelling; told how many frames are done, of how many, and as often as it can be cancelled."""
+    bar, shown = comfy.utils.ProgressBar(1), -1
+
+    def on_frame(done: int, total: int) -> None:
+        nonlocal shown
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if done != shown:
+            shown = done
+            bar.update_absolute(done, total)
+
+    return on_frame
+
+
 def show(text: str, *, warn: bool = False) -> ui.PreviewText:
     """Write a text into the log and onto the executing node; the result, as the node's ui, puts it into the history."""
     log.log(logging.WARNING if warn else logging.INFO, "MagicMirror: %s", text)
@@ -200,31 +216,67 @@ def show(text: str, *, warn: bool = False) -> ui.PreviewText:
     return ui.PreviewText(text)
 
 
-def output_file(prefix: str, suffix: str, width: int = 0, height: int = 0) -> tuple[Path, ui.SavedResult]:
-    """A path in ComfyUI's output folder that no file has yet, and how its page refers to it."""
-    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-        prefix, folder_paths.get_output_directory(), width, height
-    )
-    file = f"{name}_{counter:05}_{suffix}"
-    return Path(folder) / file, ui.SavedResult(file, subfolder, io.FolderType.output)
+def output_file(
+    prefix: str,
+    suffix: str,
+    hidden: io.HiddenHolder | None = None,
+    *,
+    width: int = 0,
+    height: int = 0,
+    temporary: bool = False,
+) -> Numbered:
+    """The next file of a name in ComfyUI's output folder; in the one that it clears when it starts, if `temporary`.
 
-
-def new_model_file(kind: str, prefix: str, suffix: str) -> Path:
-    """A path in the first folder of a kind of models that no file has yet.
-
-    Raises:
-        SettingError: the prefix leads out of that folder, or names no file.
+    hidden: the graph, for a prefix with names of its widgets. Raises SettingError: see `locate`.
     """
-    root = Path(os.path.abspath(model_folders(kind)[0]))
-    if root not in Path(os.path.normpath(root / prefix)).parents:
-        raise SettingError(f"filename_prefix is {prefix!r}; it must name a file within {root}, such as people/anna.")
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, str(root))
-    return Path(folder) / f"{name}_{counter:05}_{suffix}"
+    root = folder_paths.get_temp_directory() if temporary else folder_paths.get_output_directory()
+    folder, name = locate(_expand(prefix, hidden, width, height), Path(root), suffix)
+    return Numbered(folder, name, suffix)
+
+
+def saved_result(file: Numbered, *, temporary: bool = False) -> ui.SavedResult:
+    """How ComfyUI's page refers to a finished `output_file`."""
+    root = folder_paths.get_temp_directory() if temporary else folder_paths.get_output_directory()
+    subfolder = os.path.relpath(file.folder, root)
+    kind = io.FolderType.temp if temporary else io.FolderType.output
+    return ui.SavedResult(file.path.name, "" if subfolder == os.curdir else subfolder, kind)
+
+
+def new_model_file(kind: str, prefix: str, suffix: str, hidden: io.HiddenHolder | None = None) -> Numbered:
+    """The next file of a name in the first folder of a kind of models. Raises SettingError: see `locate`."""
+    folder, name = locate(_expand(prefix, hidden), model_folders(kind)[0], suffix)
+    return Numbered(folder, name, suffix)
+
+
+def _expand(prefix: str, hidden: io.HiddenHolder | None, width: int = 0, height: int = 0) -> str:
+    if hidden is None:
+        return expand(prefix, width=width, height=height)
+    workflow = _beside(hidden).get("workflow")
+    return expand(prefix, prompt=hidden.prompt or {}, workflow=workflow, width=width, height=height)
+
+
+def prefix_problem(prefix: str | None, suffix: str, kind: str | None = None) -> str | None:
+    """What is wrong with a prefix, as `validate_inputs` tells it; None if nothing is, or it comes from another node.
+
+    kind: of models; None for the output folder.
+    """
+    if prefix is None:
+        return None
+    try:
+        output_file(prefix, suffix) if kind is None else new_model_file(kind, prefix, suffix)
+    except SettingError as error:
+        return translated(error)
+    return None
 
 
 def workflow_metadata(hidden: io.HiddenHolder) -> dict[str, str]:
     """The graph that is being executed, to be written into a file; empty where the user runs ComfyUI without."""
     if args.disable_metadata:
         return {}
-    graph = {"prompt": hidden.prompt} | (hidden.extra_pnginfo or {})
+    graph = {"prompt": hidden.prompt} | _beside(hidden)
     return {key: json.dumps(value) for key, value in graph.items() if value is not None}
+
+
+def _beside(hidden: io.HiddenHolder) -> dict[str, object]:
+    """What the page sends beside the graph, the workflow among it; an API client may send anything."""
+    return hidden.extra_pnginfo if isinstance(hidden.extra_pnginfo, dict) else {}

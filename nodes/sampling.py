@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from comfy_api.latest import InputImpl, Types, io
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..mm_core.choices import SCHEDULERS
 from ..mm_core.errors import DecodeError, SettingError
+from ..mm_core.files import whole_file
 from ..mm_core.pipelines.control import AdapterSettings
 from ..mm_core.pipelines.presets import PRESETS, ClipLimits
 from . import runtime
@@ -115,10 +116,11 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
     @classmethod
     def _save_latent(cls, latent: dict[str, Tensor]) -> Path:
         """A file that core's Load Latent reads."""
-        path, _ = runtime.output_file("latents/magic_mirror", ".latent")
+        file = runtime.output_file("latents/magic_mirror", ".latent")
         tensors = {"latent_tensor": latent["samples"].contiguous(), "latent_format_version_0": torch.tensor([])}
-        save_file(tensors, path, metadata=runtime.workflow_metadata(cls.hidden))
-        return path
+        with whole_file(file) as temporary:
+            temporary.write_bytes(save(tensors, metadata=runtime.workflow_metadata(cls.hidden)))
+        return file.path
 
 
 def _scaling_factor(mirror: MagicMirror) -> float:

@@ -18,7 +18,9 @@ MAY_IMPORT = {
     "mm_core.out_of_memory": set(),
     "mm_core.limits": set(),
     "mm_core.files": set(),
-    "mm_core.video": {"mm_core.files"},
+    "mm_core.filenames": {"mm_core.files"},
+    "mm_core.playback": set(),
+    "mm_core.video": {"mm_core.files", "mm_core.playback"},
     "mm_core.faces": set(),
     "mm_core.models": set(),
     "mm_core.hosts": {"mm_core.models"},
@@ -40,6 +42,7 @@ MAY_IMPORT = {
         *("mm_core.doctor", "mm_core.folders"),
         *("mm_core.pipelines", "mm_core.faces", "mm_core.checkpoints", "mm_core.memory", "mm_core.video"),
         *("mm_core.evaluation", "mm_core.hosts", "mm_core.models", "mm_core.numerics"),
+        *("mm_core.filenames", "mm_core.files", "mm_core.playback"),
     },
 }
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server", "execution", "nodes"}

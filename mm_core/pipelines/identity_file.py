@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..checkpoints.safetensors_file import open_safetensors
 from ..errors import CheckpointError
 from ..faces.analysis import Face
 from ..faces.references import MAX_WEIGHT, PhotoReport, Reference
-from ..files import whole_file
+from ..files import Numbered, whole_file
 from ..models.id_encoder import FaceFeatures
 from .identity import Identity
 
@@ -59,11 +59,16 @@ class IdentityHeader:
     """How much each photo counts, above 0."""
 
 
-def save_identity(identity: Identity, path: Path, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write an identity file, whole or not at all. metadata: more for its header, such as ComfyUI's workflow.
+def save_identity(identity: Identity, target: Path | Numbered, *, metadata: Mapping[str, str] | None = None) -> Path:
+    """Write an identity file, whole or not at all; returns where it is.
+
+    Args:
+        target: a path, whose file is replaced; or a `Numbered`, which replaces nothing.
+        metadata: more for its header, such as ComfyUI's workflow.
 
     Raises:
         ValueError: an identity that does not say what made it, or without faces.
+        MagicMirrorError: a disk that is full or cannot be written to.
     """
     if not identity.references or identity.encoder is None or identity.face_pack is None:
         raise ValueError("an identity is saved with its faces, ID encoder and face pack: see MagicMirror.identity")
@@ -87,9 +92,10 @@ def save_identity(identity: Identity, path: Path, *, metadata: Mapping[str, str]
     }
     if identity.weights is not None:
         header["weights"] = json.dumps([float(reference.weight) for reference in identity.references])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=header)
+    with whole_file(target) as temporary:
+        # Not save_file: it writes a temporary file of its own, which a killed process leaves behind.
+        temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=header))
+    return target.path if isinstance(target, Numbered) else target
 
 
 def load_identity(path: Path, *, encoder: str) -> Identity:

@@ -343,7 +343,7 @@ def _check_space(folder: Path, config: TrainingConfig, stage: StageConfig, sampl
 def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     # One entry only: safetensors writes several in no fixed order.
     content = save(tensors, {ROWS: json.dumps(header)})
-    with _writing(path), whole_file(path) as temporary:
+    with whole_file(path) as temporary, _writing(path):
         temporary.write_bytes(content)
 
 

@@ -266,9 +266,21 @@ def test_a_loaded_person_is_scored(server: ComfyServer, graph: Any) -> None:
 
 
 def test_a_name_outside_the_folder(server: ComfyServer, graph: Any) -> None:
-    for prefix in ("../outside", "", "/outside"):
-        message = failure(server, saving(graph, prefix))
-        assert "SettingError" in message and "filename_prefix" in message and "people/anna" in message
+    """Refused before anything runs."""
+    for prefix in ("../outside", "/outside"):
+        with pytest.raises(WorkflowRefused, match=r"leads outside the folder .*people/anna"):
+            server.run(saving(graph, prefix))
+
+
+def test_a_folder_alone_is_a_name(server: ComfyServer, graph: Any) -> None:
+    """Each save gets a number of its own in it."""
+    for prefix, folder in (("only/", "only"), ("", "")):
+        paths = []
+        for face in ("largest", "leftmost", "rightmost"):
+            graph.inputs(EXTRACT)["face"] = face
+            paths.append(save(server, graph, prefix))
+        assert [path.name for path in paths] == [f"0000{number}_.safetensors" for number in (1, 2, 3)]
+        assert {path.parent.resolve() for path in paths} == {(folder_of(server) / folder).resolve()}
 
 
 def test_nobody_is_not_saved(server: ComfyServer, graph: Any, tmp_path: Path) -> None:

@@ -57,8 +57,11 @@ def failure(server: ComfyServer, graph: Any) -> str:
             ["models/CogVideo/CogVideoX-5b", "https://huggingface.co/THUDM/CogVideoX-5b", "allow_download"],
         ),
         (LOADER, {"base_model": "THUDM/CogVideoX-5b"}, ["Choose the adapter", "models/magic_mirror", "none"]),
-        (COMBINE, {"format": "avi"}, ["Value not in list"]),
-        (COMBINE, {"filename_prefix": "../outside"}, ["outside the output folder"]),
+        (COMBINE, {"format": "avi"}, ["'avi'; choose one of mp4, webm, webp, gif"]),
+        (COMBINE, {"frame_rate": float("nan")}, ["frame rate is nan", "from 0.01 to 1000"]),
+        (COMBINE, {"filename_prefix": "../outside"}, ["'../outside', which leads outside the folder", "output"]),
+        (COMBINE, {"filename_prefix": "what?"}, ["'?', which Windows allows in no file name"]),
+        (COMBINE, {"skip_first_frames": 5, "skip_last_frames": 4}, ["No frame is left of 9", "Leave out fewer"]),
     ],
 )
 def test_wrong_value(server: ComfyServer, graph: Any, node: str, changed: dict[str, Any], says: list[str]) -> None:

@@ -36,7 +36,7 @@ NODES = {
     ),
     "MagicMirrorVideoCombine": (
         "images frame_rate filename_prefix format quality",
-        "audio save_metadata",
+        "audio save_metadata pingpong loop_count skip_first_frames skip_last_frames trim_to_audio save_output",
         ["VIDEO", "STRING"],
     ),
     "MagicMirrorScoreIdentity": (
@@ -85,6 +85,10 @@ EXPERT = (
     "MagicMirrorModelDoctor",
 )  # fmt: skip
 """Their optional inputs, but sockets, are shown on demand."""
+ON_DEMAND = (
+    "weights", "pingpong", "loop_count", "skip_first_frames", "skip_last_frames", "trim_to_audio", "save_output",
+)  # fmt: skip
+"""And these of other nodes."""
 
 
 def test_no_other_nodes(server: ComfyServer, old_server: ComfyServer) -> None:
@@ -131,6 +135,6 @@ def check_explained(node: str, info: dict) -> None:
     for section in ("required", "optional"):
         for name, (_, options) in info["input"].get(section, {}).items():
             assert options.get("tooltip"), name
-            hidden = name == "weights" or (name not in ("clip", "control") and node in EXPERT)
+            hidden = name in ON_DEMAND or (name not in ("clip", "control") and node in EXPERT)
             expert = section == "optional" and hidden
             assert bool(options.get("advanced")) == expert, name
