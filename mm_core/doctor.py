@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .checkpoints.json_file import read_object
 from .choices import TINY
 from .errors import CheckpointError
 from .folders import Folders, find_face_packs, find_folder, hub_folder, onnx_files, other_folders, walk
+from .json_file import read_object
 from .pipelines.presets import HUB_ADDRESS, PRESETS
 
 FOUND, MISSING, PROBLEM = "found", "missing", "problem"

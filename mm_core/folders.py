@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 from .errors import CheckpointError
-from .limits import NAME_LENGTH, NAME_PART_BYTES
+from .limits import NAME_LENGTH
+from .names import is_below, stays_within
 from .pipelines.presets import PRESETS
 
 FACE_PACKS = ("buffalo_l", "antelopev2", "buffalo_sc")
@@ -48,23 +49,13 @@ class Folders:
 
 
 def check_name(name: object) -> None:
-    """Raise CheckpointError for what is no name of something within a folder: a path from the root, one with `..`, no
-    text at all, or what no file system takes. `is_below` looks at where a name leads."""
-    text = name if isinstance(name, str) else ""
-    path = PureWindowsPath(text)  # its rules know both kinds of slash, and drives
-    parts = [part.encode("utf-8", "replace") for part in path.parts]
-    usable = text.isprintable() and 0 < len(text) <= NAME_LENGTH and all(len(p) <= NAME_PART_BYTES for p in parts)
-    if not usable or path.anchor or ".." in path.parts:
+    """Raise CheckpointError for what is no name of something within a folder; see `stays_within`."""
+    if not stays_within(name):
         shown = repr(name)
         raise CheckpointError(
             f"{shown if len(shown) <= 100 else shown[:100] + '...'} is no name of a model: it must be one of the list, "
             f"or a path below its folder, without `..`, at most {NAME_LENGTH} characters long."
         )
-
-
-def is_below(path: Path, root: Path) -> bool:
-    """Whether a file or folder lies below a folder, links followed on both sides."""
-    return Path(os.path.realpath(root)) in Path(os.path.realpath(path)).parents
 
 
 def find_folder(roots: Sequence[Path], name: str) -> Path | None:

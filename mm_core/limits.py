@@ -60,8 +60,7 @@ SIZES = {
     "latent_side": 1_024,  # 300, that is 2,400 px
     "pixel_side": 16_384,  # 2,400
     "train_timesteps": 100_000,  # 1,000
+    "steps": 1_000_000_000,  # of training: 100,000
 }
 POSITION_TABLE_BYTES = 1 * GB
 """The sine table of a base without rotary positions, which is computed: 135 MB in CogVideoX-2b."""
-ADAPTER_BYTES = 64 * GB
-"""The weights that an adapter's header asks for, in float32: 17 GB for CogVideoX-5B."""

@@ -25,7 +25,8 @@ from server import PromptServer
 from ..mm_core.errors import CheckpointError, MagicMirrorError, SettingError, packages
 from ..mm_core.filenames import expand, locate
 from ..mm_core.files import Numbered
-from ..mm_core.folders import check_name, is_below
+from ..mm_core.folders import check_name
+from ..mm_core.names import is_below
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 
 from ..errors import CheckpointError
 from ..files import whole_file
+from ..json_file import parse_object
+from ..limits import CONFIG_BYTES, NAME_LENGTH, SIZES
 from ..models.adapter import MagicMirrorAdapter
 from ..models.config import AdapterConfig
-from .safetensors_file import check_tensors, open_safetensors, shapes_in
+from .safetensors_file import KEYS_SHOWN, check_tensors, open_safetensors, read_weight, shapes_in
 
 FORMAT = "magicmirror-adapter"
 VERSION = "1"
@@ -34,8 +36,10 @@ class Trained:
     """One line about the training data."""
 
     def __post_init__(self) -> None:
-        if type(self.steps) is not int or self.steps < 0:
-            raise ValueError(f"steps={self.steps!r} (a number from 0)")
+        if type(self.steps) is not int or not 0 <= self.steps <= SIZES["steps"]:
+            raise ValueError(f"steps={self.steps!r} (a number from 0 to {SIZES['steps']})")
+        if not isinstance(self.data, str) or len(self.data) > NAME_LENGTH:
+            raise ValueError(f"data must be a text of at most {NAME_LENGTH} characters")
 
     def __str__(self) -> str:
         if self.stage == "untrained":
@@ -105,7 +109,7 @@ def load_adapter(path: Path, *, dtype: torch.dtype = torch.float32) -> tuple[Mag
         header = _parse_header(path, file.metadata() or {})
         expected = expected_tensors(header.config)
         check_tensors(path, expected, shapes_in(file))
-        weights = {key: file.get_tensor(key).to(dtype) for key in expected}
+        weights = {key: read_weight(file, key, path, dtype) for key in expected}
     with torch.device("meta"):
         adapter = MagicMirrorAdapter(header.config)
     adapter.load_state_dict(weights, assign=True)
@@ -126,6 +130,8 @@ def _parse_header(path: Path, metadata: Mapping[str, str]) -> AdapterHeader:
     missing = [key for key in ("base_model", "config", "trained") if key not in metadata]
     if missing:
         raise CheckpointError(f"{path.name} lacks the metadata {', '.join(missing)}.")
+    if len(metadata["base_model"]) > NAME_LENGTH:
+        raise CheckpointError(f"{path.name}: the name of its base model has more than {NAME_LENGTH} characters.")
     config = _parse_json(path, "config", metadata["config"], AdapterConfig)
     trained = _parse_json(path, "trained", metadata["trained"], Trained)
     if trained.stage not in STAGES:
@@ -136,13 +142,12 @@ def _parse_header(path: Path, metadata: Mapping[str, str]) -> AdapterHeader:
 def _parse_json(path: Path, key: str, text: str, cls: type) -> Any:
     """A dataclass from its JSON; exactly its fields."""
     try:
-        values = json.loads(text)
+        values = parse_object(text, f"The metadata `{key}` of {path.name}", most=CONFIG_BYTES)
         names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(values, dict) or values.keys() != names:
-            keys = values.keys() if isinstance(values, dict) else set()
-            raise ValueError(
-                f"missing {sorted(names - keys) or 'nothing'}, unexpected {sorted(keys - names) or 'nothing'}"
-            )
+        if values.keys() != names:
+            unexpected = sorted(values.keys() - names)[:KEYS_SHOWN]
+            missing = sorted(names - values.keys())
+            raise ValueError(f"missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}")
         return cls(**values)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path.name}: its metadata `{key}` is wrong: {error}.") from error

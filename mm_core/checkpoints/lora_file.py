@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .json_file import parse_object, read_object
+from ..json_file import parse_object, read_object
 from .lora_keys import TEXT_ENCODER, parse_key, spellings
 from .safetensors_file import KEYS_SHOWN, Shapes, open_safetensors, tensor_shapes
 

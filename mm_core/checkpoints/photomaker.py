@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 from ..errors import CheckpointError, downloading
 from ..files import whole_file
+from ..json_file import parse_object
 from ..models.id_encoder import PHOTOMAKER_V2, IDEncoder, IDEncoderConfig
-from .safetensors_file import check_tensors, open_safetensors
+from .safetensors_file import as_weight, check_tensors, open_safetensors
 
 REPO = "TencentARC/PhotoMaker-V2"
 FILE_NAME = "photomaker-v2.bin"
@@ -51,10 +52,6 @@ def convert_id_encoder(path: Path) -> Path:
     copy = path.with_suffix(".safetensors")
     tensors = {}
     for part, entries in _read_pickle(path).items():
-        if not isinstance(entries, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in entries.values()):
-            raise CheckpointError(
-                f"{path.name}: its part {part!r} is no set of tensors: it is not PhotoMaker-V2's file."
-            )
         # Clones, since safetensors refuses tensors that share memory.
         tensors |= {f"{part}.{key}": tensor.contiguous().clone() for key, tensor in entries.items()}
     try:
@@ -96,7 +93,7 @@ def read_id_encoder_config(path: Path) -> IDEncoderConfig:
     try:
         with open_safetensors(path) as file:
             text = (file.metadata() or {}).get(_CONFIG)
-        return PHOTOMAKER_V2 if text is None else IDEncoderConfig(**json.loads(text))
+        return PHOTOMAKER_V2 if text is None else IDEncoderConfig(**parse_object(text, "sizes"))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path.name} names sizes that are none: {error}") from error
 
@@ -118,7 +115,7 @@ def load_id_encoder(
     check_tensors(path, id_encoder_tensors(config), {key: tensor.shape for key, tensor in weights.items()})
     with torch.device("meta"):
         encoder = IDEncoder(config)
-    encoder.load_state_dict({key: tensor.to(dtype) for key, tensor in weights.items()}, assign=True)
+    encoder.load_state_dict({key: as_weight(tensor, key, path, dtype) for key, tensor in weights.items()}, assign=True)
     # The one constant that no file holds, so `meta` left it empty.
     embeddings = encoder.vision_model.embeddings
     embeddings.position_ids = torch.arange(embeddings.num_positions)[None]
@@ -159,8 +156,23 @@ def _read_pickle(path: Path) -> dict[str, dict[str, torch.Tensor]]:
     """All parts of a `.bin`."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (torch.serialization.pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"{path.name} is damaged, cut short, or not a file of weights: {error}") from error
+    except Exception as error:  # damage shows in as many ways as a pickle has commands
+        raise CheckpointError(
+            f"{path.name} is damaged, cut short, or holds more than weights, which is not read: it could run code "
+            f"({type(error).__name__}). Download {FILE_NAME} of https://huggingface.co/{REPO} again."
+        ) from error
     if not isinstance(content, dict) or not isinstance(content.get("id_encoder"), dict):
         raise CheckpointError(f"{path.name} has no `id_encoder` part: it is not PhotoMaker-V2's file.")
+    for part, entries in content.items():
+        if not isinstance(entries, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in entries.values()):
+            raise CheckpointError(
+                f"{path.name}: its part {str(part)[:60]!r} is no set of tensors: it is not PhotoMaker-V2's file."
+            )
+    # A tensor may be a view that repeats one number for ever.
+    size = sum(tensor.numel() * tensor.element_size() for entries in content.values() for tensor in entries.values())
+    if size > path.stat().st_size:
+        raise CheckpointError(
+            f"{path.name} has {path.stat().st_size:,} bytes, and names tensors of {size:,}: it is damaged. Download "
+            f"{FILE_NAME} of https://huggingface.co/{REPO} again."
+        )
     return content

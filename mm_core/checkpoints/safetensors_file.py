@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
+from ..limits import HEADER_BYTES
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Keys and shapes of tensors; a `torch.Size` is a tuple."""
@@ -38,6 +39,10 @@ def safetensors_handle(path: Path, framework: str = "pt") -> Any:
     """The same, to be kept open. Raises CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}.")
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if HEADER_BYTES < header < path.stat().st_size:
+        raise CheckpointError(f"{path.name} has a header of {header:,} bytes; at most {HEADER_BYTES:,} are read.")
     try:
         return safe_open(path, framework=framework)
     except (SafetensorError, OSError) as error:
@@ -73,6 +78,37 @@ def is_whole(path: Path) -> bool:
     except CheckpointError:
         return False
     return True
+
+
+def read_weight(file: Any, key: str, path: Path, dtype: torch.dtype) -> torch.Tensor:
+    """One tensor of an open file, as `as_weight` makes it."""
+    return as_weight(file.get_tensor(key), key, path, dtype)
+
+
+def as_weight(tensor: torch.Tensor, key: str, path: Path, dtype: torch.dtype) -> torch.Tensor:
+    """A file's tensor as weights of that type, in memory of its own: the file may be replaced afterwards.
+
+    Raises CheckpointError for a tensor that holds no floating-point numbers, or values that are none in that type.
+    """
+    if not tensor.is_floating_point():
+        raise CheckpointError(
+            f"{path.name}: {key} is {str(tensor.dtype).removeprefix('torch.')}, not a floating-point tensor. Use the "
+            "model's own weights, not a quantised copy."
+        )
+    weight = tensor.to(dtype, copy=True)
+    check_finite(weight, key, path)
+    return weight
+
+
+def check_finite(weight: torch.Tensor, key: str, path: Path) -> None:
+    """Raise CheckpointError for a weight with a value that is no number, or too large for its type."""
+    # A sum costs a tenth of looking at each value; only one that overflows by itself needs the closer look.
+    if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{path.name} holds values that are no numbers in {kind}, in {key}. Download or copy the file again; if it "
+            "is whole, choose the precision bf16 or fp32."
+        )
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

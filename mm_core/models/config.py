@@ -7,6 +7,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..limits import SIZES
+
+# Each field's limit in SIZES.
+_LIMITS = dict(
+    hidden_size="hidden_size",
+    num_attention_heads="num_attention_heads",
+    attention_head_dim="attention_head_dim",
+    num_layers="num_layers",
+    time_embed_dim="embed_dim",
+    text_embed_dim="embed_dim",
+    id_token_dim="embed_dim",
+    num_id_tokens="depth",
+    id_proj_dim="embed_dim",
+    can_hidden_dim="embed_dim",
+    clip_hidden_size="embed_dim",
+    perceiver_dim="embed_dim",
+    perceiver_depth="depth",
+    perceiver_dim_head="attention_head_dim",
+    num_face_tokens="queries",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
@@ -44,10 +65,15 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "adapted_layers", tuple(self.adapted_layers))
-        sizes = {name: value for name, value in vars(self).items() if name != "adapted_layers"}
-        bad = [f"{name}={value!r}" for name, value in sizes.items() if type(value) is not int or value < 1]
+        bad = [
+            f"{name}={short(value)} (a whole number from 1 to {most})"
+            for name, value, most in ((name, vars(self)[name], SIZES[size]) for name, size in _LIMITS.items())
+            if type(value) is not int or not 1 <= value <= most
+        ]
         layers = self.adapted_layers
-        if any(type(layer) is not int for layer in layers) or list(layers) != sorted(set(layers)) or not layers:
+        if len(layers) > SIZES["num_layers"]:
+            bad.append(f"adapted_layers has {len(layers)} blocks (at most {SIZES['num_layers']})")
+        elif any(type(layer) is not int for layer in layers) or list(layers) != sorted(set(layers)) or not layers:
             bad.append(f"adapted_layers={list(layers)!r} (block numbers, ascending, at least one)")
         elif not bad and not 0 <= layers[0] <= layers[-1] < self.num_layers:
             bad.append(f"adapted_layers={list(layers)!r} (the base has blocks 0..{self.num_layers - 1})")
@@ -101,3 +127,8 @@ def base_sizes(base: Mapping[str, Any]) -> dict[str, int]:
         time_embed_dim=base["time_embed_dim"],
         text_embed_dim=base["text_embed_dim"],
     )
+
+
+def short(value: object) -> str:
+    """A value of a file for a message, however long it is."""
+    return f"a {type(value).__name__} of {len(value)}" if isinstance(value, (list, dict)) else repr(value)[:60]

@@ -12,6 +12,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from ..limits import SIZES
+from .config import short
 from .id_fusion import MLP
 from .perceiver import IDPerceiver
 
@@ -38,6 +40,37 @@ class IDEncoderConfig:
     num_id_tokens: int
     perceiver_depth: int
     perceiver_dim_head: int
+
+    def __post_init__(self) -> None:
+        bad = [
+            f"{name}={short(value)} (a whole number from 1 to {most})"
+            for name, value, most in ((name, vars(self)[name], SIZES[size]) for name, size in _LIMITS.items())
+            if type(value) is not int or not 1 <= value <= most
+        ]
+        if not bad and self.clip_hidden_size % self.clip_num_heads:
+            bad.append(f"clip_hidden_size={self.clip_hidden_size} (not a multiple of {self.clip_num_heads} heads)")
+        if not bad and (self.clip_image_size // self.clip_patch_size) ** 2 > SIZES["tokens"]:
+            bad.append(f"clip_patch_size={self.clip_patch_size} (more than {SIZES['tokens']} patches)")
+        if bad:
+            raise ValueError("Not an ID encoder's config: " + "; ".join(bad))
+
+
+# Each field's limit in SIZES.
+_LIMITS = dict(
+    clip_hidden_size="embed_dim",
+    clip_intermediate_size="feed_forward",
+    clip_num_heads="num_attention_heads",
+    clip_num_layers="num_layers",
+    clip_patch_size="pixel_side",
+    clip_image_size="pixel_side",
+    clip_projection_dim="embed_dim",
+    second_projection_dim="embed_dim",
+    id_embedding_dim="embed_dim",
+    id_token_dim="embed_dim",
+    num_id_tokens="depth",
+    perceiver_depth="depth",
+    perceiver_dim_head="attention_head_dim",
+)
 
 
 PHOTOMAKER_V2 = IDEncoderConfig(

@@ -24,9 +24,9 @@ from diffusers import (
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
-from ..checkpoints.json_file import read_object
 from ..checkpoints.safetensors_file import tensor_shapes
 from ..errors import CheckpointError, downloading
+from ..json_file import read_object
 from ..limits import INDEX_BYTES, SHARDS
 from . import part_configs, tiny
 from .part_configs import check_positions, checked

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..choices import SCHEDULERS
 from ..errors import SettingError
+from .prompt import check_text
 
 StepCallback = Callable[[int, int, Callable[[], Image.Image]], None]
 """(steps done, all steps, function that draws a preview). Raise in it to cancel."""
@@ -40,6 +41,8 @@ class ClipSettings:
     """The same seed gives the same noise on every device."""
 
     def __post_init__(self) -> None:
+        check_text(self.prompt)
+        check_text(self.negative_prompt)
         if not 1 <= self.steps <= 1000:
             raise SettingError(f"steps is {self.steps}; it must be from 1 to 1000.")
         if not math.isfinite(self.guidance_scale) or not 1 <= self.guidance_scale <= 30:

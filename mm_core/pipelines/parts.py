@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXD
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
-from ..checkpoints.safetensors_file import check_tensors, open_safetensors, tensor_shapes
+from ..checkpoints.safetensors_file import check_tensors, open_safetensors, read_weight, shapes_in, tensor_shapes
 from ..errors import CheckpointError
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -68,7 +68,7 @@ def load_strictly(
 
     tied: names of one tensor, copy to original; a file may hold either.
 
-    Raises CheckpointError for a tensor that is missing, unexpected, of another shape, or no number of floating point.
+    Raises CheckpointError for a tensor that is missing, unexpected, of another shape, or not of finite numbers.
     """
     tied = tied or {}
     expected = {key: tensor.shape for key, tensor in module.state_dict().items()}
@@ -81,22 +81,13 @@ def load_strictly(
     weights = {}
     for path in files:
         with open_safetensors(path) as file:
-            weights |= {key: _read(file, key, path, dtype) for key in file.keys()}  # noqa: SIM118, no dict
+            for key in shapes_in(file):
+                weights[key] = read_weight(file, key, path, stored_dtype(key, dtype))
     for copy, original in tied.items():
         one = weights.get(copy, weights.get(original))
         weights[copy] = weights[original] = one
     module.load_state_dict(weights, assign=True)
     return module.requires_grad_(False).eval()
-
-
-def _read(file: Any, key: str, path: Path, dtype: torch.dtype) -> torch.Tensor:
-    tensor = file.get_tensor(key)
-    if not tensor.is_floating_point():
-        raise CheckpointError(
-            f"{path.name}: {key} is {tensor.dtype}, not a floating-point tensor. Use the model's own weights, not a "
-            "quantised copy."
-        )
-    return tensor.to(stored_dtype(key, dtype))
 
 
 def stored_dtype(key: str, dtype: torch.dtype) -> torch.dtype:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import PromptError
+from ..limits import PROMPT_LENGTH
 
 TRIGGER = "img"
 """Written after a word, it marks that word: "a man img reading"."""
@@ -18,10 +19,18 @@ IDENTITY_WORDS = (
     "teenager", "father", "mother", "grandfather", "grandmother", "businessman", "businesswoman", "actor", "actress",
 )  # fmt: skip
 
-_TRIGGER = rf"(?i)\s+{TRIGGER}\b"
-_ANY_TRIGGER = rf"(?i)\b{TRIGGER}\b"
-_WORD_BEFORE = r"[^\W_](?:[\w'’-]*[^\W_])?$"
-_IDENTITY_WORD = rf"(?i)\b(?:{'|'.join(IDENTITY_WORDS)})\b"
+_NO_PERSON = frozenset(
+    "a an the this that these those my your his her its our their and or nor but as than of in on at by for from to "
+    "into onto over under above below near between behind beside with without within through across against around "
+    "is are was were be being been break".split()
+)
+"""Words that stand before `img` by mistake: articles, prepositions and the like, and other software's BREAK."""
+
+# All of these take a time in proportion to the prompt's length.
+_ANY_TRIGGER = re.compile(rf"\b{TRIGGER}\b", re.IGNORECASE)
+_IDENTITY_WORD = re.compile(rf"(?<![\w‐‑-])(?:{'|'.join(IDENTITY_WORDS)})(?![\w‐‑-])", re.IGNORECASE)
+_WEIGHT_AFTER = re.compile(r"\s*:\s*[\d.]")
+_JOINS = "'’-‐‑_"
 
 
 @dataclass(frozen=True)
@@ -74,26 +83,30 @@ class PromptReport:
         return len(self.pieces) + 1
 
 
+def check_text(prompt: str) -> None:
+    """Raise PromptError for a text that is longer than any model reads, or that is no text."""
+    if len(prompt) > PROMPT_LENGTH:
+        raise PromptError(f"The prompt has {len(prompt):,} characters; {PROMPT_LENGTH:,} at most are read. Shorten it.")
+    half = next((place for place, character in enumerate(prompt, 1) if "\ud800" <= character <= "\udfff"), None)
+    if half is not None:
+        raise PromptError(f"Character {half} of the prompt is half of one (a lone surrogate). Write it again.")
+
+
 def mark_identity(prompt: str) -> MarkedPrompt:
     """Find the word that the identity replaces, and drop the trigger.
 
-    The word before `img`, else the first of IDENTITY_WORDS.
+    The word before `img`, else the first of IDENTITY_WORDS that is no part of a compound: a man-made lake is no man.
 
     Raises:
-        PromptError: there is neither, or more than one trigger, or no word before it.
+        PromptError: there is neither, or more than one trigger, or what stands before it is no word for a person.
     """
-    triggers = list(re.finditer(_ANY_TRIGGER, prompt))
+    check_text(prompt)
+    triggers = list(_ANY_TRIGGER.finditer(prompt))
     if len(triggers) > 1:
         raise PromptError(f'The prompt has the trigger "{TRIGGER}" {len(triggers)} times; mark one word only.')
     if triggers:
-        match = re.search(_TRIGGER, prompt)
-        word = match and re.search(_WORD_BEFORE, prompt[: match.start()])
-        if not word:
-            raise PromptError(
-                f'No word stands right before "{TRIGGER}". Write it after the person, as in "a man {TRIGGER}".'
-            )
-        return MarkedPrompt(prompt[: match.start()] + prompt[match.end() :], word.start(), word.end())
-    word = re.search(_IDENTITY_WORD, prompt)
+        return _marked_by(prompt, triggers[0])
+    word = _IDENTITY_WORD.search(prompt)
     if not word:
         raise PromptError(
             'The prompt names no person. Put "{trigger}" after the word that stands for the person ("a wizard '
@@ -105,9 +118,38 @@ def mark_identity(prompt: str) -> MarkedPrompt:
     return MarkedPrompt(prompt, word.start(), word.end())
 
 
+def _marked_by(prompt: str, trigger: re.Match[str]) -> MarkedPrompt:
+    """The word before the trigger. Raises PromptError where it stands for no person."""
+    example = f'Write "{TRIGGER}" after the person, as in "a man {TRIGGER}".'
+    before = prompt[: trigger.start()].rstrip()
+    if before.endswith(")") or _WEIGHT_AFTER.match(prompt, trigger.end()):
+        raise PromptError(f"Weights, as in (man:1.2), are not read here. Leave out brackets and number. {example}")
+    start = end = len(before)
+    while start and (before[start - 1].isalnum() or before[start - 1] in _JOINS):
+        start -= 1
+    while start < end and not before[start].isalnum():
+        start += 1
+    word = before[start:end]
+    if len(before) == trigger.start() or not word.strip(_JOINS + "0123456789"):
+        raise PromptError(f'No word stands right before "{TRIGGER}". {example}')
+    if word.lower().endswith(("'s", "’s", "s'", "s’")):
+        raise PromptError(f'"{word}" before "{TRIGGER}" is a possessive: it names what belongs to a person. {example}')
+    if word.lower() in _NO_PERSON:
+        raise PromptError(f'"{word}" before "{TRIGGER}" stands for no person. {example}')
+    if not word[-1].isalnum():
+        raise PromptError(f'No word stands right before "{TRIGGER}". {example}')
+    return MarkedPrompt(before + prompt[trigger.end() :], start, end)
+
+
 def without_trigger(prompt: str) -> str:
     """The prompt as the plain base model should read it: "a man img reads" -> "a man reads"."""
-    return re.sub(_TRIGGER, "", prompt)
+    kept, place = [], 0
+    for trigger in _ANY_TRIGGER.finditer(prompt):
+        before = prompt[place : trigger.start()]
+        has_space = before != before.rstrip()
+        kept.append(before.rstrip() if has_space else prompt[place : trigger.end()])
+        place = trigger.end()
+    return "".join([*kept, prompt[place:]])
 
 
 def identity_tokens(
@@ -123,12 +165,19 @@ def identity_tokens(
         max_length: total number of tokens, 226 for CogVideoX.
 
     Raises:
-        PromptError: as `mark_identity`; or a slot would be cut off, since the word stands too late in the prompt.
+        PromptError: as `mark_identity`; a word that the tokenizer does not know; or a slot would be cut off, since the
+            word stands too late in the prompt.
     """
     marked = mark_identity(prompt)
     encoded = tokenizer(marked.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    index = _word_tokens(offsets, marked)[-1]
+    word = _word_tokens(offsets, marked)
+    if not word or any(ids[token] == tokenizer.unk_token_id for token in word):
+        raise PromptError(
+            f'The model\'s tokenizer does not know the word "{marked.noun[:100]}", or a letter of it. Use another word '
+            "for the person."
+        )
+    index = word[-1]
     ids = ids[:index] + [ids[index]] * num_slots + ids[index + 1 :]
     last = index + num_slots - 1
     room = max_length - 1  # the end-of-sequence token takes the last place

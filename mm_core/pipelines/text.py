@@ -17,6 +17,7 @@ from ..memory import choose_policy, lent
 from ..numerics import precision_name, remedy
 from ..out_of_memory import out_of_memory_as
 from .parts import stored_dtype
+from .prompt import check_text
 
 if TYPE_CHECKING:
     from transformers import T5EncoderModel
@@ -46,6 +47,7 @@ def prompt_encoder(base: BaseModel, dtype: torch.dtype, device: torch.device) ->
 def token_ids(base: BaseModel, text: str) -> tuple[int, ...]:
     """A prompt as CogVideoXPipeline tokenises it: cut or filled to the length that the model reads."""
     length = base.transformer_config["max_text_seq_length"]
+    check_text(text)
     return tuple(base.tokenizer(text, padding="max_length", max_length=length, truncation=True)["input_ids"])
 
 

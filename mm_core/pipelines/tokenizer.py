@@ -12,8 +12,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5TokenizerFast
 
-from ..checkpoints.json_file import read_object
 from ..errors import CheckpointError
+from ..json_file import read_object
 from ..limits import TOKENIZER_BYTES
 
 FILES = ("tokenizer.json", "spiece.model")

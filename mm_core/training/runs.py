@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.json_file import parse_object, read_object
 from ..errors import CheckpointError, SettingError
 from ..files import whole_file
+from ..json_file import parse_object, read_object
 
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -360,3 +362,58 @@ def test_failed_save_leaves_nothing(adapter: MagicMirrorAdapter, path: Path, old
         save_adapter(adapter, path, base_model="a/b", trained=TRAINED)
     assert [file.name for file in path.parent.iterdir()] == ([path.name] if old else [])
     assert old is None or path.read_bytes() == old
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_are_refused(path: Path, value: float) -> None:
+    weights = load_file(write(path))
+    key = sorted(weights)[3]
+    weights[key].view(-1)[-1] = value
+    save_file(weights, path, metadata=read_metadata(path))
+    with pytest.raises(CheckpointError, match=rf"no numbers in float32, in {re.escape(key)}"):
+        load_adapter(path)
+
+
+def test_weights_too_large_for_the_precision_are_refused_and_sums_of_many_are_not(path: Path) -> None:
+    weights, metadata = load_file(write(path)), read_metadata(path)
+    key = max(weights, key=lambda name: weights[name].numel())
+    save_file(weights | {key: torch.full_like(weights[key], 3e38)}, path, metadata=metadata)
+    load_adapter(path)  # their sum overflows, they do not
+    with pytest.raises(CheckpointError, match=r"no numbers in float16.*choose the precision bf16"):
+        load_adapter(path, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int64])
+def test_weights_of_another_kind_are_refused(path: Path, dtype: torch.dtype) -> None:
+    weights, metadata = load_file(write(path)), read_metadata(path)
+    key = sorted(weights)[0]
+    save_file(weights | {key: weights[key].to(dtype)}, path, metadata=metadata)
+    with pytest.raises(CheckpointError, match=f"{key} is {str(dtype).removeprefix('torch.')}, not a floating-point"):
+        load_adapter(path)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"num_layers": 10**6, "adapted_layers": list(range(10**5))}, {"can_hidden_dim": 2**62}, {"hidden_size": 10**9}],
+)
+def test_a_header_cannot_ask_for_more_than_fits(path: Path, sizes: dict[str, object]) -> None:
+    write(path, config=json.dumps(CONFIG | sizes))
+    begun = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"at most 128|from 1 to 16384"):
+        read_header(path)
+    assert time.monotonic() - begun < 2
+
+
+def test_a_loaded_adapter_does_not_change_with_its_file(path: Path) -> None:
+    """Nor does it kill the process, as a mapped file that is cut would."""
+    adapter, _ = load_adapter(write(path))
+    before = {key: tensor.clone() for key, tensor in adapter.state_dict().items()}
+    with path.open("r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
+        file.truncate(100)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in adapter.state_dict().items())
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()

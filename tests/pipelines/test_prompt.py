@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
+
 import pytest
 from transformers import PreTrainedTokenizerBase, T5Tokenizer
 
@@ -38,13 +41,16 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
         ("a man\nimg, reading", "man", "a man, reading"),
         ("a woman and a wizard img reading", "wizard", "a woman and a wizard reading"),
         ("an old-timer img", "old-timer", "an old-timer"),
-        ("the man's img", "man's", "the man's"),
         ("eine Köchin img lacht", "Köchin", "eine Köchin lacht"),
         ("a tall girl, then a man", "girl", "a tall girl, then a man"),
         ("A MAN.", "MAN", "A MAN."),
         ("the man's hat", "man", "the man's hat"),
         ("a human and a woman", "woman", "a human and a woman"),
         ("an image of a baby", "baby", "an image of a baby"),
+        ("a man-made lake, and a woman", "woman", "a man-made lake, and a woman"),
+        ("a baby-blue dress, a woman", "woman", "a baby-blue dress, a woman"),
+        ("a girl-next-door look, a post‑man, a lady", "lady", "a girl-next-door look, a post‑man, a lady"),
+        ("a man-made lake and a wizard img", "wizard", "a man-made lake and a wizard"),
     ],
 )
 def test_marked_word(prompt: str, word: str, text: str) -> None:
@@ -64,6 +70,20 @@ def test_marked_word(prompt: str, word: str, text: str) -> None:
         ("img reading", ["No word"]),
         ("a man, img reading", ["No word"]),
         ("a man img and a woman img", ["2 times", "one word"]),
+        ("a man-made lake", ["no person"]),
+        ("the man's img reading", ["man's", "possessive"]),
+        ("the boys’ img", ["possessive"]),
+        ("the man’s img", ["possessive"]),
+        ("a img reading", ['"a" before', "no person"]),
+        ("The IMG", ['"The" before']),
+        ("a man with img", ['"with" before']),
+        ("a man BREAK img", ['"BREAK" before']),
+        ("a (man:1.2) img reading", ["Weights", "(man:1.2)", "not read"]),
+        ("a (man) img", ["Weights"]),
+        ("a (man img:1.2)", ["Weights"]),
+        ("man:1.2 img", ["No word"]),
+        ("a man \ud83d img", ["Character 7", "half"]),
+        ("a man " * 5000, ["30,000 characters", "20,000"]),
     ],
 )
 def test_prompts_without_a_person(prompt: str, named: list[str]) -> None:
@@ -77,7 +97,7 @@ PROMPTS = [
     "a man img reading",
     "man img",
     "the old man img.",
-    "the man's img, reading",
+    "the man img, reading",
     "a wizard img in the rain",
     "old woman",
 ]
@@ -180,3 +200,20 @@ def test_a_report_names_what_the_tokenizer_does_not_know(tokenizer: PreTrainedTo
 def test_no_report_of_a_prompt_that_cannot_be_read(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
     with pytest.raises(PromptError):
         explain_prompt(tokenizer, prompt, num_slots=2, max_length=LENGTH)
+
+
+@pytest.mark.parametrize("filler", ["a", " ", "-", "a-", "'", "_", "img", "man", "a ", "\t", "é", "("])
+def test_reading_takes_a_time_in_proportion(filler: str) -> None:
+    """40,000 letters took 49 seconds once, in which the whole server stood still."""
+    begun = time.monotonic()
+    for prompt in (filler * 19_000, filler * (19_000 // len(filler)), f"{filler * (9_000 // len(filler))} img man"):
+        with contextlib.suppress(PromptError):
+            mark_identity(prompt)
+        without_trigger(prompt)
+    assert time.monotonic() - begun < 1
+
+
+def test_a_word_that_the_tokenizer_does_not_know_is_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    for prompt, word in (("the 男人 img", "男人"), ("a Köchin img", "Köchin")):
+        with pytest.raises(PromptError, match=f'does not know the word "{word}"'):
+            identity_tokens(tokenizer, prompt, num_slots=2, max_length=LENGTH)

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import CheckpointError
-from ..limits import CONFIG_BYTES, METADATA_BYTES
+from .errors import CheckpointError
+from .limits import CONFIG_BYTES, METADATA_BYTES
 
 
 def read_object(path: Path, *, most: int = CONFIG_BYTES) -> dict[str, Any]:
