@@ -18,10 +18,7 @@ def precision_name(dtype: torch.dtype) -> str:
 def remedy(dtype: torch.dtype) -> str:
     """What to try where numbers of this type are not finite."""
     if dtype == torch.float16:
-        return (
-            "fp16 ends at 65,504: choose bf16 as precision, or fp32 where the device has no bf16. If the text encoder "
-            "comes from Load CLIP, try a T5 in bf16 or fp32."
-        )
+        return "fp16 ends at 65,504: choose bf16 as precision, or fp32 where the device has no bf16."
     damaged = "If it stays, a LoRA is too strong, or a file of weights is damaged: Model Doctor compares their hashes."
     return damaged if dtype == torch.float32 else f"Choose fp32 as precision. {damaged}"
 
@@ -50,7 +47,20 @@ class FiniteWatch:
         if finite.all():
             return
         step = int((~finite).nonzero()[0]) + 1
+        if self._dtype == torch.float16:
+            raise NumericsError(
+                "After step {step} of {steps} the latents are not finite (NaN or infinity): fp16 ends at 65,504. "
+                "Choose bf16 as precision, or fp32 where the device has no bf16; and from Load CLIP a T5 in bf16 or fp32.",
+                key="not_finite_fp16",
+                step=step,
+                steps=self._steps,
+            )
         raise NumericsError(
-            f"After step {step} of {self._steps} the latents are not finite (NaN or infinity), in "
-            f"{precision_name(self._dtype)}. {remedy(self._dtype)}"
+            "After step {step} of {steps} the latents are not finite (NaN or infinity), in {precision}. Try fp32 as "
+            "precision. If they are not finite in fp32, a LoRA is too strong or a file of weights is damaged: Model "
+            "Doctor compares their hashes.",
+            key="not_finite",
+            step=step,
+            steps=self._steps,
+            precision=precision_name(self._dtype),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -36,12 +36,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def out_of_memory_as(what: str, remedy: str) -> Iterator[None]:
-    """Turn running out of memory in the block into a message. what: that did not fit, as "sampling 49 frames".
-
-    Raises:
-        OutOfMemoryError: with the remedy. What the failed attempt held is let go before.
-    """
+def out_of_memory_as(message: Callable[[str], OutOfMemoryError]) -> Iterator[None]:
+    """Turn running out of memory in the block into the error that `message` makes of the reason, a line of text. What
+    the failed attempt held is let go before."""
     try:
         yield
     except Exception as error:
@@ -49,6 +46,4 @@ def out_of_memory_as(what: str, remedy: str) -> Iterator[None]:
             raise
         traceback.clear_frames(error.__traceback__)  # they would keep its tensors alive as long as the error
         reason = str(error).strip().splitlines()
-        raise OutOfMemoryError(
-            f"Not enough memory for {what}: {reason[0] if reason else type(error).__name__} {remedy}"
-        ) from error
+        raise message(reason[0] if reason else type(error).__name__) from error

@@ -25,10 +25,10 @@ def test_the_first_bad_step_is_told(steps: int, value: float) -> None:
             except NumericsError as error:
                 told = str(error)
                 break
-        assert re.search(rf"After step {bad} of {steps} .* in fp16\. .*bf16", told)
+        assert re.search(rf"After step {bad} of {steps} .*: fp16 ends .*bf16", told)
 
 
-@pytest.mark.parametrize(("dtype", "advice"), [(torch.bfloat16, "Choose fp32"), (torch.float32, "Model Doctor")])
+@pytest.mark.parametrize(("dtype", "advice"), [(torch.bfloat16, "in bf16. Try fp32"), (torch.float32, "Model Doctor")])
 def test_the_remedy_is_of_the_precision(dtype: torch.dtype, advice: str) -> None:
     with pytest.raises(NumericsError, match=advice):
         FiniteWatch(1, dtype).note(torch.tensor(float("nan")))

@@ -6,13 +6,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from torch import Tensor
 
-from ..choices import POLICIES
+from ..errors import OutOfMemoryError
 from ..memory import on_device, sampling_parts
 from ..numerics import FiniteWatch, precision_name
 from ..out_of_memory import out_of_memory_as
@@ -61,7 +62,7 @@ def sample(
         prompt = encode(without_trigger(clip.prompt)).to(device)
         negative = encode(clip.negative_prompt).to(device) if clip.guidance_scale > 1 else None
         marked = prompt if tokens is None else encode(tokens.ids).to(device)
-        with out_of_memory_as(*_memory_message(clip, loaded)):
+        with out_of_memory_as(partial(_does_not_fit, clip, loaded)):
             face = None
             if identity is not None:
                 face = _condition(loaded, clip, identity, tokens, settings, marked)
@@ -114,13 +115,11 @@ def watched_scheduler(
     return scheduler, last
 
 
-def _memory_message(clip: ClipSettings, loaded: LoadedBase) -> tuple[str, str]:
-    """What did not fit, and the remedy."""
-    stronger = POLICIES[POLICIES.index(loaded.policy) + 1 :]
-    remedies = [f"{' or '.join(stronger)} as offload"] if stronger else []
-    remedies += ["fp8 as precision", "a smaller or a shorter clip"]
-    return (
-        f"sampling {clip.num_frames} frames of {clip.width} x {clip.height} with offload {loaded.policy} in "
-        f"{precision_name(loaded.dtype)}",
-        f"Try {', '.join(remedies)}, or close what else uses the memory.",
-    )
+def _does_not_fit(clip: ClipSettings, loaded: LoadedBase, reason: str) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        "Not enough memory to sample {frames} frames of {width} x {height} (offload {policy}, {precision}). Try a "
+        "stronger offload (model, group, sequential), fp8 as precision, or a smaller or shorter clip; close what else "
+        "uses the memory. ({reason})",
+        key="out_of_memory", frames=clip.num_frames, width=clip.width, height=clip.height, policy=loaded.policy,
+        precision=precision_name(loaded.dtype), reason=reason,
+    )  # fmt: skip

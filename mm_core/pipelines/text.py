@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.safetensors_file import tensor_shapes
-from ..errors import NumericsError
+from ..errors import NumericsError, OutOfMemoryError
 from ..memory import choose_policy, lent
 from ..numerics import precision_name, remedy
 from ..out_of_memory import out_of_memory_as
@@ -102,8 +102,7 @@ class PromptEncoder:
         policy = choose_policy(offload, [self.size], self._device, activations=_ACTIVATION_BYTES)
         if (policy, offload) == ("none", "auto"):
             policy = "model"  # what it needs now, others need later
-        remedies = "Choose group or sequential as offload, or close what else uses the memory."
-        with out_of_memory_as("the text encoder", remedies), lent(self.module, policy, self._device):
+        with out_of_memory_as(_does_not_fit), lent(self.module, policy, self._device):
             embeds = self.module(torch.tensor([ids], device=self._device))[0].to("cpu", self._dtype)
         if not embeds.isfinite().all():
             raise NumericsError(
@@ -111,3 +110,10 @@ class PromptEncoder:
                 f"{precision_name(self._dtype)}. {remedy(self._dtype)}"
             )
         return embeds
+
+
+def _does_not_fit(reason: str) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        "Not enough memory for the text encoder. Choose group or sequential as offload, or close what else uses the "
+        f"memory. ({reason})"
+    )
