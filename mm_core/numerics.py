@@ -50,7 +50,8 @@ class FiniteWatch:
         if self._dtype == torch.float16:
             raise NumericsError(
                 "After step {step} of {steps} the latents are not finite (NaN or infinity): fp16 ends at 65,504. "
-                "Choose bf16 as precision, or fp32 where the device has no bf16; and from Load CLIP a T5 in bf16 or fp32.",
+                "Choose bf16 as precision, or fp32 where the device has no bf16; and from Load CLIP a T5 in bf16 or "
+                "fp32.",
                 key="not_finite_fp16",
                 step=step,
                 steps=self._steps,
