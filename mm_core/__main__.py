@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from .pipelines.base import BaseModel
     from .pipelines.clip import ClipSettings
+    from .pipelines.lora import Lora
     from .pipelines.presets import ClipLimits
 
 DOWNLOADS = Path.home() / ".cache" / "magic-mirror-models"
@@ -65,6 +66,7 @@ def generate(args: argparse.Namespace) -> None:
         end=args.end,
     )
     model.checks.of_prompt(clip, settings)
+    loras = [_lora(text, model.base) for text in args.lora]
     print(model.status)
     images = [read_image(path) for path in args.reference]
     if args.download:
@@ -76,7 +78,7 @@ def generate(args: argparse.Namespace) -> None:
     print(identity.report)
 
     with tqdm(total=clip.steps, unit="step") as bar:
-        latents = model.sample(clip, identity, settings, on_step=lambda *_: bar.update())
+        latents = model.sample(clip, identity, settings, on_step=lambda *_: bar.update(), loras=loras)
     try:
         result = model.decode(latents)
         write_video(output, result.frames, result.fps, format=output.suffix[1:])
@@ -84,6 +86,20 @@ def generate(args: argparse.Namespace) -> None:
         path = _save_latents(latents, output)
         raise MagicMirrorError(f"{error} The sampled clip is kept, as latents, in {path}.") from error
     print(output.absolute())
+
+
+def _lora(text: str, base: BaseModel) -> Lora:
+    """FILE or FILE:STRENGTH, which says how many layers it changes."""
+    from .pipelines.lora import Lora
+
+    name, _, end = text.rpartition(":")
+    try:
+        path, strength = Path(name), float(end)
+    except ValueError:  # no number behind a colon: Windows has colons in paths too
+        path, strength = Path(text), 1.0
+    lora = Lora.open(path, strength, base)
+    print(f"{lora.file.path.name}: {len(lora.file.keys)} layers, strength {lora.strength:g}")
+    return lora
 
 
 def _clip_settings(args: argparse.Namespace, limits: ClipLimits) -> ClipSettings:
@@ -225,6 +241,7 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     add("--vae", type=Path, help="with a file as base: VAE file")
     add("--tokenizer", type=Path, help="with a file as base: folder of the T5 tokenizer")
     add("--adapter", type=Path, help="adapter file; tiny brings its own")
+    add("--lora", nargs="+", default=[], metavar="FILE[:STRENGTH]", help="LoRAs trained on the base, strength 1")
     add("--id-encoder", type=Path, help="photomaker-v2.bin; tiny brings its own")
     add("--insightface-root", type=Path, default=FACES, help="holds models/<pack>/*.onnx")
     add("--face-pack", default="buffalo_l", help="insightface model pack")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from comfy_api.latest import ComfyExtension, io
 
 from . import runtime
@@ -13,6 +11,7 @@ from .examples import MagicMirrorExamplePerson
 from .identity import MagicMirrorApplyCANAdapter, MagicMirrorExtractFaceEmbedding
 from .identity_files import MagicMirrorLoadIdentity, MagicMirrorSaveIdentity
 from .loaders import MagicMirrorLoader
+from .lora import MagicMirrorLoRA
 from .prompting import MagicMirrorPromptHelper
 from .sampling import MagicMirrorCogVideoXSampler
 from .scoring import MagicMirrorScoreIdentity
@@ -26,7 +25,7 @@ class MagicMirrorExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         runtime.register_model_folders()
         native = []
-        if importlib.util.find_spec("comfy.ldm.cogvideo") is not None:  # cores before it run on diffusers alone
+        if runtime.has_cogvideox():  # cores without it run on diffusers alone
             from .native import NODES as native
         nodes = [
             MagicMirrorLoader,
@@ -34,6 +33,7 @@ class MagicMirrorExtension(ComfyExtension):
             MagicMirrorExtractFaceEmbedding,
             MagicMirrorApplyCANAdapter,
             MagicMirrorControl,
+            MagicMirrorLoRA,
             MagicMirrorPromptHelper,
             MagicMirrorCogVideoXSampler,
             MagicMirrorVideoCombine,

@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..mm_core.errors import CheckpointError, SettingError
-from . import native_model, runtime
+from . import native_base, native_lora, native_model, native_sampling, runtime
 from .control import adapter_inputs, adapter_settings, control_input
 from .types import CATEGORY, IdentitySocket, Model, ModelSocket, Person, with_aliases
 
@@ -40,7 +40,11 @@ class MagicMirrorNativeModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, magic_mirror: Model) -> io.NodeOutput:
-        return io.NodeOutput(native_model.core_model(magic_mirror.mirror))
+        mirror = magic_mirror.mirror
+        model = native_base.corrected(native_model.core_model(mirror), mirror.base)
+        for lora in magic_mirror.loras:
+            model = native_lora.with_lora(model, lora.file, lora.strength)
+        return io.NodeOutput(model)
 
 
 class MagicMirrorApplyNative(io.ComfyNode):
@@ -96,14 +100,15 @@ class MagicMirrorApplyNative(io.ComfyNode):
         from ..mm_core.pipelines.prompt import without_trigger
 
         mirror, settings = magic_mirror.mirror, adapter_settings(control, **strengths)
-        transformer = native_model.transformer_of(model)
+        model = native_base.corrected(model, mirror.base)
 
         def plain() -> torch.Tensor:
             return _encode(mirror, clip, without_trigger(prompt))
 
         if identity.identity is None or settings.off:
             return io.NodeOutput(model, _conditioning(plain()))
-        _check_fits(mirror, transformer)
+        if mirror.header is None:
+            raise CheckpointError("Load MagicMirror has no adapter: choose one there.")
         mirror.checks.of_identity(identity.identity)
         tokens = mirror.checks.tokens(prompt, settings)
         text, slots = (plain(), ()) if tokens is None else (_encode(mirror, clip, tokens.ids), tokens.slots)
@@ -148,8 +153,8 @@ class MagicMirrorNativeSampling(io.ComfyNode):
             node_id="MagicMirrorNativeSampling",
             display_name="CogVideoX DDIM (MagicMirror, native)",
             category=NATIVE,
-            description="Sampler and noise levels for SamplerCustom and SamplerCustomAdvanced. KSampler does not fit "
-            "CogVideoX: it scales the noise by thousands.",
+            description="Sampler and noise levels for SamplerCustom and SamplerCustomAdvanced, as CogVideoX was "
+            "trained. KSampler fits too: sampler euler, scheduler simple.",
             inputs=[
                 io.Model.Input("model", tooltip="CogVideoX; its noise levels are used."),
                 io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Denoising steps."),
@@ -160,8 +165,8 @@ class MagicMirrorNativeSampling(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, steps: int) -> io.NodeOutput:
-        native_model.transformer_of(model)
-        return io.NodeOutput(native_model.DDIM(), native_model.trailing_sigmas(model, steps))
+        native_base.check_known(model)
+        return io.NodeOutput(native_sampling.DDIM(), native_sampling.trailing_sigmas(model, steps))
 
 
 class MagicMirrorNativeLatent(io.ComfyNode):
@@ -252,14 +257,6 @@ def _in_window(fused: torch.Tensor, window: Window, plain: Callable[[], torch.Te
     outside = [(start, end) for start, end in ((0.0, window.start), (window.end, 1.0)) if start < end]
     embeds = plain() if outside else None
     return positive + [[embeds, {"start_percent": start, "end_percent": end}] for start, end in outside]
-
-
-def _check_fits(mirror: MagicMirror, transformer: Any) -> None:
-    """Raise CheckpointError where MODEL and adapter are of different sizes."""
-    if mirror.header is None:
-        raise CheckpointError("Load MagicMirror has no adapter: choose one there.")
-    sizes = native_model.host().sizes(transformer)
-    mirror.header.check_fits(sizes, adapter="The adapter", base="this MODEL")
 
 
 NODES = [

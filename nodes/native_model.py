@@ -16,17 +16,14 @@ import comfy.ldm.cogvideo.model
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
-import comfy.samplers
 import comfy.supported_models
 import comfy.utils
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
-from tqdm import trange
 
-from ..mm_core.errors import CheckpointError
-from ..mm_core.numerics import FiniteWatch
+from .native_base import transformer_of
 
 if TYPE_CHECKING:
     from ..mm_core.hosts.cogvideox_comfyui import CoreCogVideoX
@@ -73,16 +70,6 @@ def core_model(mirror: MagicMirror) -> ModelPatcher:
     patcher = comfy.model_patcher.CoreModelPatcher(model, load_device=device, offload_device=offload)
     model.load_model_weights(weights, "", assign=patcher.is_dynamic())
     return patcher
-
-
-def transformer_of(model: ModelPatcher) -> Any:
-    """Core's transformer. Raises CheckpointError for another model."""
-    transformer = model.model.diffusion_model
-    if not isinstance(transformer, comfy.ldm.cogvideo.model.CogVideoXTransformer3DModel):
-        raise CheckpointError(
-            f"The model is {type(transformer).__name__}, not CogVideoX: the adapter acts on CogVideoX text-to-video."
-        )
-    return transformer
 
 
 def compute_dtype(model: ModelPatcher) -> torch.dtype:
@@ -160,7 +147,6 @@ def with_identity(
         block, adapter_block = transformer.blocks[layer], adapter.blocks[str(layer)]
         forward = binding.adapted_forward(block, adapter_block, where, model.get_model_object(name), key)
         model.add_object_patch(name, forward)
-    correct_rotary(model)
     model.set_additional_models(ADDITIONAL, [adapter_patcher])
     sampling = model.get_model_object("model_sampling")
     wrapper = _Identity(
@@ -243,71 +229,3 @@ class _Identity:
         )
         state.factors = ablate(state.factors, self.settings)
         return state
-
-
-def correct_rotary(model: ModelPatcher) -> None:
-    """Core stretches the positions of CogVideoX 1.0 by `spatial_interpolation_scale` (1.875), where the weights were
-    trained on diffusers' grid. 1.5 is right, and so is a core whose scale is 1 for sizes up to the trained one."""
-    transformer = transformer_of(model)
-    if not transformer.use_rotary_positional_embeddings or transformer.patch_size_t is not None:
-        return
-    model.add_object_patch("diffusion_model._get_rotary_emb", functools.partial(_rotary_of_1_0, transformer))
-
-
-def _rotary_of_1_0(transformer: Any, height: int, width: int, frames: int, device: torch.device) -> tuple:
-    """diffusers' positions for a clip of so many patches."""
-    from diffusers.models.embeddings import get_3d_rotary_pos_embed
-    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
-
-    embed = transformer.patch_embed
-    trained = (embed.sample_width // transformer.patch_size, embed.sample_height // transformer.patch_size)
-    return get_3d_rotary_pos_embed(
-        embed_dim=transformer.attention_head_dim,
-        crops_coords=get_resize_crop_region_for_grid((height, width), *trained),
-        grid_size=(height, width),
-        temporal_size=frames,
-        device=device,
-    )
-
-
-class DDIM(comfy.samplers.Sampler):
-    """DDIM as CogVideoX has it, without new noise, in the space of its training: latents of unit variance at every
-    noise level.
-
-    The usual samplers multiply the noise by the first sigma, thousands for this model, which it never saw.
-    """
-
-    # KSampler: 4,500 at zero terminal SNR.
-
-    def sample(
-        self,
-        model_wrap: Any,
-        sigmas: Tensor,
-        extra_args: dict[str, Any],
-        callback: Any,
-        noise: Tensor,
-        latent_image: Tensor | None = None,
-        denoise_mask: Tensor | None = None,
-        disable_pbar: bool = False,
-    ) -> Tensor:
-        x, ones = noise.float(), noise.new_ones([len(noise)], dtype=torch.float32)
-        options = {"model_options": extra_args.get("model_options", {}), "seed": extra_args.get("seed")}
-        finite = FiniteWatch(len(sigmas) - 1, compute_dtype(model_wrap.model_patcher))
-        for step in trange(len(sigmas) - 1, disable=disable_pbar):
-            sigma, following = sigmas[step], sigmas[step + 1]
-            clean = model_wrap(x, sigma * ones, **options)
-            if callback is not None:
-                callback(step, clean, x, len(sigmas) - 1)
-            alpha_bar, next_alpha_bar = 1 / (1 + sigma**2), 1 / (1 + following**2)
-            noise = (x - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt()
-            x = next_alpha_bar.sqrt() * clean + (1 - next_alpha_bar).sqrt() * noise
-            finite.note(x)
-        return x
-
-
-def trailing_sigmas(model: ModelPatcher, steps: int) -> Tensor:
-    """(steps + 1,), the noise levels of diffusers' `trailing` spacing, and 0."""
-    sigmas = model.get_model_object("model_sampling").sigmas
-    levels = len(sigmas)
-    timesteps = torch.arange(levels, 0, -levels / steps).round().long()[:steps] - 1
-    return torch.cat([sigmas[timesteps].float().cpu(), torch.zeros(1)])

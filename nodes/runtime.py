@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib.util
 import inspect
 import json
 import logging
@@ -91,6 +92,11 @@ def _language() -> str:
         return json.loads(settings.read_text(encoding="utf-8")).get("Comfy.Locale", "en")
     except ValueError:  # ComfyUI says so in its log, and goes on without settings
         return "en"
+
+
+def has_cogvideox() -> bool:
+    """Whether this ComfyUI has CogVideoX as a model of its own."""
+    return importlib.util.find_spec("comfy.ldm.cogvideo") is not None
 
 
 def register_model_folders() -> None:

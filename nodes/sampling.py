@@ -98,7 +98,7 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
         status = runtime.show(mirror.status, warn=_untrained(mirror))
         runtime.retire_others(mirror)
         try:
-            result = mirror.generate(clip, model.identity, settings, runtime.step_callback(steps))
+            result = mirror.generate(clip, model.identity, settings, runtime.step_callback(steps), model.loras)
         except DecodeError as error:
             path = cls._save_latent(latent_from_samples(error.latents, _scaling_factor(mirror)))
             raise DecodeError(f"{error} They are in {path}.", error.latents) from error

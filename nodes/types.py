@@ -10,6 +10,7 @@ from comfy_api.latest import io
 if TYPE_CHECKING:
     from ..mm_core.pipelines.control import AdapterSettings
     from ..mm_core.pipelines.identity import Identity
+    from ..mm_core.pipelines.lora import Lora
     from ..mm_core.pipelines.magic_mirror import MagicMirror
 
 CATEGORY = "MagicMirror"
@@ -28,6 +29,7 @@ class Model:
     face_pack: str
     identity: Identity | None = None
     settings: AdapterSettings | None = None
+    loras: tuple[Lora, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

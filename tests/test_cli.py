@@ -10,10 +10,12 @@ from pathlib import Path
 import av
 import pytest
 import torch
+from lora_files import write_loras
 from safetensors.torch import load_file
 
 from mm_core.__main__ import main
 from mm_core.pipelines.base import TinyBase
+from mm_core.pipelines.tiny import TRANSFORMER
 
 STEPS = ("--steps", "2", "--frames", "9", "--face-pack", "buffalo_sc")
 
@@ -44,6 +46,18 @@ def test_photos_and_a_prompt_become_a_video(arguments: list[str], photographs: P
         stream = video.streams.video[0]
         assert (stream.width, stream.height, stream.average_rate) == (64, 64, 8)
         assert sum(1 for _ in video.decode(stream)) == 9
+
+
+def test_a_lora_changes_the_clip(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a strength behind its name, or without; 0 is the clip without one."""
+    lora = write_loras(tmp_path / "loras", TRANSFORMER)["kohya"]
+    clips = []
+    for extra in ([], [f"{lora}:0"], [str(lora)], [f"{lora}:0.5"]):
+        assert main([*arguments, "--output", str(tmp_path / "clip.gif"), *(["--lora", *extra] if extra else [])]) == 0
+        clips.append((tmp_path / "clip.gif").read_bytes())
+    assert clips[0] == clips[1]
+    assert len(set(clips)) == 3
+    assert "weights.safetensors: 57 layers, strength 0.5" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -82,6 +96,8 @@ def test_a_clip_that_cannot_be_written_is_kept(
         (["--weights", "1", "0.5"], "2 weights for 1 photos; give one number a photo"),
         (["--weights", "-1"], "the weight of photo 1 is -1; it must be a number from 0 to 100"),
         (["--weights", "0"], "all weights are 0, which leaves no photo"),
+        (["--lora", "nothing.safetensors:0.5"], "There is no file nothing.safetensors."),
+        (["--lora", "nothing.safetensors:99"], "The LoRA's strength is 99.0; it must be from -20 to 20."),
         (["--face", "7"], "face 7 does not exist"),
         (["--face-pack", "nothing"], "face models are missing"),
         (["--output", "clip.avi"], "must be one of mp4, webm, webp, gif"),

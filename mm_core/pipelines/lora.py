@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import CogVideoXPipeline
 from torch import Tensor, nn
 
-from ..checkpoints.lora_file import LoraFile
+from ..checkpoints.lora_file import LoraFile, open_lora
+from ..checkpoints.lora_keys import layer_shapes
+from ..errors import SettingError
+from .base import BaseModel
 
+MAX_STRENGTH = 20
 _NAME = "magic_mirror"
 
 
@@ -21,6 +26,13 @@ class Lora:
     file: LoraFile
     strength: float
     """1 as trained; 0 is off; below 0 the opposite."""
+
+    @classmethod
+    def open(cls, path: Path, strength: float, base: BaseModel) -> Lora:
+        """Raises SettingError for a strength out of range, CheckpointError for a file that does not fit the base."""
+        if not abs(strength) <= MAX_STRENGTH:
+            raise SettingError(f"The LoRA's strength is {strength}; it must be from {-MAX_STRENGTH} to {MAX_STRENGTH}.")
+        return cls(file=open_lora(path, layer_shapes(base.transformer_config)), strength=strength)
 
 
 def set_loras(pipe: CogVideoXPipeline, loras: Sequence[Lora], dtype: torch.dtype) -> None:

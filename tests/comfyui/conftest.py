@@ -14,7 +14,10 @@ import av
 import numpy as np
 import pytest
 from comfy_server import ComfyClient, ComfyServer
+from native_graphs import save_bases
 from PIL import Image
+
+from mm_core.pipelines.base import FolderBase
 
 WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "api" / "photo_to_video_tiny.json"
 
@@ -68,6 +71,12 @@ def make_graph(portrait: Callable[[str], Path]) -> Callable[..., Graph]:
         return graph
 
     return make
+
+
+@pytest.fixture(scope="session")
+def bases(server: ComfyServer) -> dict[str, tuple[FolderBase, Path]]:
+    """Small models of `native_graphs.KINDS`, and their adapters, where the server finds them."""
+    return save_bases(server.base / "models")
 
 
 @pytest.fixture(scope="module", params=["server", "old_server"])

@@ -29,6 +29,7 @@ NODES = {
         "ip_scale ip_start_percent ip_end_percent",
         ["MAGICMIRROR_CONTROL"],
     ),
+    "MagicMirrorLoRA": ("model lora_name strength", "", ["MAGICMIRROR_MODEL,MODEL", "STRING"]),
     "MagicMirrorCogVideoXSampler": (
         "model prompt negative_prompt width height num_frames steps guidance_scale dynamic_guidance scheduler seed",
         "",
