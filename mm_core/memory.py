@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import cpu_offload
-from accelerate.hooks import remove_hook_from_module
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from torch import nn
@@ -21,6 +22,8 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ACTIVATION_BYTES = 6 * 2**30
 """Of one step of the 5B model at 49 x 480 x 720 with guidance, beside the weights; see README, "Memory"."""
 _STORED = torch.float8_e4m3fn
+_STREAMING = ("cuda", "xpu")
+"""Kinds of devices that copy weights while they compute."""
 
 
 def default_device() -> torch.device:
@@ -106,24 +109,61 @@ def needed_bytes(policy: str, pipe: CogVideoXPipeline) -> int:
 def apply_policy(
     policy: str, pipe: CogVideoXPipeline, adapter: MagicMirrorAdapter | None, device: torch.device
 ) -> None:
-    """Set a policy up for transformer and VAE, once, after the adapter was attached. The adapter itself rests on the
-    CPU under every policy, and the text encoder visits the device by `lent`."""
+    """Set a policy up for transformer and VAE, after the adapter was attached; for the adapter's large layers once. The
+    adapter itself rests on the CPU under every policy, and the text encoder visits the device by `lent`."""
     if policy == "none":
         pipe.to(device)
     elif policy == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif policy == "group":
-        stream = dict(onload_device=device, use_stream=device.type == "cuda")
+        stream = dict(onload_device=device, use_stream=device.type in _STREAMING)
         # Blocks, not layers, of the transformer: a prefetching layer hook expects the layers in the order of a whole
         # forward, and `precompute_factors` asks single ones.
         apply_group_offloading(pipe.transformer, offload_type="block_level", num_blocks_per_group=1, **stream)
         apply_group_offloading(pipe.vae, offload_type="leaf_level", **stream)
     else:
         pipe.enable_sequential_cpu_offload(device=device)
+        for layer in adapter.config.adapted_layers if adapter is not None else []:
+            add_hook_to_module(pipe.transformer.transformer_blocks[layer], _LayersTogether())
     if adapter is not None and policy in ("group", "sequential"):
         # The large layers that every step needs come layer by layer, like the base's.
         for layer in keys_and_values(adapter):
-            cpu_offload(layer, execution_device=device)
+            if not _is_hooked(layer):
+                cpu_offload(layer, execution_device=device)
+
+
+class _LayersTogether(ModelHook):
+    """Under `sequential`, brings the layers of a block at once and takes them away together.
+
+    A block with identity calls each twice, for the rows that carry it and for the others; one by one they would come
+    twice.
+    """
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for layer in module.modules():
+            hook = getattr(layer, "_hf_hook", None)
+            if isinstance(hook, AlignDevicesHook) and hook.offload:
+                hook.pre_forward(layer)
+                hook.offload = False
+        return args, kwargs
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        let_go(module)
+        return output
+
+
+def let_go(*modules: nn.Module) -> None:
+    """Take layers that hooks brought to the device away. They do it themselves where a forward ends, but not where an
+    error ends it."""
+    for part in (part for module in modules for part in module.modules()):
+        weights = [*part.parameters(recurse=False)]
+        hook = getattr(part, "_hf_hook", None)
+        if isinstance(hook, AlignDevicesHook) and hook.weights_map is not None and not all(w.is_meta for w in weights):
+            hook.offload = True
+            hook.post_forward(part, None)
+        group = part._diffusers_hook.get_hook("group_offloading") if hasattr(part, "_diffusers_hook") else None
+        if group is not None:
+            group.group.offload_()
 
 
 @contextmanager
@@ -136,11 +176,12 @@ def lent(module: nn.Module, policy: str, device: torch.device) -> Iterator[None]
     if policy == "none":
         module.to(device)
         yield
-    elif policy == "model":
+        return
+    module.to("cpu")  # under another policy it may have stayed on the device
+    if policy == "model":
         with on_device([module], device):
             yield
     else:
-        module.to("cpu")
         cpu_offload(module, execution_device=device)
         try:
             yield
@@ -150,15 +191,32 @@ def lent(module: nn.Module, policy: str, device: torch.device) -> Iterator[None]
 
 @contextmanager
 def on_device(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Lend modules to the device for a while; they return to the CPU whatever happens."""
-    lent = [module for module in modules if not hasattr(module, "_hf_hook")]
+    """Lend modules that rest elsewhere to the device for a while; they return to the CPU whatever happens. Those that
+    are there stay, and those that hooks bring there are left to them.
+
+    They must not be trained meanwhile: the weights that waited on the CPU are what returns, without a copy.
+    """
+    lent = [module for module in modules if not _is_hooked(module)]
+    waiting = [
+        (tensors, name, tensor, tensor.data.cpu())
+        for module in lent
+        for part in module.modules()
+        for tensors in (part._parameters, part._buffers)
+        for name, tensor in tensors.items()
+        if tensor is not None and tensor.device.type != device.type
+    ]
     try:
         for module in lent:
             module.to(device)
         yield
     finally:
-        for module in lent:
-            module.to("cpu")
+        for tensors, name, tensor, on_cpu in waiting:
+            tensor.data = on_cpu
+            tensors[name] = tensor  # `to` puts new buffers in place of the old ones
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return any(hasattr(part, "_hf_hook") for part in module.modules())
 
 
 def keys_and_values(adapter: MagicMirrorAdapter) -> list[nn.Module]:

@@ -364,15 +364,11 @@ class DeviceModule:
     def device_count(self) -> int:
         return int(self.is_available())
 
-    def current_device(self) -> int:
-        return 0
-
     def _is_in_bad_fork(self) -> bool:
         return False
 
     def synchronize(self, device: Any = None) -> None: ...
     def empty_cache(self) -> None: ...
-    def manual_seed(self, seed: int) -> None: ...
     def manual_seed_all(self, seed: int) -> None: ...
 
     # Without a generator, random numbers are drawn from the CPU's own.

@@ -14,7 +14,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from accelerator import simulated
+from accelerator import Accelerator, simulated
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.hooks.group_offloading import ModuleGroup
 from lora_files import write_loras
@@ -177,17 +177,6 @@ RUNS = pytest.mark.parametrize("cancelled", [False, True], ids=["finished", "can
 
 
 @RUNS
-@pytest.mark.parametrize("policy", ["none", "model"])
-def test_whole_models_return(build: Build, whereabouts: Whereabouts, policy: str, cancelled: bool) -> None:
-    """After a run, finished or not, the adapter rests again, and so does the base unless it is to stay."""
-    mirror = build(policy, DEVICE)
-    run_or_cancel(mirror, cancelled)
-    assert whereabouts.on_device(mirror.adapter) == []
-    base = (mirror.text.module, mirror.pipeline.transformer, mirror.pipeline.vae)
-    assert bool(whereabouts.on_device(*base)) == (policy == "none")
-
-
-@RUNS
 def test_groups_return(build: Build, whereabouts: Whereabouts, cancelled: bool) -> None:
     """After a run, finished or not, no block or layer of the base is on the device."""
     mirror = build("group")
@@ -231,18 +220,23 @@ def test_layers_of_the_adapter_run_on_the_device(build: Build, whereabouts: Wher
     assert ran == set(layers)
 
 
-def test_lent_modules_return(whereabouts: Whereabouts) -> None:
-    """Whatever happens meanwhile, and also when one of them cannot be moved."""
-    modules = [nn.Linear(2, 2), nn.Linear(2, 2)]
-    with pytest.raises(Cancelled), on_device(modules, DEVICE):
-        assert len(whereabouts.on_device(*modules)) == 2
+def test_lent_modules_return(accelerator: Accelerator) -> None:
+    """Whatever happens meanwhile, and also when one of them cannot be moved; those that were there stay."""
+    modules, there = [nn.Linear(2, 2), nn.BatchNorm1d(2)], nn.Linear(2, 2).to(accelerator.device)
+    modules[1].register_buffer("table", noise(4))
+
+    def devices(*modules: nn.Module) -> set[str]:
+        return {tensor.device.type for module in modules for tensor in module.state_dict().values()}
+
+    with pytest.raises(Cancelled), on_device([*modules, there], accelerator.device):
+        assert devices(*modules, there) == {"simgpu"}
         cancel()
-    assert whereabouts.on_device(*modules) == []
+    assert devices(*modules) == {"cpu"} and devices(there) == {"simgpu"}
 
     unmovable = nn.Linear(2, 2, device="meta")
-    with pytest.raises(NotImplementedError), on_device([modules[0], unmovable], DEVICE):
+    with pytest.raises(NotImplementedError), on_device([modules[0], unmovable], accelerator.device):
         pass
-    assert whereabouts.on_device(*modules) == []
+    assert devices(*modules) == {"cpu"} and unmovable.weight.is_meta
 
 
 # A process of its own: in this one, memory that other tests let go meanwhile would hide what loading takes.
@@ -262,16 +256,14 @@ before = kilobytes("VmRSS")
 adapter, _ = load_adapter(path)
 for parameter in adapter.parameters():
     parameter.sum()  # a mapped file counts once it is read
-gc.collect()
-print((kilobytes("VmHWM") - before) * 1024, (kilobytes("VmRSS") - before) * 1024)
+print((kilobytes("VmHWM") - before) * 1024)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize(("stored", "copies"), [(torch.float32, 2.25), (torch.bfloat16, 1.75)])
+@pytest.mark.parametrize(("stored", "copies"), [(torch.float32, 1.25), (torch.bfloat16, 1.75)])
 def test_loading_holds_one_copy(tmp_path: Path, stored: torch.dtype, copies: float) -> None:
-    """Loading an adapter takes the memory of its weights once; meanwhile the file is mapped beside it, in pages that
-    the system takes back where memory is short."""
+    """Loading an adapter takes the memory of its weights once, and half again for a file of half the precision."""
     sizes = dict(num_attention_heads=1, attention_head_dim=8, num_layers=1, time_embed_dim=8, text_embed_dim=3072)
     config = AdapterConfig.for_base(sizes, id_token_dim=8, perceiver_dim=8, perceiver_dim_head=8, can_hidden_dim=8)
     adapter = MagicMirrorAdapter(config).to(stored)
@@ -285,9 +277,8 @@ def test_loading_holds_one_copy(tmp_path: Path, stored: torch.dtype, copies: flo
     env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     # What the first load lets go late makes the second seem smaller, never larger: the largest of three counts.
     runs = [subprocess.run(command, cwd=root, env=env, check=True, capture_output=True, text=True) for _ in range(3)]
-    peak, kept = (max(int(run.stdout.split()[place]) for run in runs) for place in (0, 1))
-    assert 0.75 * size < kept < 1.25 * size
-    assert peak < copies * size
+    growth = max(int(run.stdout) for run in runs)
+    assert 0.75 * size < growth < copies * size
 
 
 @pytest.fixture(scope="module")

@@ -50,19 +50,22 @@ def denoise(
         embeds = prepare(step + 1)
         return {"prompt_embeds": embeds if negative is None else torch.cat([negative, embeds])}
 
-    latents = pipe(
-        prompt_embeds=prepare(0),
-        negative_prompt_embeds=negative,
-        width=clip.width,
-        height=clip.height,
-        num_frames=clip.num_frames,
-        num_inference_steps=clip.steps,
-        guidance_scale=clip.guidance_scale,
-        use_dynamic_cfg=clip.dynamic_guidance,
-        generator=torch.Generator("cpu").manual_seed(clip.seed),
-        attention_kwargs=attention_kwargs,
-        callback_on_step_end=on_step_end,
-        output_type="latent",
-    ).frames
+    try:
+        latents = pipe(
+            prompt_embeds=prepare(0),
+            negative_prompt_embeds=negative,
+            width=clip.width,
+            height=clip.height,
+            num_frames=clip.num_frames,
+            num_inference_steps=clip.steps,
+            guidance_scale=clip.guidance_scale,
+            use_dynamic_cfg=clip.dynamic_guidance,
+            generator=torch.Generator("cpu").manual_seed(clip.seed),
+            attention_kwargs=attention_kwargs,
+            callback_on_step_end=on_step_end,
+            output_type="latent",
+        ).frames
+    finally:
+        attention_kwargs.clear()  # the pipeline keeps it after an error
     wanted = (clip.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
     return latents[:, latents.shape[1] - wanted :]  # 1.5 pads in front to whole patches

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 
 from ..hosts.cogvideox_diffusers import Attached, attach
-from ..memory import apply_policy, choose_policy, needed_bytes, on_device, size_in_bytes, store_in_fp8
+from ..memory import apply_policy, choose_policy, let_go, needed_bytes, on_device, size_in_bytes, store_in_fp8
 from ..models.adapter import MagicMirrorAdapter
 from .base import BaseModel
 from .lora import Lora, set_loras
@@ -33,6 +33,10 @@ class LoadedBase:
     """On the transformer now; None after a failure."""
 
     @property
+    def adapter(self) -> MagicMirrorAdapter | None:
+        return None if self.attached is None else self.attached.adapter
+
+    @property
     def needed_bytes(self) -> int:
         """Free device memory that a run wants."""
         return needed_bytes(self.policy, self.pipe)
@@ -50,8 +54,13 @@ class LoadedBase:
             set_loras(self.pipe, loras, self.dtype)
         finally:
             if hooked:
-                apply_policy(self.policy, self.pipe, None, self.device)
+                apply_policy(self.policy, self.pipe, self.adapter, self.device)
         self._loras = loras
+
+    def let_go(self) -> None:
+        """After a run, however it ended, take away from the device what the policy does not keep there."""
+        self.pipe.maybe_free_model_hooks()
+        let_go(self.pipe.transformer, self.pipe.vae, *([self.adapter] if self.adapter else []))
 
 
 @contextmanager
@@ -67,7 +76,7 @@ def vae_of(
         try:
             yield loaded.pipe.vae
         finally:
-            loaded.pipe.maybe_free_model_hooks()
+            loaded.let_go()
 
 
 def load_base(

@@ -51,7 +51,7 @@ def sample(
         NumericsError: latents that are not finite. OutOfMemoryError: the clip does not fit. Whatever `on_step` raises.
         The device is freed as after a finished run.
     """
-    pipe, device = loaded.pipe, loaded.device
+    pipe, device, scheduler = loaded.pipe, loaded.device, loaded.pipe.scheduler
     pipe.scheduler, watch = watched_scheduler(SCHEDULERS[clip.scheduler], pipe.scheduler.config, clip, loaded.dtype)
 
     def report(step: int) -> None:
@@ -66,10 +66,12 @@ def sample(
             face = None
             if identity is not None:
                 face = _condition(loaded, clip, identity, tokens, settings, marked)
-            with on_device(sampling_parts(loaded.attached.adapter) if face else [], device):
+            with on_device(sampling_parts(loaded.adapter) if face else [], device):
                 latents = denoise(pipe, clip, prompt, negative, face, report)
     finally:
-        pipe.maybe_free_model_hooks()
+        pipe.scheduler = scheduler
+        watch.clear()  # latents on the device
+        loaded.let_go()
     return latents.permute(0, 2, 1, 3, 4).cpu()
 
 
