@@ -4,28 +4,29 @@
 
 from __future__ import annotations
 
-import json
 import re
-import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ..errors import MagicMirrorError, SampleError, SettingError
+from ..errors import CheckpointError, MagicMirrorError, SampleError, SettingError
 from ..faces.references import read_image
+from ..json_file import parse
+from ..limits import MANIFEST_LINE_BYTES, NAME_LENGTH, REFERENCES
+from ..names import is_below, stays_within
 from ..video import read_frames
+from .npz import read_frames_array
 
 MANIFEST = "manifest.jsonl"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv")
 SHARD = ".npz"
-_SOURCE = r"(?s)(?P<file>.+?)(?:#(?P<clip>\d+))?(?:@(?P<frame>\d+))?"
+_SOURCE = r"(?s)(?P<file>.+?)(?:#(?P<clip>[0-9]{1,9}))?(?:@(?P<frame>[0-9]{1,9}))?"
 _FIELDS = {"id": str, "media": str, "caption": str, "references": list, "person": str, "repeat": int}
 _OPTIONAL = {"caption", "person", "repeat"}
 _KINDS = {str: "a text", list: "a list", int: "a whole number"}
@@ -46,13 +47,12 @@ class Source:
     def parse(cls, path: str) -> Source:
         """Raises SettingError for a file of another kind, a clip or frame of what has none, and a path that leads out
         of the folder."""
-        match = re.fullmatch(_SOURCE, path)
-        if not match:
+        if not path:
             raise SettingError("a path is empty")
+        match = re.fullmatch(_SOURCE, path[:NAME_LENGTH])
+        if not match or not stays_within(match["file"]) or len(path) > NAME_LENGTH:
+            raise SettingError(f"{path[:100]!r} leads out of the data set's folder, or is none; give a path below it")
         file, clip, frame = match["file"], match["clip"], match["frame"]
-        # Windows' rules know both kinds of slash, and drives.
-        if PureWindowsPath(file).anchor or ".." in PureWindowsPath(file).parts:
-            raise SettingError(f"{path!r} leads out of the data set's folder; give a path below it")
         source = cls(
             file=file,
             clip=None if clip is None else int(clip),
@@ -120,10 +120,12 @@ def parse_manifest(path: Path) -> Iterator[tuple[int, Sample | SettingError]]:
     """Every line's number, from 1, and its sample, or what is wrong with it; empty lines are passed over."""
     lines: dict[str, int] = {}
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(MANIFEST_LINE_BYTES + 1), b""), 1):
             if not line.strip():
                 continue
             try:
+                if len(line) > MANIFEST_LINE_BYTES:
+                    raise SettingError(f"the line has more than {MANIFEST_LINE_BYTES:,} bytes; write one object a line")
                 sample = _parse_line(line)
                 first = lines.setdefault(sample.id, number)
                 if first != number:
@@ -142,6 +144,8 @@ def read_media(folder: Path, path: str, frames: int | None = None) -> np.ndarray
     file = folder / source.file
     if not file.is_file():
         raise SampleError("missing file", f"there is no {file}; put it there, or take the sample out")
+    if not is_below(file, folder):
+        raise SampleError("link", f"{file} is a link out of {folder}; put the file itself there")
     if source.suffix == SHARD:
         clip = _shard_clip(file, source.clip)
     else:
@@ -209,28 +213,33 @@ def check_length(frames: int, wanted: int, name: str) -> None:
 
 def _parse_line(line: bytes) -> Sample:
     try:
-        entry = json.loads(line.decode("utf-8"))
-    except ValueError as error:
+        entry = parse(line.decode("utf-8"), "the line")
+    except (UnicodeDecodeError, CheckpointError) as error:
         raise SettingError(f"this is no JSON ({error}); write one object a line, in UTF-8") from error
     if not isinstance(entry, dict):
-        raise SettingError(f"this is no JSON object, but {entry!r}")
-    unknown, missing = sorted(entry.keys() - _FIELDS), sorted(_FIELDS.keys() - _OPTIONAL - entry.keys())
+        raise SettingError(f"this is no JSON object, but {str(entry)[:100]}")
+    unknown = sorted(key[:40] for key in entry.keys() - _FIELDS)[:10]
+    missing = sorted(_FIELDS.keys() - _OPTIONAL - entry.keys())
     if unknown or missing:
         wrong = [f"{what} {', '.join(n)}" for what, n in (("unknown", unknown), ("missing", missing)) if n]
         raise SettingError(f"{'; '.join(wrong)}. A sample has {', '.join(_FIELDS)}")
     for name, value in entry.items():
         if type(value) is not _FIELDS[name]:
-            raise SettingError(f"{name} is {value!r}; it must be {_KINDS[_FIELDS[name]]}")
+            shown = type(value).__name__ if isinstance(value, (list, dict)) else repr(value)[:100]
+            raise SettingError(f"{name} is {shown}; it must be {_KINDS[_FIELDS[name]]}")
     if not entry["id"]:
         raise SettingError("the id is empty; give each sample its own")
     if not entry["references"]:
         raise SettingError("references is empty; name at least one picture of the person (the medium, if it is one)")
     if entry.get("repeat", 1) < 1:
         raise SettingError(f"repeat is {entry['repeat']}; it must be 1 or more")
+    if len(entry["references"]) > REFERENCES:
+        raise SettingError(f"references names {len(entry['references'])} pictures; it may name {REFERENCES}")
     Source.parse(entry["media"])
     for reference in entry["references"]:
         if not isinstance(reference, str) or not Source.parse(reference).is_picture:
-            raise SettingError(f"the reference {reference!r} is no picture; of a clip, name a frame: {reference}@0")
+            shown = str(reference)[:100]
+            raise SettingError(f"the reference {shown!r} is no picture; of a clip, name a frame, as in clip.mp4@0")
     return Sample(
         id=entry["id"],
         media=entry["media"],
@@ -254,11 +263,4 @@ def _shard_clip(file: Path, clip: int) -> np.ndarray:
 @lru_cache(maxsize=4)
 def _shard(file: Path, changed: int) -> np.ndarray:
     """(clips, F, H, W, 3) uint8. Neighbouring samples are of one shard, which is packed as a whole."""
-    try:
-        with np.load(file) as shard:
-            clips = shard["frames"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # numpy raises them all
-        raise SampleError("corrupt file", f"cannot read the shard {file}: {error}. Render or copy it again") from error
-    if clips.ndim != 5 or clips.shape[-1] != 3 or clips.dtype != np.uint8:
-        raise SampleError("corrupt file", f"{file} holds {clips.shape} {clips.dtype}, not (clips, F, H, W, 3) uint8")
-    return clips
+    return read_frames_array(file)

@@ -19,7 +19,7 @@ FOLDER = Path(__file__).resolve().parent
 def example_photos(person: str) -> np.ndarray:
     """(2, 384, 384, 3) uint8 RGB: one of PEOPLE, neutral and smiling."""
     paths = sorted(FOLDER.glob(f"{person}_*.jpg"))
-    return np.stack([np.array(Image.open(path).convert("RGB")) for path in paths])
+    return np.stack([np.array(Image.open(path, formats=["PNG", "JPEG", "WEBP"]).convert("RGB")) for path in paths])
 
 
 def example_identity(person: str) -> Identity:

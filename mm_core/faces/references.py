@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import FaceChoiceError, MagicMirrorError, NoFaceError, SettingError
+from ..limits import PICTURE_BYTES, PIXELS
 from .analysis import NO_FACE, Face, FaceAnalyzer, select_face
 from .crop import square_crop, whole_image
 
@@ -17,6 +18,8 @@ MIN_SHARPNESS = 35.0  # portraits: 290 and more; blurred by 1% of the face 45 to
 MAX_TURN = 35.0  # degrees: beyond, the far eye foreshortens and the recogniser has half a face
 MAX_WEIGHT = 100.0
 MIN_SAME_PERSON = 0.25  # cosine: photos of one person were seen at .51 to .80, of different people at .11 at most
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 
 _NO_FACE_IN = f"{{photos}}: {NO_FACE}"
 
@@ -109,9 +112,14 @@ def read_image(path: str | Path) -> np.ndarray:
     Raises MagicMirrorError if the file is missing, damaged or no picture.
     """
     try:
-        with Image.open(path) as file:
+        if Path(path).stat().st_size > PICTURE_BYTES:
+            raise ValueError(f"it has more than {PICTURE_BYTES:,} bytes")
+        # Named, since Pillow knows others that start another program (EPS) or read other files.
+        with Image.open(path, formats=_FORMATS) as file:
+            if file.width * file.height > PIXELS:
+                raise ValueError(f"{file.width} x {file.height} px are more than {PIXELS:,} pixels; make it smaller")
             return np.array(_to_rgb(ImageOps.exif_transpose(file)))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises all of them
+    except Exception as error:  # Pillow's readers raise a dozen kinds
         raise MagicMirrorError(f"Cannot read the photo {path}: {error}. Use a JPEG, PNG or WebP file") from error
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from ..errors import SettingError
+from ..limits import CONFIG_BYTES
 from ..models.config import AdapterConfig
 from ..pipelines import tiny
 from .loop_config import LoopConfig
@@ -197,8 +198,10 @@ def load_config(path: Path, overrides: Mapping[str, str] | None = None) -> Train
     Raises SettingError for a missing file, an unknown or missing name, or a value of another type or out of its range.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        if path.stat().st_size > CONFIG_BYTES:
+            raise SettingError(f"The config {path} has more than {CONFIG_BYTES:,} bytes, which no config has.")
+        content = _parse(path.read_text(encoding="utf-8"), f"The config {path}")
+    except (OSError, UnicodeDecodeError) as error:
         raise SettingError(f"The config {path} cannot be read: {error}.") from error
     for name, text in (overrides or {}).items():
         *parents, last = name.split(".")
@@ -207,14 +210,32 @@ def load_config(path: Path, overrides: Mapping[str, str] | None = None) -> Train
             place = place.setdefault(parent, {}) if isinstance(place, dict) else None
         if not isinstance(place, dict):
             raise SettingError(f"{name} cannot be set: {'.'.join(parents)} is not a group of settings.")
-        place[last] = yaml.safe_load(text)
+        place[last] = _parse(text, f"The value of {name}")
     return build(TrainingConfig, content, path.name)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, which a few lines of can unpack to gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it uses an alias (*), which is not taken; write the value out")
+        return super().compose_node(parent, index)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise SettingError(f"{where} cannot be read: it is nested too deeply.") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise SettingError(f"{where} cannot be read: {error}.") from error
 
 
 def build(cls: type, content: Any, where: str) -> Any:
     """A dataclass from plain YAML values, strictly."""
     if not isinstance(content, dict):
-        raise SettingError(f"{where} must be a group of settings, not {content!r}.")
+        raise SettingError(f"{where} must be a group of settings, not {str(content)[:100]}.")
     hints = typing.get_type_hints(cls)
     required = {
         f.name for f in dataclasses.fields(cls)
@@ -236,6 +257,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin is str and value is False:  # YAML reads a bare `no` as false
         return "no"
     if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not -1e300 < value < 1e300:
+            raise SettingError(f"{where} is {str(value)[:100]}; it must be a finite number.")
         return float(value)
     if origin is float and isinstance(value, str):  # YAML reads 1e-5, without a point, as text
         try:
@@ -250,4 +273,4 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             return value
     elif type(value) is origin:
         return value
-    raise SettingError(f"{where} is {value!r}; it must be of type {getattr(hint, '__name__', hint)}.")
+    raise SettingError(f"{where} is {str(value)[:100]!r}; it must be of type {getattr(hint, '__name__', hint)}.")

@@ -21,6 +21,7 @@ import numpy as np
 
 from ...errors import MagicMirrorError, SettingError
 from ...files import PARTIAL, whole_file
+from ..npz import read_frames_array
 from .captions import caption
 from .person import Person
 from .render import render_clip
@@ -158,8 +159,7 @@ def read_clips(folder: Path) -> Iterator[RenderedClip]:
     if not (folder / SETTINGS_FILE).is_file():
         raise SettingError(f"{folder} holds no rendered people: it has no {SETTINGS_FILE}")
     for path in sorted(folder.glob("people-*.npz")):
-        with np.load(path) as shard:
-            frames = shard["frames"]
+        frames = read_frames_array(path)
         lines = path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
         for clip_frames, line in zip(frames, lines, strict=True):
             entry = json.loads(line)
