@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_server import ComfyServer, ExecutionFailed, WorkflowRefused
+from comfy_server import ComfyServer, ExecutionFailed, ExecutionInterrupted, WorkflowRefused
 from PIL import Image
 
 COMBINE = "MagicMirrorVideoCombine"
@@ -120,3 +121,23 @@ def test_the_graph_is_in_the_file_as_it_was_sent(server: ComfyServer, queue: Cal
     (file,) = entry["outputs"]["2"]["images"]
     picture = (server.base / "output" / file["subfolder"] / file["filename"]).with_suffix(".png")
     assert json.loads(Image.open(picture).text["prompt"])["2"]["inputs"]["filename_prefix"] == "%date:yyyy%/kept"
+
+
+@pytest.mark.parametrize("format", ["mp4", "webp", "gif"])
+def test_cancelling_while_a_clip_is_written(server: ComfyServer, format: str) -> None:
+    """Before its many frames are written; nothing is left in the folder, and the next save works."""
+    graph = blank(filename_prefix=f"cancelled_{format}/x", format=format, pingpong=True)
+    graph["1"]["inputs"].update(width=768, height=768, batch_size=60)
+    if format == "mp4":
+        graph["2"]["inputs"]["loop_count"] = 20
+    folder = server.base / "output" / f"cancelled_{format}"
+    prompt = server.post(graph)
+    deadline = time.monotonic() + 60
+    while not folder.is_dir() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    server.interrupt()
+    with pytest.raises(ExecutionInterrupted, match=COMBINE):
+        server.wait(prompt)
+    assert not list(folder.iterdir())
+    assert save(server, filename_prefix=f"cancelled_{format}/x", format=format)["filename"].startswith("x_00001_")
