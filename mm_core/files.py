@@ -216,7 +216,7 @@ def _explained(folder: Path, name: str) -> Iterator[None]:
 
 def _number(error: Exception) -> int:
     """The operating system's number of an error, 0 where it has none. safetensors only writes it into its text."""
-    found = re.search(r"\bcode: (\d+)", str(error))
+    found = re.search(r"\b(?:code:|os error) (\d+)", str(error))
     return getattr(error, "errno", None) or (int(found[1]) if found else 0)
 
 

@@ -166,7 +166,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     [
         (OSError(errno.ENOSPC, "No space left on device"), "delete files that are not needed"),
         (OSError(errno.EROFS, "Read-only file system"), "choose another folder"),
-        (SafetensorError("I/O error: No space left on device (os error code: 28)"), "delete files"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "delete files"),
         (SafetensorError('serializing: IoError(Os { code: 28, kind: StorageFull, message: "x" })'), "delete files"),
     ],
 )
