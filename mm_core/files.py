@@ -21,6 +21,7 @@ STALE_SECONDS = 24 * 3600
 """An unfinished file that nobody has written to for so long is one that a killed process left."""
 
 _UNFINISHED = re.compile(rf"\..*\.[0-9a-f]{{16}}{re.escape(PARTIAL)}")
+_OF_SAFETENSORS = re.compile(r"\.tmp[0-9A-Za-z]{6}")  # what its newer versions write before they rename it
 _KEPT_OF_NAME = 40  # characters of a file's name in that of its unfinished one: a name has a limit of 255 bytes
 _NUMBER_DIGITS = 5
 
@@ -106,7 +107,7 @@ def whole_file(target: Path | Numbered) -> Iterator[Path]:
         temporary.touch(exist_ok=False)
         try:
             fresh = temporary.stat()
-            _sweep(folder, now=fresh.st_mtime)
+            _sweep(folder, now=fresh.st_mtime, tensors=name.endswith(".safetensors"))
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -156,10 +157,15 @@ def _unfinished(folder: Path, name: str) -> Path:
     return folder / f".{name[:_KEPT_OF_NAME]}.{secrets.token_hex(8)}{PARTIAL}"
 
 
-def _sweep(folder: Path, now: float) -> None:
-    """Remove what killed processes left in a folder. now: by the clock of the folder's disk, which may be another's."""
+def _sweep(folder: Path, now: float, *, tensors: bool = False) -> None:
+    """Remove what killed processes left in a folder.
+
+    Args:
+        now: by the clock of the folder's disk, which may be another machine's.
+        tensors: what safetensors leaves, too.
+    """
     for entry in os.scandir(folder):
-        if not _UNFINISHED.fullmatch(entry.name):
+        if not _UNFINISHED.fullmatch(entry.name) and not (tensors and _OF_SAFETENSORS.fullmatch(entry.name)):
             continue
         try:
             if now - entry.stat(follow_symlinks=False).st_mtime > STALE_SECONDS:

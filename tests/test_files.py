@@ -25,8 +25,7 @@ from mm_core.errors import MagicMirrorError
 from mm_core.files import PARTIAL, STALE_SECONDS, Numbered, whole_file, whole_folder, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-KILLS = 100  # of each writer
-LONGEST_LIFE = 0.1  # seconds
+KILLS = 40  # of each writer
 POSIX = pytest.mark.skipif(os.name == "nt", reason="signals and modes are POSIX's")
 
 
@@ -133,6 +132,17 @@ def test_what_killed_processes_left_is_swept(tmp_path: Path) -> None:
         os.utime(path, (time.time() - STALE_SECONDS - 60,) * 2)
     write_json(tmp_path / "new.json", {})
     assert {path.name for path in tmp_path.iterdir()} == {fresh.name, foreign.name, "new.json"}
+
+
+def test_what_safetensors_left_is_swept(tmp_path: Path) -> None:
+    """Its own temporary file, which a kill leaves beside ours: when weights are written there the next time."""
+    left = tmp_path / ".tmpAbC123"
+    left.touch()
+    for name, days, kept in (("a.safetensors", 0, True), ("a.json", 2, True), ("a.safetensors", 2, False)):
+        os.utime(left, (time.time() - days * 24 * 3600,) * 2)
+        with whole_file(tmp_path / name):
+            pass
+        assert left.exists() == kept
 
 
 def test_two_processes_never_share_a_temporary_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,37 +259,43 @@ def _decoded(path: Path) -> int:
 
 
 @POSIX
-@pytest.mark.parametrize("writer", ["clip", "picture", "identity", "latent", "json"])
+@pytest.mark.parametrize("writer", ["clip", "picture", "identity", "latent", "weights", "json"])
 def test_kill_9_leaves_nothing_half_under_a_final_name(tmp_path: Path, writer: str) -> None:
-    """A hundred times, at random ones; the process that comes after counts on, and sweeps."""
-    seed = secrets.randbits(32)
+    """At random times; the process that comes after counts on, and sweeps."""
+    seed, folder = secrets.randbits(32), tmp_path / "folder"
+    folder.mkdir()
     killer = start(
         f"""
         import os, random, signal, time, writers
         from pathlib import Path
         write, times = writers.{writer}(), random.Random({seed})
+        for _ in range(2):  # the first one imports
+            begun = time.monotonic()
+            write(Path(sys.argv[2]))
+            lasts = time.monotonic() - begun
         for _ in range({KILLS}):
             child = os.fork()
             if not child:
                 while True:
                     write(Path(sys.argv[1]))
-            time.sleep(times.uniform(0, {LONGEST_LIFE}))
+            time.sleep(times.uniform(0, 3 * lasts))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
         """,
+        folder,
         tmp_path,
     )
     _, errors = killer.communicate(timeout=300)
     assert killer.returncode == 0, errors
-    whole = [path for path in tmp_path.iterdir() if not path.name.startswith(".")]
-    assert whole and unfinished(tmp_path), f"seed {seed}: no kill in the middle"
+    whole = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    assert whole and unfinished(folder), f"seed {seed}: no kill in the middle, or no whole file"
     for path in whole:
         READERS[path.suffix](path)
-    for name in unfinished(tmp_path):
-        os.utime(tmp_path / name, (0, 0))
-    with whole_file(Numbered(tmp_path, "next", ".txt")):
+    for left in folder.glob(".*"):
+        os.utime(left, (0, 0))
+    with whole_file(folder / "next.safetensors"):
         pass
-    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
 def test_the_number_of_kept_characters_leaves_room_for_any_script() -> None:

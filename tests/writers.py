@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 
 from mm_core.files import Numbered, whole_file, write_json
 
@@ -58,6 +58,17 @@ def latent() -> Writer:
     def write(folder: Path) -> None:
         with whole_file(Numbered(folder, "latent", ".latent")) as temporary:
             temporary.write_bytes(save(tensors))
+
+    return write
+
+
+def weights() -> Writer:
+    """As an adapter is written: by safetensors itself, which newer versions do under a name of their own first."""
+    tensors = {"weight": torch.rand(1000, 1000)}
+
+    def write(folder: Path) -> None:
+        with whole_file(folder / "adapter.safetensors") as temporary:
+            save_file(tensors, temporary)
 
     return write
 
