@@ -18,7 +18,8 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..mm_core.errors import CheckpointError
-from .native_sampling import DDIM
+from ..mm_core.numerics import FiniteWatch
+from .native_sampling import DDIM, compute_dtype, watched
 
 if TYPE_CHECKING:
     from ..mm_core.pipelines.base import BaseModel
@@ -101,12 +102,17 @@ def _correct_sampling(model: ModelPatcher, base: BaseModel) -> None:
     model.add_wrapper_with_key(kind, _KEY, _sample)
 
 
-def _sample(executor: Any, *arguments: Any) -> Tensor:
+def _sample(
+    executor: Any, model_wrap: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any, *arguments: Any
+) -> Tensor:
     """Core's own DDIM for CogVideoX adds no noise, and takes the model for one that core's samplers do not know; ours
-    is the same otherwise."""
-    if type(executor.class_obj).__name__ == "VOID_DDIM":
-        return DDIM().sample(*arguments)
-    return executor(*arguments)
+    is the same otherwise. The steps of all others are watched as ours are."""
+    sampler = executor.class_obj
+    if type(sampler).__name__ == "VOID_DDIM":
+        return DDIM().sample(model_wrap, sigmas, extra_args, callback, *arguments)
+    if not isinstance(sampler, DDIM):
+        callback = watched(callback, FiniteWatch(len(sigmas) - 1, compute_dtype(model_wrap.model_patcher)))
+    return executor(model_wrap, sigmas, extra_args, callback, *arguments)
 
 
 def _correct_positions(model: ModelPatcher, config: Any) -> None:

@@ -72,10 +72,6 @@ def core_model(mirror: MagicMirror) -> ModelPatcher:
     return patcher
 
 
-def compute_dtype(model: ModelPatcher) -> torch.dtype:
-    return model.model.manual_cast_dtype or model.model.get_dtype()
-
-
 def adapter_of(mirror: MagicMirror, dtype: torch.dtype) -> ModelPatcher:
     """The mirror's adapter for ComfyUI to load and offload: read once, shared by all models that it is put on."""
     from ..mm_core.checkpoints.adapter_file import load_adapter

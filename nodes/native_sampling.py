@@ -54,8 +54,7 @@ def _ddim(
 
     model: core's denoiser, around the guider. x: the clean latents plus sigma times noise.
     """
-    patcher = model.inner_model.model_patcher
-    finite = FiniteWatch(len(sigmas) - 1, patcher.model.manual_cast_dtype or patcher.model.get_dtype())
+    finite = FiniteWatch(len(sigmas) - 1, compute_dtype(model.inner_model.model_patcher))
     for step in trange(len(sigmas) - 1, disable=disable):
         sigma = sigmas[step]
         clean = model(x, sigma * x.new_ones(len(x)), **(extra_args or {}))
@@ -64,6 +63,21 @@ def _ddim(
         x = clean + (x - clean) * (sigmas[step + 1] / sigma)
         finite.note(x)
     return x
+
+
+def watched(callback: Callable[..., None] | None, finite: FiniteWatch) -> Callable[..., None]:
+    """A sampler's callback that also watches what the model takes for the clean latents."""
+
+    def on_step(step: int, denoised: Tensor, *state: Any) -> None:
+        finite.note(denoised)
+        if callback is not None:
+            callback(step, denoised, *state)
+
+    return on_step
+
+
+def compute_dtype(model: ModelPatcher) -> torch.dtype:
+    return model.model.manual_cast_dtype or model.model.get_dtype()
 
 
 def trailing_sigmas(model: ModelPatcher, steps: int) -> Tensor:

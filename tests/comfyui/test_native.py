@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from comfy_server import ComfyServer, ExecutionFailed
+from comfy_server import ComfyServer
 from diffusers import CogVideoXDDIMScheduler
 from native_graphs import GUIDANCE, PROMPT, SEED, STEPS, frames_of, native_graph, plain, sampled
 from safetensors.torch import load_file, save_file
@@ -162,19 +161,3 @@ def test_another_model_is_told(
     graph["1"]["inputs"]["adapter"] = "none"
     with pytest.raises(Exception, match="has no adapter"):
         server.run(graph)
-
-
-def test_latents_that_are_not_finite_are_told(
-    server: ComfyServer, bases: dict[str, tuple[FolderBase, Path]], portrait: Callable[[str], Path]
-) -> None:
-    """By the step, with a remedy, and no black clip."""
-    spoiled = bases["1.5"][0].folder.with_name("small-spoiled")
-    shutil.copytree(bases["1.5"][0].folder, spoiled)
-    (path,) = FolderBase(spoiled).transformer_files
-    weights = load_file(path)
-    weights["proj_out.weight"][0, 0] = float("inf")
-    save_file(weights, path, metadata={"format": "pt"})
-    graph = plain(native_graph(server, "1.5", portrait("person_b_2")))
-    graph["1"]["inputs"]["base_model"] = "small-spoiled"
-    with pytest.raises(ExecutionFailed, match=rf"After step 1 of {STEPS} the latents are not finite .* in fp32\."):
-        sampled(server, graph)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from comfy_server import ComfyServer
+from comfy_server import ComfyServer, ExecutionFailed
 from native_graphs import GUIDANCE, SEED, STEPS, by_diffusers, native_graph, noise_of, plain, sampled, switched_off
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mm_core.pipelines.base import FolderBase
@@ -75,3 +77,21 @@ def test_other_samplers_make_a_clip(
     ]
     print(f"{sampler}, {scheduler}: {difference(clips[1], clips[0]):.2f}")
     assert difference(clips[1], clips[0]) < 0.2
+
+
+@pytest.mark.parametrize("sampler", ["DDIM", "KSampler"])
+def test_latents_that_are_not_finite_are_told(
+    server: ComfyServer, bases: Bases, portrait: Portrait, sampler: str
+) -> None:
+    """By the step, with a remedy, and no black clip."""
+    spoiled = bases["1.5"][0].folder.with_name(f"small-spoiled-{sampler}")
+    shutil.copytree(bases["1.5"][0].folder, spoiled)
+    (path,) = FolderBase(spoiled).transformer_files
+    weights = load_file(path)
+    weights["proj_out.weight"][0, 0] = float("inf")
+    save_file(weights, path, metadata={"format": "pt"})
+    graph = plain(native_graph(server, "1.5", portrait("person_b_2")))
+    graph["1"]["inputs"]["base_model"] = spoiled.name
+    graph = with_ksampler(graph) if sampler == "KSampler" else graph
+    with pytest.raises(ExecutionFailed, match=rf"After step 1 of {STEPS} the latents are not finite .* in fp32\."):
+        sampled(server, graph)
