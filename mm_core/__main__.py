@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .choices import OFFLOADING, PRECISIONS, SCHEDULERS, TINY, VIDEO_FORMATS
+from .choices import AS_MODEL, OFFLOADING, PRECISIONS, SCHEDULERS, TINY, VIDEO_FORMATS
 from .errors import MagicMirrorError, packages
 from .files import whole_file
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from .pipelines.base import BaseModel
     from .pipelines.clip import ClipSettings
     from .pipelines.lora import Lora
-    from .pipelines.presets import ClipLimits
 
 DOWNLOADS = Path.home() / ".cache" / "magic-mirror-models"
 FACES = Path.home() / ".insightface"
@@ -57,7 +56,7 @@ def generate(args: argparse.Namespace) -> None:
     model = MagicMirror(
         _base(args), adapter=args.adapter, id_encoder=_id_encoder(args), precision=args.precision, offload=args.offload
     )
-    clip = _clip_settings(args, model.base.limits)
+    clip = _clip_settings(args, model.base)
     settings = AdapterSettings(
         identity_scale=args.identity_scale,
         can_scale=args.can_scale,
@@ -102,15 +101,17 @@ def _lora(text: str, base: BaseModel) -> Lora:
     return lora
 
 
-def _clip_settings(args: argparse.Namespace, limits: ClipLimits) -> ClipSettings:
+def _clip_settings(args: argparse.Namespace, base: BaseModel) -> ClipSettings:
     from .pipelines.clip import ClipSettings
 
-    return ClipSettings(
+    return ClipSettings.of_model(
+        base.limits,
+        base.sampling,
         prompt=args.prompt,
         negative_prompt=args.negative_prompt,
-        width=limits.width if args.width is None else args.width,
-        height=limits.height if args.height is None else args.height,
-        num_frames=limits.num_frames if args.frames is None else args.frames,
+        width=args.width,
+        height=args.height,
+        num_frames=args.frames,
         steps=args.steps,
         guidance_scale=args.guidance,
         dynamic_guidance=args.scheduler == "dpm",
@@ -251,12 +252,13 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
         help="which face: largest, leftmost, rightmost, or its number from the left, from 0",
     )
     add("--download", action="store_true", help="allow to download models that are missing")
-    add("--width", type=int, help="pixels, default: the model's own")
-    add("--height", type=int, help="pixels, default: the model's own")
-    add("--frames", type=int, help="1, or 8N + 1 (CogVideoX 1.5: 16N + 1), default: the model's own")
-    add("--steps", type=int, default=50)
-    add("--guidance", type=float, default=6.0, help="classifier-free guidance, 1 is off")
-    add("--scheduler", default="dpm", choices=SCHEDULERS)
+    own = "default: the model's own"
+    add("--width", type=int, default=0, help=f"pixels, {own}")
+    add("--height", type=int, default=0, help=f"pixels, {own}")
+    add("--frames", type=int, default=0, help=f"1, or 8N + 1 (CogVideoX 1.5: 16N + 1), {own}")
+    add("--steps", type=int, default=0, help=own)
+    add("--guidance", type=float, default=0.0, help=f"classifier-free guidance, 1 is off, {own}")
+    add("--scheduler", default=AS_MODEL, choices=(AS_MODEL, *SCHEDULERS), help=own)
     add("--seed", type=int, default=0)
     add("--identity-scale", type=float, default=1.0, help="strength of the text fusion, 0 to 3")
     add("--can-scale", type=float, default=1.0, help="strength of CAN, 0 to 3")

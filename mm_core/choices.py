@@ -20,5 +20,8 @@ OFFLOADING = ("auto", *POLICIES)
 SCHEDULERS = ("dpm", "ddim")
 """CogVideoX's own."""
 
+AS_MODEL = "as the model"
+"""A choice, as 0 is a number, that leaves the value to the base model."""
+
 VIDEO_FORMATS = ("mp4", "webm", "webp", "gif")
 """By their file endings."""

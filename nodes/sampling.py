@@ -12,7 +12,7 @@ from comfy_api.latest import InputImpl, Types, io
 from safetensors.torch import save
 from torch import Tensor
 
-from ..mm_core.choices import SCHEDULERS
+from ..mm_core.choices import AS_MODEL, SCHEDULERS
 from ..mm_core.errors import DecodeError, SettingError
 from ..mm_core.files import whole_file
 from ..mm_core.pipelines.control import AdapterSettings
@@ -50,16 +50,21 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
                 io.Image.Output(display_name="images"),
                 io.Latent.Output(display_name="latent", tooltip="As core's VAE Decode takes it."),
                 io.Video.Output(display_name="video", tooltip="At the frame rate that the model was trained on."),
+                io.String.Output(display_name="report", tooltip="Warnings, the model, and what it sampled with."),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
         return with_aliases(schema, "magic mirror sampler", "cogvideox", "text to video", "t2v")
 
     @classmethod
-    def validate_inputs(cls, width: int | None, height: int | None, num_frames: int | None) -> bool | str:
-        """Refuse sizes and lengths that no base model makes; connected inputs are not known yet, and None."""
+    def validate_inputs(cls, num_frames: int | None) -> bool | str:
+        """Refuse lengths that no base model makes. None: connected, not known yet. 0: as the model.
+
+        What is refused here shows once for each input that is named; sizes wait for the model, which has limits of its
+        own.
+        """
         try:
-            _COMMON_LIMITS.check(width=width or 16, height=height or 16, num_frames=num_frames or 1)
+            _COMMON_LIMITS.check(width=16, height=16, num_frames=num_frames or 1)
         except SettingError as error:
             return runtime.translated(error)
         return True
@@ -81,7 +86,10 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..mm_core.pipelines.clip import ClipSettings
 
-        clip = ClipSettings(
+        base = model.mirror.base
+        clip = ClipSettings.of_model(
+            base.limits,
+            base.sampling,
             prompt=prompt,
             negative_prompt=negative_prompt,
             width=width,
@@ -95,10 +103,12 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
         )
         mirror, settings = model.mirror, model.settings or AdapterSettings()
         mirror.check(clip, model.identity, settings)
-        status = runtime.show(mirror.status, warn=_untrained(mirror))
+        cautions = base.limits.cautions(width=clip.width, height=clip.height)
+        report = "\n".join([*cautions, mirror.status, clip.summary])
+        shown = runtime.show(report, warn=bool(cautions) or _untrained(mirror))
         runtime.retire_others(mirror)
         try:
-            result = mirror.generate(clip, model.identity, settings, runtime.step_callback(steps), model.loras)
+            result = mirror.generate(clip, model.identity, settings, runtime.step_callback(clip.steps), model.loras)
         except DecodeError as error:
             path = cls._save_latent(latent_from_samples(error.latents, _scaling_factor(mirror)))
             raise DecodeError(f"{error} They are in {path}.", error.latents) from error
@@ -110,7 +120,8 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
             InputImpl.VideoFromComponents(
                 Types.VideoComponents(images=result.frames, audio=None, frame_rate=Fraction(result.fps))
             ),
-            ui=status,
+            report,
+            ui=shown,
         )
 
     @classmethod
@@ -132,8 +143,7 @@ def _untrained(mirror: MagicMirror) -> bool:
 
 
 def _inputs() -> list[io.Input]:
-    best = _DEFAULT_LIMITS
-    side = {"min": 16, "max": MAX_SIDE, "step": 16}
+    side = {"default": 0, "min": 0, "max": MAX_SIDE, "step": 16}
     return [
         ModelSocket.Input("model", tooltip="From Apply CAN Adapter; from Load MagicMirror for plain CogVideoX."),
         io.String.Input(
@@ -150,30 +160,36 @@ def _inputs() -> list[io.Input]:
             default="",
             tooltip="What should not be in the clip; needs a guidance_scale above 1.",
         ),
-        io.Int.Input("width", default=best.width, **side, tooltip="Pixels, a multiple of 16; 720 for CogVideoX 1.0."),
-        io.Int.Input("height", default=best.height, **side, tooltip="Pixels, a multiple of 16; 480 for CogVideoX 1.0."),
+        io.Int.Input("width", **side, tooltip="Pixels, a multiple of 16. 0: as the model was trained."),
+        io.Int.Input("height", **side, tooltip="Pixels, a multiple of 16. 0: as the model was trained."),
         io.Int.Input(
             "num_frames",
-            default=best.num_frames,
-            min=1,
+            default=0,
+            min=0,
             max=MAX_FRAMES,
-            step=8,
-            tooltip="8 x N + 1 frames, up to 49 (CogVideoX 1.0); 16 x N + 1, up to 161 (1.5). 1 makes an image.",
+            tooltip="8 x N + 1 frames, up to 49 (CogVideoX 1.0); 16 x N + 1, up to 161 (1.5). 1 makes an image. 0: as "
+            "the model was trained.",
         ),
-        io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Denoising steps."),
+        io.Int.Input("steps", default=0, min=0, max=1000, tooltip="Denoising steps. 0: as many as the model needs."),
         io.Float.Input(
             "guidance_scale",
-            default=6.0,
-            min=1.0,
+            default=0.0,
+            min=0.0,
             max=30.0,
             step=0.1,
-            tooltip="How closely the clip follows the prompt; 1 switches guidance off and halves the time.",
+            tooltip="How closely the clip follows the prompt; 1 switches guidance off and halves the time. 0: as suits "
+            "the model.",
         ),
         io.Boolean.Input(
-            "dynamic_guidance", default=True, tooltip="Let the guidance grow along the steps; goes with dpm."
+            "dynamic_guidance",
+            default=True,
+            tooltip="Let the guidance grow along the steps; goes with dpm. Only for a scheduler that is chosen here.",
         ),
         io.Combo.Input(
-            "scheduler", options=list(SCHEDULERS), default=SCHEDULERS[0], tooltip="CogVideoX's own samplers."
+            "scheduler",
+            options=[AS_MODEL, *SCHEDULERS],
+            default=AS_MODEL,
+            tooltip="CogVideoX's own samplers, dpm and ddim.",
         ),
         io.Int.Input(
             "seed",

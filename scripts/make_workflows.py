@@ -28,7 +28,7 @@ from mm_core.examples import example_photos
 WORKFLOWS = environment.ROOT / "workflows"
 SUBGRAPHS = environment.ROOT / "subgraphs"
 THUMBNAIL = 320  # pixels of its side
-STEPS, GUIDANCE = 12, 3.0  # of tiny, as in its training; guidance 1.5 keeps less of the person
+STEPS, GUIDANCE = 12, 3.0  # of tiny, for core's samplers
 LOADER, EXTRACT, APPLY = "MagicMirrorLoader", "MagicMirrorExtractFaceEmbedding", "MagicMirrorApplyCANAdapter"
 SAMPLER, COMBINE, EXAMPLE = "MagicMirrorCogVideoXSampler", "MagicMirrorVideoCombine", "MagicMirrorExamplePerson"
 PHOTOMAKER = {
@@ -155,31 +155,16 @@ def person(base: str = "tiny") -> dict[str, Node]:
     }
 
 
-def small_clip(**inputs: Any) -> dict[str, Any]:
-    """The sampler's settings for tiny."""
-    return (
-        dict(
-            width=64,
-            height=64,
-            num_frames=9,
-            steps=STEPS,
-            guidance_scale=GUIDANCE,
-            dynamic_guidance=False,
-            scheduler="ddim",
-        )
-        | inputs
-    )
-
-
 def clip(
     prompt: str | Link, prefix: str, seed: int | Link = 1, identity: Link = ("extract", 0), **sampler: Any
 ) -> dict[str, Node]:
     """Apply, sample, save, behind `person`."""
-    settings = small_clip(model=("apply", 0), prompt=prompt, seed=seed, **sampler)
+    settings = dict(model=("apply", 0), prompt=prompt, seed=seed, **sampler)
     return {
         "apply": Node(type=APPLY, inputs=dict(model=("loader", 0), identity=identity)),
         "sampler": Node(type=SAMPLER, inputs=settings),
         "video": Node(type=COMBINE, inputs=dict(images=("sampler", 0), filename_prefix=f"magic_mirror/{prefix}")),
+        "done": Node(type="PreviewAny", inputs=dict(source=("sampler", 3)), title="What was sampled"),
     }
 
 
@@ -210,14 +195,11 @@ def workflows() -> dict[str, tuple[str, dict[str, Node]]]:
         type="SaveImage", inputs=dict(images=("sampler", 0), filename_prefix="magic_mirror/portrait")
     )
     styled = "A person img smiles, watercolor painting, soft light, pink background."
-    big = dict(
-        width=720, height=480, num_frames=49, steps=50, guidance_scale=6.0, dynamic_guidance=True, scheduler="dpm"
-    )
     example = loader() | {"example": Node(type=EXAMPLE, inputs={})}
     graphs = {
         "text_to_video_tiny": example | clip(smile, "tiny", identity=("example", 1)),
         "photo_to_video_tiny": person() | clip(smile, "photo"),
-        "text_to_video_5b": person("THUDM/CogVideoX-5b") | clip(STREET, "5b", **big),
+        "text_to_video_5b": person("THUDM/CogVideoX-5b") | clip(STREET, "5b"),
         "several_photos": person() | clip(smile, "several"),
         "stylised": person() | clip(styled, "styled"),
         "multi_shot": multi_shot,
@@ -257,7 +239,7 @@ def native(prompt: str) -> dict[str, Node]:
 def face_to_video() -> Blueprint:
     """The first workflow as one node, without the photo before it and the file behind it."""
     nodes = person() | clip(SMILE, "")
-    nodes = {key: node for key, node in nodes.items() if key not in ("example", "report", "video")}
+    nodes = {key: node for key, node in nodes.items() if key not in ("example", "report", "video", "done")}
     nodes["extract"] = Node(type=EXTRACT, inputs=dict(model=("loader", 0), image=("photo", 0)))
     models = ("base_model", "adapter", "face_pack")
     sampling = ("width", "height", "num_frames", "steps", "guidance_scale", "seed")

@@ -82,7 +82,7 @@ def test_a_clip_that_cannot_be_written_is_kept(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--frames", "0"], "The clip has 0 frames; this model makes 1 (an image) to 9."),
+        (["--frames", "-7"], "The clip has -7 frames; this model makes 1 (an image) to 9."),
         (["--frames", "8"], "The clip has 8 frames; this model makes 8 x N + 1 of them. Try 1 or 9."),
         (["--width", "481"], "The width is 481 px; it must be a multiple of 8. Try 480."),
         (["--prompt", "A lighthouse at night"], "The prompt names no person."),

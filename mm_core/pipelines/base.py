@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from diffusers import (
@@ -31,7 +31,7 @@ from ..limits import INDEX_BYTES, SHARDS
 from . import part_configs, tiny
 from .part_configs import check_positions, checked
 from .parts import build_scheduler, load_text_encoder, load_transformer, load_vae
-from .presets import PRESETS, T5_XXL, ClipLimits, Preset
+from .presets import PRESETS, T5_XXL, ClipLimits, Preset, Sampling
 from .preview import LATENT_RGB, load_latent_rgb
 from .single_file import model_of
 from .tokenizer import load_tokenizer
@@ -64,6 +64,9 @@ class BaseModel(Protocol):
 
     @property
     def limits(self) -> ClipLimits: ...
+
+    sampling: Sampling
+    """What it samples with where nothing else is asked for."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
@@ -102,6 +105,7 @@ class FolderBase:
     """A model in diffusers' folder layout, as on the Hugging Face hub."""
 
     folder: Path
+    sampling: ClassVar[Sampling] = Sampling()
 
     @property
     def name(self) -> str:
@@ -262,6 +266,7 @@ class TinyBase(FolderBase):
     """The small model that comes with the pack; its folder holds its adapter and ID encoder too."""
 
     folder: Path = tiny.WEIGHTS
+    sampling: ClassVar[Sampling] = tiny.SAMPLING
 
     @property
     def name(self) -> str:
@@ -290,6 +295,7 @@ class FileBase:
     vae: Path
     tokenizer_folder: Path
     """A folder with a T5 tokenizer (`tokenizer.json` or `spiece.model`)."""
+    sampling: ClassVar[Sampling] = Sampling()
 
     @property
     def name(self) -> str:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
-from ..choices import SCHEDULERS
+from ..choices import AS_MODEL, SCHEDULERS
 from ..errors import SettingError
+from .presets import ClipLimits, Sampling
 from .prompt import check_text
 
 StepCallback = Callable[[int, int, Callable[[], Image.Image]], None]
@@ -39,6 +40,44 @@ class ClipSettings:
     """`ddim` or `dpm`, CogVideoX's own."""
     seed: int = 0
     """The same seed gives the same noise on every device."""
+
+    @classmethod
+    def of_model(
+        cls,
+        limits: ClipLimits,
+        sampling: Sampling,
+        *,
+        width: int = 0,
+        height: int = 0,
+        num_frames: int = 0,
+        steps: int = 0,
+        guidance_scale: float = 0.0,
+        dynamic_guidance: bool = True,
+        scheduler: str = AS_MODEL,
+        **more: str | int,
+    ) -> ClipSettings:
+        """Settings in which 0, and AS_MODEL, stand for what a base model does best.
+
+        dynamic_guidance goes with a scheduler that is chosen; AS_MODEL brings the model's own.
+        """
+        as_model = scheduler == AS_MODEL
+        return cls(
+            width=width or limits.width,
+            height=height or limits.height,
+            num_frames=num_frames or limits.num_frames,
+            steps=steps or sampling.steps,
+            guidance_scale=guidance_scale or sampling.guidance_scale,
+            dynamic_guidance=sampling.dynamic_guidance if as_model else dynamic_guidance,
+            scheduler=sampling.scheduler if as_model else scheduler,
+            **more,
+        )
+
+    @property
+    def summary(self) -> str:
+        """One line, to show to the user."""
+        guidance = f"{'dynamic ' if self.dynamic_guidance else ''}guidance {self.guidance_scale:g}"
+        size = f"{self.width} x {self.height} px, {self.num_frames} frame{'s' * (self.num_frames > 1)}"
+        return f"{size}, {self.steps} {self.scheduler} steps, {guidance}, seed {self.seed}"
 
     def __post_init__(self) -> None:
         check_text(self.prompt)

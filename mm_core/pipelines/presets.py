@@ -91,6 +91,20 @@ PRESETS = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a base model samples where nothing else is asked for."""
+
+    steps: int = 50
+    guidance_scale: float = 6.0
+    dynamic_guidance: bool = True
+    scheduler: str = "dpm"
+
+
+MAX_AREA, ODD_AREAS = 4.0, (0.25, 1.5)
+"""Of a frame, in areas of the frame that a model makes best: what is refused beyond, and what is warned of outside."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClipLimits:
     """Lengths and sizes that a base model can make, from its configs."""
 
@@ -142,6 +156,13 @@ class ClipLimits:
                     "The {side} is {value} px; this model makes at most {limit}.",
                     key="side_limit", side=name, value=value, limit=limit,
                 )  # fmt: skip
+        if width * height > MAX_AREA * self.width * self.height:
+            raise SettingError(
+                "{width} x {height} px is far beyond what this model was trained at, {best_width} x {best_height}: "
+                "take that, or at most {limit:g} times its area.",
+                key="size_beyond", width=width, height=height, best_width=self.width, best_height=self.height,
+                limit=MAX_AREA,
+            )  # fmt: skip
         step = self.frame_step
         if num_frames < 1 or num_frames > self.max_frames:
             raise SettingError(
@@ -155,3 +176,12 @@ class ClipLimits:
                 "The clip has {frames} frames; this model makes {step} x N + 1 of them. Try {below} or {near}.",
                 key="length_step", frames=num_frames, step=step, below=below, near=near,
             )  # fmt: skip
+
+    def cautions(self, *, width: int, height: int) -> list[str]:
+        """What to say of a size that is allowed and was not trained."""
+        low, high = ODD_AREAS
+        if low <= width * height / (self.width * self.height) <= high:
+            return []
+        return [
+            f"This model was trained at {self.width} x {self.height} px; at {width} x {height} faces may fall apart."
+        ]

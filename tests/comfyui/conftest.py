@@ -65,7 +65,8 @@ def make_graph(portrait: Callable[[str], Path]) -> Callable[..., Graph]:
 
     def make(server: ComfyClient, photo: str = "person_b_2") -> Graph:
         graph = Graph(json.loads(WORKFLOW.read_text(encoding="utf-8")))
-        del graph[graph.id("PreviewAny")]
+        for shown in [key for key, node in graph.items() if node["class_type"] == "PreviewAny"]:
+            del graph[shown]
         graph.add(graph.id("MagicMirrorExamplePerson"), "LoadImage", image=server.upload_image(portrait(photo)))
         graph.inputs("MagicMirrorCogVideoXSampler")["steps"] = 3
         return graph

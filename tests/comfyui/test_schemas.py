@@ -33,7 +33,7 @@ NODES = {
     "MagicMirrorCogVideoXSampler": (
         "model prompt negative_prompt width height num_frames steps guidance_scale dynamic_guidance scheduler seed",
         "",
-        ["IMAGE", "LATENT", "VIDEO"],
+        ["IMAGE", "LATENT", "VIDEO", "STRING"],
     ),
     "MagicMirrorVideoCombine": (
         "images frame_rate filename_prefix format quality",
@@ -75,7 +75,7 @@ COMBOS = {
     ("MagicMirrorExtractFaceEmbedding", "crop"): ["face", "image"],
     ("MagicMirrorExtractFaceEmbedding", "on_no_face"): ["error", "no identity", "skip photo"],
     ("MagicMirrorControl", "preset"): ["likeness first", "balanced", "motion first", "custom"],
-    ("MagicMirrorCogVideoXSampler", "scheduler"): ["dpm", "ddim"],
+    ("MagicMirrorCogVideoXSampler", "scheduler"): ["as the model", "dpm", "ddim"],
     ("MagicMirrorVideoCombine", "format"): ["mp4", "webm", "webp", "gif"],
     ("MagicMirrorScoreIdentity", "on_fail"): ["pass through", "stop"],
 }

@@ -1,0 +1,44 @@
+"""What a base model's own values stand for, and which sizes are far from them."""
+
+from __future__ import annotations
+
+import pytest
+
+from mm_core.errors import SettingError
+from mm_core.pipelines.base import TinyBase
+from mm_core.pipelines.clip import ClipSettings
+from mm_core.pipelines.presets import PRESETS, ClipLimits, Sampling
+
+TINY = TinyBase()
+OF_5B = ClipLimits.from_config(PRESETS["CogVideoX-5b"].transformer, PRESETS["CogVideoX-5b"].vae)
+
+
+def test_zero_is_what_the_model_does_best() -> None:
+    assert ClipSettings.of_model(TINY.limits, TINY.sampling, prompt="a man") == ClipSettings(
+        prompt="a man", width=64, height=64, num_frames=9, steps=12, guidance_scale=3.0, dynamic_guidance=False,
+        scheduler="ddim",
+    )  # fmt: skip
+    assert ClipSettings.of_model(OF_5B, Sampling(), prompt="a man") == ClipSettings(
+        prompt="a man", width=720, height=480, num_frames=49, steps=50, guidance_scale=6.0, dynamic_guidance=True,
+        scheduler="dpm",
+    )  # fmt: skip
+
+
+def test_what_is_asked_for_stays() -> None:
+    asked = dict(
+        width=96, height=48, num_frames=1, steps=7, guidance_scale=1.0, dynamic_guidance=False, scheduler="dpm"
+    )
+    clip = ClipSettings.of_model(TINY.limits, TINY.sampling, prompt="a man", seed=5, **asked)
+    assert {name: getattr(clip, name) for name in asked} == asked and clip.seed == 5
+
+
+@pytest.mark.parametrize(("width", "height", "warned"), [(64, 64, 0), (96, 64, 0), (128, 128, 1), (16, 16, 1)])
+def test_sizes_that_were_not_trained(width: int, height: int, warned: int) -> None:
+    TINY.limits.check(width=width, height=height, num_frames=9)
+    assert len(TINY.limits.cautions(width=width, height=height)) == warned
+
+
+def test_sizes_far_beyond_are_refused() -> None:
+    with pytest.raises(SettingError, match=r"720 x 480 px is far beyond .* 64 x 64"):
+        TINY.limits.check(width=720, height=480, num_frames=9)
+    OF_5B.check(width=1360, height=768, num_frames=49)
