@@ -261,7 +261,7 @@ def _decoded(path: Path) -> int:
 @POSIX
 @pytest.mark.parametrize("writer", ["clip", "picture", "identity", "latent", "weights", "json"])
 def test_kill_9_leaves_nothing_half_under_a_final_name(tmp_path: Path, writer: str) -> None:
-    """At random times; the process that comes after counts on, and sweeps."""
+    """At random times, until there are halves and whole files; the process that comes after sweeps."""
     seed, folder = secrets.randbits(32), tmp_path / "folder"
     folder.mkdir()
     killer = start(
@@ -273,7 +273,10 @@ def test_kill_9_leaves_nothing_half_under_a_final_name(tmp_path: Path, writer: s
             begun = time.monotonic()
             write(Path(sys.argv[2]))
             lasts = time.monotonic() - begun
-        for _ in range({KILLS}):
+        for count in range(10 * {KILLS}):
+            kinds = {{name.startswith(".") for name in os.listdir(sys.argv[1])}}
+            if count >= {KILLS} and kinds == {{True, False}}:
+                break
             child = os.fork()
             if not child:
                 while True:
