@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 BY_INDEX = "index"
 FACES = ["largest", "leftmost", "rightmost", BY_INDEX]
 CROPS = ["face", "image"]
+MASKS = ["mask", "mask_2", "mask_3", "mask_4"]
 ERROR, NO_IDENTITY, SKIP_PHOTO = "error", "no identity", "skip photo"
 
 _CROP_SIZE = 224
@@ -76,6 +77,14 @@ class MagicMirrorExtractFaceEmbedding(io.ComfyNode):
                         "count twice as much. 0 to 100; 0 leaves a photo out. Empty: all count the same.",
                     )
                 ),
+                *(
+                    io.Mask.Input(
+                        name,
+                        optional=True,
+                        tooltip="The mask of the same Load Image: what is transparent in a cut-out becomes grey.",
+                    )
+                    for name in MASKS
+                ),
             ],
             outputs=[
                 IdentitySocket.Output(display_name="identity"),
@@ -83,6 +92,7 @@ class MagicMirrorExtractFaceEmbedding(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip="What was found, and what will cost likeness."),
             ],
         )
+        schema.is_output_node = True
         return with_aliases(schema, "face embedding", "photomaker", "arcface", "insightface", "face id")
 
     @classmethod
@@ -109,13 +119,14 @@ class MagicMirrorExtractFaceEmbedding(io.ComfyNode):
         image_3: Tensor | None = None,
         image_4: Tensor | None = None,
         weights: str = "",
+        **masks: Tensor,
     ) -> io.NodeOutput:
-        from ..mm_core.faces.analysis import FaceAnalyzer
+        from ..mm_core.faces.analysis import shared_analyzer
         from ..mm_core.faces.references import look_at, parse_weights, references_from, with_faces
 
-        images = list(photos_from_images([image, image_2, image_3, image_4]))
+        images = list(photos_from_images([image, image_2, image_3, image_4], [masks.get(name) for name in MASKS]))
         counts = parse_weights(weights, len(images))
-        analyzer = FaceAnalyzer(catalog.face_root(model.face_pack), model.face_pack, runtime.face_device())
+        analyzer = shared_analyzer(catalog.face_root(model.face_pack), model.face_pack, runtime.face_device())
         photos = look_at(analyzer, images, which=face_index if face == BY_INDEX else face, weights=counts)
         try:
             references = references_from(with_faces(photos) if on_no_face == SKIP_PHOTO else photos, crop=crop)
@@ -124,11 +135,11 @@ class MagicMirrorExtractFaceEmbedding(io.ComfyNode):
                 raise
             return cls._output(photos, None, f"NO IDENTITY, the base model will run alone: {error}")
         identity = model.mirror.identity(references, model.face_pack)
-        left_out = [f"{photo.name}: LEFT OUT, no face was found" for photo in photos if photo.taken is None]
+        left_out = [f"warning: {photo.name}: LEFT OUT, no face was found" for photo in photos if photo.taken is None]
         left_out += [
             f"photo {number}: LEFT OUT, its weight is 0" for number, weight in enumerate(counts or (), 1) if not weight
         ]
-        return cls._output(photos, identity, "\n".join([identity.report, *left_out]))
+        return cls._output(photos, identity, "\n".join([*left_out, identity.report]))
 
     @classmethod
     def _output(cls, photos: list[Photo], identity: Identity | None, report: str) -> io.NodeOutput:

@@ -1,9 +1,12 @@
 """Faces in a picture: detection, ArcFace embedding, head pose and sharpness, by insightface's ONNX models."""
 
 import contextlib
+import functools
 import io
+import math
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +14,20 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError, FaceChoiceError, MagicMirrorError, NoFaceError, SettingError, downloading
+from .quality import aligned, around, covered_part, measure, without_parts
 
 MODULES = ("detection", "recognition", "landmark_3d_68")
 # One fixed size. insightface 2.1 by default merges detections at 128 and 640 px, and where the coarse one scores higher
 # its landmarks win: seen 5 px off on a 120 px face, which moves the embedding by 0.05 in cosine.
 DETECTION_SIZE = (640, 640)
-ALIGNED_SIZE = 112  # pixels: the aligned crop that ArcFace sees
+MIN_FACE = 20
+"""Pixels of a face in the picture that the detector sees: 11 of 11 portraits are found at 20, 8 at 18, 7 at 16."""
+_TILE, _STEP = DETECTION_SIZE[0], 480  # pixels: of tiles, and from one to the next: a quarter is seen twice
+_SAME_FACE = 0.4  # intersection over union, as in insightface's own suppression
 
 NO_FACE = (
-    "no face was found. Use an upright photo in which both eyes and the mouth are seen and the face is at least 20 px "
-    "across"
+    "no face was found. Use an upright photo in which both eyes and the mouth are seen and the face is at least "
+    f"{MIN_FACE} px across"
 )
 
 # Mean positions of the five landmarks, in eye distances: x right, y down, z towards the viewer. Across and down: half
@@ -42,6 +49,8 @@ class Face:
     yaw, pitch, roll: degrees; positive: turned to the right of the picture, up, tilted clockwise in the picture.
     size: the larger side of the box in pixels.
     sharpness: variance of the Laplacian of the grey face aligned to 112 pixels; higher is sharper.
+    blown: the part of the face, 0 to 1, that is white in all channels: over-exposed.
+    brightest: the brightness, 0 to 255, that 5% of the face exceed.
     """
 
     box: np.ndarray
@@ -53,6 +62,8 @@ class Face:
     roll: float
     size: float
     sharpness: float
+    blown: float = 0.0
+    brightest: float = 255.0
 
     @property
     def normed_embedding(self) -> np.ndarray:
@@ -83,20 +94,154 @@ class FaceAnalyzer:
         """All faces of a (H, W, 3) uint8 RGB picture, left to right by the centre of their boxes; [] if there is none.
 
         The detector misses faces that fill the picture, so a picture without a find gets a second look with a border.
+        It sees the picture at 640 px, whatever its size: `detect_in_tiles` finds what is too small for that.
         recognise: without, faces are found only, which is faster: embeddings are empty, poses are estimates.
         """
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"detect wants a (H, W, 3) uint8 RGB picture, not {image.shape} {image.dtype}")
-        faces = self._detect_with_border(image, 0, recognise)
-        if not faces:
-            faces = self._detect_with_border(image, max(image.shape[:2]) // 2, recognise)
-        return sorted(faces, key=lambda face: float(face.box[0] + face.box[2]))
+        if min(image.shape[:2]) * seen_at(image.shape) < MIN_FACE / 2:  # half a face may be found at an edge
+            return []
+        found = self._find(image) or self._find_with_border(image)
+        return from_left([self._describe(image, *face, recognise) for face in found])
 
-    def _detect_with_border(self, image: np.ndarray, border: int, recognise: bool) -> list[Face]:
-        # insightface wants BGR. The border is black, as is what insightface's own alignment puts outside a picture.
-        bgr = np.pad(image[:, :, ::-1], ((border, border), (border, border), (0, 0)))
-        found = self._app.get(bgr) if recognise else _find(self._app, bgr)
-        return [_describe(image, face, border) for face in found]
+    def detect_in_tiles(self, image: np.ndarray, scale: float) -> list[Face]:
+        """`detect`, on the picture shrunk by `scale`, 0 to 1, and looked at in tiles of 640 px."""
+        import cv2
+
+        if min(image.shape[:2]) * scale < MIN_FACE / 2:
+            return []
+        shrunk = image if scale == 1 else cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        margin = (_TILE - _STEP) / 2
+        faces = []
+        for top in _starts(shrunk.shape[0]):
+            for left in _starts(shrunk.shape[1]):
+                tile = shrunk[top : top + _TILE, left : left + _TILE]
+                for box, landmarks, score in self._find(tile):
+                    x, y = (box[:2] + box[2:]) / 2
+                    # A face that the tile's edge may cut is seen whole in the next tile.
+                    inside = (left == 0 or x >= margin) and (top == 0 or y >= margin)
+                    inside &= left + _TILE >= shrunk.shape[1] or x <= _TILE - margin
+                    inside &= top + _TILE >= shrunk.shape[0] or y <= _TILE - margin
+                    if inside:
+                        corner = np.float32([left, top])
+                        box, landmarks = (box + np.tile(corner, 2)) / scale, (landmarks + corner) / scale
+                        faces.append(self._describe(image, box, landmarks, score, recognise=True))
+        return merged(faces)
+
+    def covered(self, image: np.ndarray, face: Face) -> str | None:
+        """What is covered of a face that was found in the picture: a name of PARTS or HALVES, None if nothing is.
+
+        Each part of the aligned face is replaced by its mean colour. Where that hardly changes the embedding, there was
+        nothing of the person in that part. See `quality.covered_part` for the numbers.
+        """
+        view, corner = around(image, face.box)
+        whole = aligned(view, face.landmarks - corner)
+        own = self._embed(whole)
+        return covered_part({name: float(own @ self._embed(face)) for name, face in without_parts(whole)})
+
+    def _embed(self, face: np.ndarray) -> np.ndarray:
+        """The embedding of an aligned face, of length 1."""
+        embedding = self._app.models["recognition"].get_feat(np.ascontiguousarray(face[:, :, ::-1])).ravel()
+        return embedding / np.linalg.norm(embedding)
+
+    def _find(self, image: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, float]]:
+        """Box (4,), landmarks (5, 2), both float32 in pixels, and score of each face that the detector sees."""
+        bgr = np.ascontiguousarray(image[:, :, ::-1])  # as insightface wants it
+        boxes, landmarks = self._app.det_model.detect(bgr, max_num=0, metric="default")
+        return [(box[:4], points, float(box[4])) for box, points in zip(boxes, landmarks, strict=True)]
+
+    def _find_with_border(self, image: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, float]]:
+        """`_find` with half the picture's size of black around it, as insightface's alignment puts outside."""
+        import cv2
+
+        scale = min(1.0, seen_at(image.shape))  # before the border, which would be nine times a large picture
+        shrunk = image if scale == 1 else cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        border = max(shrunk.shape[:2]) // 2
+        found = self._find(np.pad(shrunk, ((border, border), (border, border), (0, 0))))
+        return [((box - border) / scale, (points - border) / scale, score) for box, points, score in found]
+
+    def _describe(
+        self, image: np.ndarray, box: np.ndarray, landmarks: np.ndarray, score: float, recognise: bool
+    ) -> Face:
+        """A Face of what was found in the picture, in its pixels."""
+        from insightface.app.common import Face as Found
+
+        view, corner = around(image, box)
+        found = Found(bbox=box - np.tile(corner, 2), kps=landmarks - corner, det_score=score)
+        if recognise:
+            bgr = np.ascontiguousarray(view[:, :, ::-1])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # insightface's, about its own call of scikit-image
+                for name, model in self._app.models.items():
+                    if name != "detection":
+                        model.get(bgr, found)
+        yaw, pitch, roll = estimate_pose(landmarks)
+        if found.pose is not None:
+            pitch, yaw, roll = (float(angle) for angle in found.pose)
+        sharpness, blown, brightest = measure(view, found.kps)
+        return Face(
+            box=box.astype(np.float32),
+            landmarks=landmarks.astype(np.float32),
+            score=score,
+            embedding=np.zeros(0, np.float32) if found.embedding is None else found.embedding.astype(np.float32),
+            yaw=yaw,
+            pitch=pitch,
+            roll=roll,
+            size=float(max(box[2] - box[0], box[3] - box[1])),
+            sharpness=sharpness,
+            blown=blown,
+            brightest=brightest,
+        )
+
+
+def seen_at(shape: Sequence[int]) -> float:
+    """By how much the detector shrinks, or enlarges, a picture of this (H, W, ...) as a whole."""
+    return DETECTION_SIZE[0] / max(shape[:2])
+
+
+def from_left(faces: list[Face]) -> list[Face]:
+    """Sorted by the centres of their boxes."""
+    return sorted(faces, key=lambda face: float(face.box[0] + face.box[2]))
+
+
+def merged(faces: Sequence[Face]) -> list[Face]:
+    """Each face once, as it was seen best, left to right."""
+    kept: list[Face] = []
+    for face in sorted(faces, key=lambda face: -face.score):
+        if all(_overlap(face.box, other.box) <= _SAME_FACE for other in kept):
+            kept.append(face)
+    return from_left(kept)
+
+
+def _overlap(one: np.ndarray, other: np.ndarray) -> float:
+    """Intersection over union of two boxes."""
+    width, height = np.minimum(one[2:], other[2:]) - np.maximum(one[:2], other[:2])
+    common = max(width, 0.0) * max(height, 0.0)
+    areas = sum(float((box[2] - box[0]) * (box[3] - box[1])) for box in (one, other))
+    return float(common / (areas - common))
+
+
+def _starts(length: int) -> list[int]:
+    """Where tiles begin along a side, so that they cover it."""
+    count = max(1, math.ceil((length - _TILE) / _STEP) + 1)
+    return [min(number * _STEP, max(0, length - _TILE)) for number in range(count)]
+
+
+def shared_analyzer(root: Path, pack: str, device: str = "auto") -> FaceAnalyzer:
+    """A FaceAnalyzer that the next call takes over while the pack's files stay what they are; errors as there.
+
+    One is kept, on the processor only: on CUDA it would hold memory that the video model needs.
+    """
+    files = tuple((file.name, file.stat().st_mtime_ns) for file in sorted(_pack_folder(root, pack).glob("*.onnx")))
+    analyzer = _kept(root, pack, device, files)
+    if analyzer.device != "cpu":
+        _kept.cache_clear()
+    return analyzer
+
+
+@functools.lru_cache(maxsize=1)
+def _kept(root: Path, pack: str, device: str, files: tuple[tuple[str, int], ...]) -> FaceAnalyzer:
+    return FaceAnalyzer(root, pack, device)
 
 
 def select_face(faces: list[Face], which: str | int) -> Face:
@@ -205,47 +350,3 @@ def _load_pack(folder: Path, device: str) -> Any:
             "Use a complete pack such as buffalo_l or antelopev2"
         )
     return app
-
-
-def _find(app: Any, bgr: np.ndarray) -> list[Any]:
-    """What `FaceAnalysis.get` begins with."""
-    from insightface.app.common import Face as Found
-
-    boxes, landmarks = app.det_model.detect(bgr, max_num=0, metric="default")
-    return [Found(bbox=box[:4], kps=kps, det_score=box[4]) for box, kps in zip(boxes, landmarks)]
-
-
-def _describe(image: np.ndarray, found: Any, border: int) -> Face:
-    """A Face in coordinates of `image` (RGB) from insightface's find in the same picture with a border, in pixels."""
-    box = (found.bbox - border).astype(np.float32)
-    landmarks = (found.kps - border).astype(np.float32)
-    if found.pose is not None:
-        pitch, yaw, roll = (float(angle) for angle in found.pose)
-    else:
-        yaw, pitch, roll = estimate_pose(landmarks)
-    return Face(
-        box=box,
-        landmarks=landmarks,
-        score=float(found.det_score),
-        embedding=np.zeros(0, np.float32) if found.embedding is None else found.embedding.astype(np.float32),
-        yaw=yaw,
-        pitch=pitch,
-        roll=roll,
-        size=float(max(box[2] - box[0], box[3] - box[1])),
-        sharpness=_sharpness(image, landmarks),
-    )
-
-
-def _sharpness(image: np.ndarray, landmarks: np.ndarray) -> float:
-    import cv2
-    from insightface.utils import face_align
-
-    matrix = face_align.estimate_norm(landmarks, ALIGNED_SIZE)
-    # Align at a whole multiple and shrink by area: sampling a large face at 112 px directly would invent sharpness.
-    multiple = max(1, round(1 / float(np.hypot(matrix[0, 0], matrix[1, 0]))))
-    matrix = face_align.estimate_norm(landmarks, ALIGNED_SIZE * multiple)
-    size = (ALIGNED_SIZE * multiple, ALIGNED_SIZE * multiple)
-    # Replicated, not black: the rim of a tight crop would count as the sharpest edge of the face.
-    aligned = cv2.warpAffine(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), matrix, size, borderMode=cv2.BORDER_REPLICATE)
-    aligned = cv2.resize(aligned, (ALIGNED_SIZE, ALIGNED_SIZE), interpolation=cv2.INTER_AREA)
-    return float(cv2.Laplacian(aligned, cv2.CV_64F).var())

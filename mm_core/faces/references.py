@@ -1,5 +1,6 @@
 """Reference photos: reading them, taking one face from each, and saying in plain words what will cost likeness."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,20 +9,27 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import FaceChoiceError, MagicMirrorError, NoFaceError, SettingError
-from ..limits import PICTURE_BYTES, PIXELS
-from .analysis import NO_FACE, Face, FaceAnalyzer, select_face
+from ..limits import PICTURE_BYTES, PIXELS, REFERENCES
+from .analysis import Face, FaceAnalyzer, select_face
 from .crop import square_crop, whole_image
+from .search import WEAK, evidence, find_faces_anyhow, smallest_face
 
 MIN_SIZE = 112  # pixels: ArcFace sees the face at 112 px, the image encoder's crop too; below, both are enlarged
 MIN_SCORE = 0.65  # portraits score 0.8 to 0.9; the detector gives up at 0.5
 MIN_SHARPNESS = 35.0  # portraits: 290 and more; blurred by 1% of the face 45 to 90 (cosine .95), by 2% under 20 (.75)
+_NOTHING_LEFT = 0.2  # of that limit: blurred by 3% of the face 4 to 9 (cosine .46 to .67), by 4% 2 to 7 (.28 to .50)
+MAX_BLOWN = 0.15  # of the face: portraits at most .0003; twice the light .06 to .57 (cosine .57 to .94)
+MIN_BRIGHTEST = 40.0  # of 255: portraits 184 to 218; a fifth of the light 37 to 43 (cosine .88 to .94)
+_BRIGHT = 190.0  # sharpness falls with the square of the light: below, its limit falls as well
 MAX_TURN = 35.0  # degrees: beyond, the far eye foreshortens and the recogniser has half a face
 MAX_WEIGHT = 100.0
 MIN_SAME_PERSON = 0.25  # cosine: photos of one person were seen at .51 to .80, of different people at .11 at most
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-
-_NO_FACE_IN = f"{{photos}}: {NO_FACE}"
+_NO_FACE_IN = (
+    "{photos}: no face was found, neither in the photo as it is nor turned. Use a photo in which both eyes and the "
+    "mouth are seen and the face is at least {limit} px across"
+)
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")  # Pillow hands others, EPS, to programs
 
 TRANSPARENT_BECOMES = (128, 128, 128, 255)  # colours under full transparency are leftovers; grey favours neither end
 
@@ -46,12 +54,22 @@ class PhotoReport:
     warnings: tuple[str, ...]
 
     def __str__(self) -> str:
+        """The warnings, then the numbers."""
+        return "\n".join([*self.warned, self.summary])
+
+    @property
+    def warned(self) -> list[str]:
+        """The warnings as lines that name the photo."""
+        return [f"warning: {self.name}: {warning}" for warning in self.warnings]
+
+    @property
+    def summary(self) -> str:
+        """The numbers in one line."""
         likeness = "" if self.similarity is None else f", similarity to the other photos {self.similarity:.2f}"
-        summary = (
+        return (
             f"{self.name}: face {self.size:.0f} px across, detection score {self.score:.2f}, yaw {self.yaw:.0f}, "
             f"pitch {self.pitch:.0f}, roll {self.roll:.0f} degrees, sharpness {self.sharpness:.0f}{likeness}"
         )
-        return "\n".join([summary, *(f"  warning: {warning}" for warning in self.warnings)])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,13 +87,19 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Photo:
-    """A photo, (H, W, 3) uint8 RGB, that was looked at: its faces from left to right, and the one taken, if any."""
+    """A photo, (H, W, 3) uint8 RGB, that was looked at: its faces from left to right, and the one taken, if any.
+
+    turned: by how many degrees, clockwise, the photo was turned for its faces to be upright.
+    covered: what of the face taken is covered, as in `FaceAnalyzer.covered`.
+    """
 
     name: str
     image: np.ndarray
     faces: tuple[Face, ...]
     taken: Face | None
     weight: float = 1.0
+    turned: int = 0
+    covered: str | None = None
 
 
 def parse_weights(text: str, photos: int | None = None) -> list[float] | None:
@@ -109,18 +133,49 @@ def check_weights(weights: Sequence[float], photos: int) -> None:
 def read_image(path: str | Path) -> np.ndarray:
     """A picture file as (H, W, 3) uint8 RGB: turned as its EXIF says, 16 bits reduced to 8, transparency over grey.
 
-    Raises MagicMirrorError if the file is missing, damaged or no picture.
+    Raises MagicMirrorError if the file is missing, damaged, too large or no picture.
     """
     try:
-        if Path(path).stat().st_size > PICTURE_BYTES:
-            raise ValueError(f"it has more than {PICTURE_BYTES:,} bytes")
-        # Named, since Pillow knows others that start another program (EPS) or read other files.
-        with Image.open(path, formats=_FORMATS) as file:
-            if file.width * file.height > PIXELS:
-                raise ValueError(f"{file.width} x {file.height} px are more than {PIXELS:,} pixels; make it smaller")
-            return np.array(_to_rgb(ImageOps.exif_transpose(file)))
+        size = Path(path).stat().st_size
+        if size > PICTURE_BYTES:
+            raise MagicMirrorError(
+                f"The photo {path} has {size} bytes, more than {PICTURE_BYTES}. Save it as a smaller JPEG file"
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
+            with Image.open(path, formats=_readable()) as file:
+                check_pixels(f"The photo {path}", file.height, file.width)
+                return np.array(_to_rgb(ImageOps.exif_transpose(file)))
+    except Image.DecompressionBombError as error:
+        raise MagicMirrorError(
+            f"The photo {path} has more than the {PIXELS // 1_000_000} megapixels that are read. Make it smaller"
+        ) from error
+    except MagicMirrorError:
+        raise
     except Exception as error:  # Pillow's readers raise a dozen kinds
         raise MagicMirrorError(f"Cannot read the photo {path}: {error}. Use a JPEG, PNG or WebP file") from error
+
+
+def check_pixels(name: str, height: int, width: int) -> None:
+    """Raise MagicMirrorError for a picture without pixels, or with more than are read."""
+    if height * width == 0:
+        raise MagicMirrorError(f"{name} is {width} x {height} px: it has no pixels. Use another photo")
+    if height * width > PIXELS:
+        raise MagicMirrorError(
+            f"{name} is {width} x {height} px, more than the {PIXELS // 1_000_000} megapixels that are read. Make it "
+            "smaller, or crop it nearer to the person"
+        )
+
+
+def over_grey(image: Image.Image) -> Image.Image:
+    """An RGBA picture on grey, as RGB."""
+    return Image.alpha_composite(Image.new("RGBA", image.size, TRANSPARENT_BECOMES), image).convert("RGB")
+
+
+def _readable() -> list[str]:
+    """Of _FORMATS, those that this Pillow reads."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def analyse_references(
@@ -149,15 +204,20 @@ def look_at(
 ) -> list[Photo]:
     """Find the faces in photos of one person, and take one from each that shows any.
 
+    A photo in which no face is found well is looked at turned and in parts as well: see `search.find_faces_anyhow`.
+
     images: (H, W, 3) uint8 RGB each, of any sizes. which: the face to take from each, as in `select_face`.
     names: one for each image, for messages; by default photo 1 and so on.
     weights: one for each image, 0 to MAX_WEIGHT, how much it counts; by default all the same. A photo of weight 0 is
     left out.
 
-    Raises MagicMirrorError without photos, SettingError for the weights, FaceChoiceError naming the photo.
+    Raises MagicMirrorError without photos or with too many, SettingError for the weights, FaceChoiceError naming the
+    photo.
     """
     if not images:
         raise MagicMirrorError("no reference photo was given: connect at least one photo of the person")
+    if len(images) > REFERENCES:
+        raise MagicMirrorError(f"{len(images)} reference photos were given; use at most {REFERENCES}, the best ones")
     names = names or [f"photo {number}" for number in range(1, len(images) + 1)]
     weights = [1.0] * len(images) if weights is None else weights
     check_weights(weights, len(images))
@@ -165,12 +225,22 @@ def look_at(
     for name, image, weight in zip(names, images, weights, strict=True):
         if not weight:
             continue
-        faces = analyzer.detect(image)
+        look = find_faces_anyhow(analyzer, image)
         try:
-            taken = select_face(faces, which) if faces else None
+            taken = select_face(list(look.faces), which) if look.faces else None
         except FaceChoiceError as error:
             raise FaceChoiceError(f"{_described(name, image)}: {error}") from error
-        photos.append(Photo(name=name, image=image, faces=tuple(faces), taken=taken, weight=weight))
+        photos.append(
+            Photo(
+                name=name,
+                image=look.image,
+                faces=look.faces,
+                taken=taken,
+                weight=weight,
+                turned=look.turned,
+                covered=None if taken is None else analyzer.covered(look.image, taken),
+            )
+        )
     return photos
 
 
@@ -178,8 +248,7 @@ def with_faces(photos: Sequence[Photo]) -> list[Photo]:
     """Those that show a face. Raises NoFaceError if none does."""
     found = [photo for photo in photos if photo.taken is not None]
     if not found:
-        described = ", ".join(_described(photo.name, photo.image) for photo in photos)
-        raise NoFaceError(_NO_FACE_IN, key="no_face", photos=described)
+        raise _no_face(photos)
     return found
 
 
@@ -194,17 +263,26 @@ def references_from(photos: Sequence[Photo], *, crop: str = "face") -> list[Refe
         raise SettingError(f"reference crop {crop!r} is unknown: choose 'face' or 'image'")
     for photo in photos:
         if photo.taken is None:
-            raise NoFaceError(_NO_FACE_IN, key="no_face", photos=_described(photo.name, photo.image))
+            raise _no_face([photo])
     similarities = _similarities([photo.taken for photo in photos])
     return [
         Reference(
             face=photo.taken,
             crop=square_crop(photo.image, photo.taken.box) if crop == "face" else whole_image(photo.image),
-            report=_report(photo.name, photo.taken, photo.faces, similarity),
+            report=_report(photo, photo.taken, similarity),
             weight=photo.weight,
         )
         for photo, similarity in zip(photos, similarities, strict=True)
     ]
+
+
+def _no_face(photos: Sequence[Photo]) -> NoFaceError:
+    return NoFaceError(
+        _NO_FACE_IN,
+        key="no_face",
+        photos=", ".join(_described(photo.name, photo.image) for photo in photos),
+        limit=max(smallest_face(photo.image.shape) for photo in photos),
+    )
 
 
 def _described(name: str, image: np.ndarray) -> str:
@@ -215,8 +293,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips at 255
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, TRANSPARENT_BECOMES), image)
+        image = over_grey(image.convert("RGBA"))
     return image.convert("RGB")
 
 
@@ -229,33 +306,58 @@ def _similarities(faces: list[Face]) -> list[float | None]:
     return [float(own @ mean / np.linalg.norm(mean)) for own, mean in zip(embeddings, others, strict=True)]
 
 
-def _report(name: str, face: Face, faces: Sequence[Face], similarity: float | None) -> PhotoReport:
-    warnings = []
-    if len(faces) > 1:
-        warnings.append(f"{len(faces)} faces found; number {faces.index(face)} was taken, counting from 0 at the left")
-    if face.size < MIN_SIZE:
-        warnings.append(f"the face is only {face.size:.0f} px across; use a photo where it is at least {MIN_SIZE} px")
-    if face.score < MIN_SCORE:
-        warnings.append(f"the face is hard to make out (detection score {face.score:.2f}, below {MIN_SCORE})")
-    if face.sharpness < MIN_SHARPNESS:
-        warnings.append(f"the face is blurred (sharpness {face.sharpness:.0f}, below {MIN_SHARPNESS:.0f})")
-    if max(abs(face.yaw), abs(face.pitch)) > MAX_TURN:
-        turn = f"yaw {face.yaw:.0f}, pitch {face.pitch:.0f} degrees"
-        warnings.append(f"the face is turned away ({turn}); the limit for a good likeness is {MAX_TURN:.0f}")
+def _report(photo: Photo, face: Face, similarity: float | None) -> PhotoReport:
+    told = [*_found(photo, face), *_seen(face, photo.covered)]
     if similarity is not None and similarity < MIN_SAME_PERSON:
-        warnings.append(
+        told.append(
             f"this may be another person: similarity {similarity:.2f} to the other photos, "
             f"below {MIN_SAME_PERSON}; photos of one person usually reach 0.5"
         )
     return PhotoReport(
-        name=name,
+        name=photo.name,
         score=face.score,
         size=face.size,
         yaw=face.yaw,
         pitch=face.pitch,
         roll=face.roll,
         sharpness=face.sharpness,
-        faces_seen=len(faces),
+        faces_seen=len(photo.faces),
         similarity=similarity,
-        warnings=tuple(warnings),
+        warnings=tuple(told),
     )
+
+
+def _found(photo: Photo, face: Face) -> list[str]:
+    """What the user should check: which face it is, and whether it is one."""
+    told = []
+    if photo.turned:
+        told.append(f"the photo was turned by {photo.turned} degrees clockwise, where its face is upright")
+    if len(photo.faces) > 1:
+        number = next(number for number, other in enumerate(photo.faces) if other is face)
+        told.append(f"{len(photo.faces)} faces found; number {number} was taken, counting from 0 at the left")
+    if evidence(face) < WEAK:
+        told.append("the face is hardly recognised, it may be no face or a stranger's; look at the framed photo")
+    return told
+
+
+def _seen(face: Face, covered: str | None) -> list[str]:
+    """What of the photo costs likeness."""
+    told = []
+    if face.size < MIN_SIZE:
+        told.append(f"the face is only {face.size:.0f} px across; use a photo where it is at least {MIN_SIZE} px")
+    if face.score < MIN_SCORE:
+        told.append(f"the face is hard to make out (detection score {face.score:.2f}, below {MIN_SCORE})")
+    needed = MIN_SHARPNESS * min(1.0, face.brightest / _BRIGHT) ** 2
+    if face.sharpness < needed:
+        left = "; little of the person is left" if face.sharpness < _NOTHING_LEFT * needed else ""
+        told.append(f"the face is blurred (sharpness {face.sharpness:.0f}, below {needed:.0f}){left}")
+    if face.blown > MAX_BLOWN:
+        told.append(f"the face is over-exposed ({face.blown:.0%} of it is white, more than {MAX_BLOWN:.0%})")
+    if face.brightest < MIN_BRIGHTEST:
+        told.append(f"the face is too dark (brightness {face.brightest:.0f} of 255, below {MIN_BRIGHTEST:.0f})")
+    if covered:
+        told.append(f"the face is covered ({covered}); use a photo without sunglasses, mask or hand")
+    if max(abs(face.yaw), abs(face.pitch)) > MAX_TURN:
+        turn = f"yaw {face.yaw:.0f}, pitch {face.pitch:.0f} degrees"
+        told.append(f"the face is turned away ({turn}); the limit for a good likeness is {MAX_TURN:.0f}")
+    return told

@@ -50,8 +50,9 @@ class Identity:
 
     @property
     def report(self) -> str:
-        """What was found in each photo, what will hurt the likeness, and how much each counts if that differs."""
-        lines = [str(reference.report) for reference in self.references]
+        """What will hurt the likeness, what was found in each photo, and how much each counts if that differs."""
+        reports = [reference.report for reference in self.references]
+        lines = [*(line for report in reports for line in report.warned), *(report.summary for report in reports)]
         if self.weights is not None:
             parts = self.weights / self.weights.sum()
             shares = (f"{r.report.name} {part:.0%}" for r, part in zip(self.references, parts.tolist(), strict=True))

@@ -115,7 +115,7 @@ def test_errors_speak_the_pages_language(server: ComfyServer, graph: Any, noise:
     """Those of a running node, which the log has in English, and those found before anything runs."""
     graph.inputs("LoadImage")["image"] = noise
     message = failure(server, graph)
-    assert "NoFaceError" in message and french["no_face"].format(photos="photo 1 (256 x 256 px)") in message
+    assert "NoFaceError" in message and french["no_face"].format(photos="photo 1 (256 x 256 px)", limit=20) in message
     assert "MagicMirror: photo 1 (256 x 256 px): no face was found" in server.log_text()
     graph.inputs(SAMPLER)["num_frames"] = 8
     assert french["length_step"].format(frames=8, step=8, below=1, near=9) in failure(server, graph)
@@ -134,7 +134,7 @@ def test_photos_without_a_face_may_be_left_out(server: ComfyServer, graph: Any, 
     graph.inputs(EXTRACT).update(image_2=["20", 0], on_no_face="skip photo")
     shown = server.run(graph)["outputs"][graph.id(EXTRACT)]
     (report,) = shown["text"]
-    assert report.startswith("photo 1: face 411 px across") and "photo 2: LEFT OUT" in report
+    assert report.startswith("warning: photo 2: LEFT OUT") and "\nphoto 1: face 411 px across" in report
     assert len(shown["images"]) == 3  # both photos, one crop
     graph[photo]["inputs"]["image"] = noise
     message = failure(server, graph)

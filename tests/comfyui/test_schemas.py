@@ -15,7 +15,7 @@ NODES = {
     "MagicMirrorPromptHelper": ("model prompt", "", ["STRING", "STRING"]),
     "MagicMirrorExtractFaceEmbedding": (
         "model image face face_index crop on_no_face",
-        "image_2 image_3 image_4 weights",
+        "image_2 image_3 image_4 weights mask mask_2 mask_3 mask_4",
         ["MAGICMIRROR_IDENTITY", "IMAGE", "STRING"],
     ),
     "MagicMirrorApplyCANAdapter": (

@@ -266,7 +266,8 @@ def test_references(analyzer, photos):
     np.testing.assert_array_equal(first.crop, square_crop(photos["person_a_1"], first.face.box))
     assert first.report.faces_seen == 1 and second.report.faces_seen == 2
     assert second.report.warnings == ("2 faces found; number 0 was taken, counting from 0 at the left",)
-    assert str(second.report).startswith("both.jpg: face 4")
+    assert str(second.report).startswith("warning: both.jpg: 2 faces found")
+    assert second.report.summary.startswith("both.jpg: face 4")
     for report in (first.report, second.report):
         assert report.similarity == pytest.approx(cosine(first.face, second.face), abs=1e-5)
     (whole,) = analyse_references(analyzer, [both], which="rightmost", crop="image")

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from mm_core.errors import MagicMirrorError, SettingError
+from mm_core.faces import references
 from mm_core.faces.crop import square_crop, whole_image
 from mm_core.faces.references import parse_weights, read_image
 
@@ -32,13 +33,24 @@ def test_square_follows_fractions_of_a_pixel():
     assert (moved[:, 2:-2] - whole[:, 2:-2] == 4).all()  # half of a step of 8
 
 
-def test_edges_are_repeated_outside_the_picture():
-    crop = square_crop(NOISE, np.float32([-56, -56, 56, 56]))  # the square is -112..112 both ways
-    np.testing.assert_array_equal(crop[112:, 112:], NOISE[:112, :112])
-    assert (crop[:112, :112] == NOISE[0, 0]).all()
-    np.testing.assert_array_equal(crop[112:, :112], np.repeat(NOISE[:112, :1], 112, axis=1))
+def test_outside_the_picture_the_edges_go_on_without_streaks():
+    crop = square_crop(NOISE, np.float32([-56, -56, 56, 56])).astype(int)  # the square is -112..112 both ways
+    np.testing.assert_array_equal(crop[112:, 112:], NOISE[:112, :112])  # what is in the picture stays as it is
+    rough = np.abs(np.diff(NOISE[:112, :112].astype(int), axis=0)).mean()
+    assert np.abs(np.diff(crop[112:, :112], axis=0)).mean() < 0.05 * rough  # repeated pixels would be as rough
     far = square_crop(NOISE, np.float32([344, 244, 456, 356]))  # beyond the lower right corner
-    assert (far[112:, 112:] == NOISE[-1, -1]).all()
+    np.testing.assert_array_equal(far[:112, :112], NOISE[188:, 288:])
+    plain = np.full((300, 400, 3), (200, 150, 100), np.uint8)
+    assert (square_crop(plain, np.float32([-56, -56, 56, 56])) == (200, 150, 100)).all()
+
+
+def test_a_very_large_face_is_cropped_like_a_smaller_one():
+    large = NOISE[:200, :200].repeat(30, axis=0).repeat(30, axis=1)  # 6000 px
+    small, large = (
+        square_crop(NOISE[:200, :200], np.float32([30, 30, 180, 180])),
+        square_crop(large, np.float32([900, 900, 5400, 5400])),
+    )
+    assert np.abs(small.astype(int) - large).mean() < 12
 
 
 def test_shrinking_is_antialiased():
@@ -98,6 +110,21 @@ def test_unreadable_files_are_named(tmp_path):
             read_image(tmp_path / name)
     with pytest.raises(MagicMirrorError, match="Cannot read the photo"):
         read_image(tmp_path)
+
+
+def test_photos_too_large_and_other_formats_are_refused(tmp_path, monkeypatch):
+    """Before they are read; Pillow would start Ghostscript for what is no photo."""
+    for width, message in ((11_000, "is 11000 x 10000 px, more than the 100 mega"), (20_000, "more than the 100 mega")):
+        Image.new("1", (width, 10_000)).save(tmp_path / "large.png")
+        with pytest.raises(MagicMirrorError, match=rf"large.png .*{message}"):
+            read_image(tmp_path / "large.png")
+    Image.fromarray(NOISE).save(tmp_path / "drawing.eps")
+    (tmp_path / "drawing.eps").rename(tmp_path / "drawing.png")
+    with pytest.raises(MagicMirrorError, match=r"drawing.png.*Use a JPEG"):
+        read_image(tmp_path / "drawing.png")
+    monkeypatch.setattr(references, "PICTURE_BYTES", 1000)
+    with pytest.raises(MagicMirrorError, match=r"large.png has \d+ bytes, more than 1000"):
+        read_image(tmp_path / "large.png")
 
 
 def test_weights_are_read_from_text():
