@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from mm_core.checkpoints.adapter_file import Trained, save_adapter
 from mm_core.checkpoints.core_keys import core_key
 from mm_core.models.adapter import MagicMirrorAdapter
+from mm_core.models.config import AdapterConfig
 from mm_core.pipelines import tiny
 from mm_core.pipelines.base import FolderBase, TinyBase
 
@@ -41,8 +43,13 @@ def transformer_config(kind: str) -> dict[str, Any]:
     return tiny.TRANSFORMER | KINDS[kind]
 
 
+def adapter_config(kind: str) -> AdapterConfig:
+    heads = {name: transformer_config(kind)[name] for name in ("num_attention_heads", "attention_head_dim")}
+    return dataclasses.replace(tiny.ADAPTER, **heads)
+
+
 def save_bases(models: Path) -> dict[str, tuple[FolderBase, Path]]:
-    """A base of each type, and an adapter where its sizes are tiny's; weights are noise, so that everything acts.
+    """A base and an adapter of each type; weights are noise, so that everything acts.
 
     Those for core's loader are in `diffusion_models` too, under core's names.
     """
@@ -59,7 +66,7 @@ def save_bases(models: Path) -> dict[str, tuple[FolderBase, Path]]:
                 transformer=CogVideoXTransformer3DModel(**transformer_config(kind)),
                 scheduler=CogVideoXDDIMScheduler(**tiny.SCHEDULER | dict(snr_shift_scale=3.0 if "2b" in kind else 1.0)),
             )
-            adapter = MagicMirrorAdapter(tiny.ADAPTER)
+            adapter = MagicMirrorAdapter(adapter_config(kind))
             for parameter in adapter.parameters():
                 if not parameter.any():
                     torch.nn.init.normal_(parameter, std=0.02)
@@ -70,9 +77,8 @@ def save_bases(models: Path) -> dict[str, tuple[FolderBase, Path]]:
             weights = pipe.transformer.state_dict()
             weights = {core_key(key): tensor.contiguous() for key, tensor in weights.items()}
             save_file(weights, models / "diffusion_models" / f"small-{kind}.safetensors")
-        else:
-            trained = Trained(stage="untrained", steps=0, data="seeded noise")
-            save_adapter(adapter, path, base_model=f"small-{kind}", trained=trained)
+        trained = Trained(stage="untrained", steps=0, data="seeded noise")
+        save_adapter(adapter, path, base_model=f"small-{kind}", trained=trained)
         made[kind] = FolderBase(folder), path
     return made
 
@@ -97,15 +103,14 @@ def noise_of(kind: str) -> Tensor:
 
 
 def native_graph(server: ComfyServer, kind: str, photo: Path, prompt: str = PROMPT) -> dict[str, Any]:
-    folder, by_core = server.base / "input", "core" in kind
+    folder = server.base / "input"
     save_file(
         {"latent_tensor": noise_of(kind).contiguous(), "latent_format_version_0": torch.tensor([])},
         folder / f"noise-{kind}.latent",
     )
-    adapter = "none" if by_core else ADAPTER.format(kind)
     loader = dict(
-        base_model=f"small-{kind}", adapter=adapter, id_encoder=ID_ENCODER, face_pack="buffalo_sc", precision="fp32",
-        offload="none", allow_download=False, text_encoder="none", vae="none",
+        base_model=f"small-{kind}", adapter=ADAPTER.format(kind), id_encoder=ID_ENCODER, face_pack="buffalo_sc",
+        precision="fp32", offload="none", allow_download=False, text_encoder="none", vae="none",
     )  # fmt: skip
     extract = dict(model=["1", 0], image=["2", 0], face="largest", face_index=0, crop="face", on_no_face="error")
     graph = {
@@ -132,7 +137,7 @@ def native_graph(server: ComfyServer, kind: str, photo: Path, prompt: str = PROM
         ),
         "13": ("SaveLatent", dict(samples=["12", 0], filename_prefix="native")),
     }
-    if by_core:
+    if "core" in kind:
         graph["4"] = ("UNETLoader", dict(unet_name=f"small-{kind}.safetensors", weight_dtype="default"))
     return {key: {"class_type": name, "inputs": inputs} for key, (name, inputs) in graph.items()}
 
