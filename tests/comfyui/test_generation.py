@@ -80,6 +80,27 @@ def test_what_the_nodes_show(server: ComfyServer, graph: Any) -> None:
     assert len(outputs[graph.id(EXTRACT)]["images"]) == 2  # the photo with its face framed, the crop
 
 
+def test_the_face_picker_runs_alone(
+    server: ComfyServer, graph: Any, portrait: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A photo on its head, cut out: turned, and the framed photo is shown whether or not anything comes after."""
+    photo = Image.open(portrait("person_b_2")).rotate(180)
+    photo.putalpha(Image.new("L", photo.size, 255).point(lambda _: 255))
+    photo.paste((255, 0, 0, 0), (0, photo.height - 40, photo.width, photo.height))
+    photo.save(tmp_path / "cut_out.png")
+    load = graph.id("LoadImage")
+    graph[load]["inputs"]["image"] = server.upload_image(tmp_path / "cut_out.png")
+    graph.inputs(EXTRACT)["mask"] = [load, 1]
+    for later in set(graph) - {load, graph.id(LOADER), graph.id(EXTRACT)}:
+        del graph[later]
+    for _ in range(2):  # the second time from ComfyUI's cache
+        shown = server.run(graph)["outputs"][graph.id(EXTRACT)]
+        assert shown["text"][0].startswith("warning: photo 1: the photo was turned by 180 degrees")
+        framed, _ = shown["images"]
+        pixels = np.asarray(Image.open(io.BytesIO(server.view(**framed))))
+        assert (pixels[2, 300, :3] == 128).all()  # grey where it was transparent, now at the top
+
+
 def test_untrained_weights_say_so(server: ComfyServer, graph: Any) -> None:
     path = server.base / "models" / "magic_mirror" / "noise.safetensors"
     untrained = Trained(stage="untrained", steps=0, data="seeded noise")
