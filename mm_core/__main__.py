@@ -124,7 +124,7 @@ def doctor(args: argparse.Namespace) -> None:
     """Print what is found where `generate` looks, or in ComfyUI's folders."""
     from tqdm import tqdm
 
-    from .doctor import add_hashes, convert, find_models, report
+    from .doctor import add_hashes, convert, find_models, report, verdict
     from .folders import Folders
 
     if args.models is None:
@@ -139,7 +139,7 @@ def doctor(args: argparse.Namespace) -> None:
     if args.check_hashes:
         with tqdm(total=sum(finding.size for finding in findings), unit="B", unit_scale=True) as bar:
             findings = add_hashes(findings, lambda done: bar.update(done - bar.n))
-    print(report(findings))
+    print(verdict(findings), report(findings), sep="\n")
 
 
 def _base(args: argparse.Namespace) -> BaseModel:

@@ -9,6 +9,7 @@ import hashlib
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 
 from .choices import TINY
@@ -145,10 +146,44 @@ def convert(folders: Folders) -> str:
     return "\n".join(lines or ["NOTHING TO CONVERT: the ID encoder is missing."])
 
 
+def verdict(findings: Sequence[Finding], model: str = "") -> str:
+    """What can run and what is in the way, a line for each base model, or for one of that name.
+
+    A problem of installed packages that hurts other packs follows.
+    """
+    kinds = {finding.kind for finding in findings if finding.state == FOUND}
+    names = {finding.name for finding in findings if finding.state == FOUND}
+    faces = "face pack" in kinds
+    lines = []
+    if model in ("", "tiny"):
+        ready = "tiny can run." if "tiny" in names else "tiny is damaged: install the node pack again."
+        lines.append(ready if faces else f"{ready} For photos it lacks a face pack; the example person needs none.")
+    for preset in PRESETS.values():
+        if model not in ("", preset.repo):
+            continue
+        needed = {"the base model": preset.repo in names, "an adapter (none is published)": "adapter" in kinds}
+        needed |= {"the ID encoder": "ID encoder" in kinds, "a face pack": faces}
+        lacks = [part for part, there in needed.items() if not there]
+        lines.append(f"{preset.repo} lacks {', '.join(lacks)}." if lacks else f"{preset.repo} can run.")
+    return "\n".join([*lines, *_two_opencvs()])
+
+
+def _two_opencvs() -> list[str]:
+    """insightface brings opencv-python, which writes the folder that opencv-contrib-python has: the last one wins."""
+    installed = {name.lower() for name in metadata.packages_distributions().get("cv2", [])}
+    if not {"opencv-python", "opencv-contrib-python"} <= installed:
+        return []
+    return [
+        "opencv-python and opencv-contrib-python are both installed, and only one of them is what is imported. If "
+        "another pack misses a part of cv2: python -m pip install --force-reinstall --no-deps opencv-contrib-python"
+    ]
+
+
 def report(findings: Sequence[Finding]) -> str:
     """The findings as text, a few lines each, and a line that counts them."""
     lines = []
-    for finding in findings:
+    worst_first = (PROBLEM, MISSING, FOUND)
+    for finding in sorted(findings, key=lambda finding: worst_first.index(finding.state)):
         size = f", {_readable(finding.size)}" if finding.files else ""
         lines.append(f"{finding.state.upper()}: {finding.kind} {finding.name}{size}")
         lines += [f"    {line}" for line in _details(finding)]

@@ -9,6 +9,8 @@ from comfy_api.latest import io
 from . import catalog, runtime
 from .types import CATEGORY, advanced, with_aliases
 
+ALL = "all models"
+
 
 class MagicMirrorModelDoctor(io.ComfyNode):
     """Looks into the model folders."""
@@ -41,6 +43,13 @@ class MagicMirrorModelDoctor(io.ComfyNode):
                         "compare the two. The loader takes it from then on; the .bin stays. 1.8 GB of disk and memory.",
                     )
                 ),
+                io.Combo.Input(
+                    "model",
+                    options=[ALL, catalog.TINY, *catalog.HUB],
+                    default=ALL,
+                    optional=True,
+                    tooltip="Which model the verdict at the top is about.",
+                ),
             ],
             outputs=[io.String.Output(display_name="report", tooltip="What is shown on the node.")],
         )
@@ -52,7 +61,7 @@ class MagicMirrorModelDoctor(io.ComfyNode):
         return time.time_ns()
 
     @classmethod
-    def execute(cls, check_hashes: bool = False, convert: bool = False) -> io.NodeOutput:
+    def execute(cls, check_hashes: bool = False, convert: bool = False, model: str = ALL) -> io.NodeOutput:
         from ..mm_core import doctor
 
         done = doctor.convert(catalog.folders()) + "\n" if convert else ""
@@ -60,6 +69,7 @@ class MagicMirrorModelDoctor(io.ComfyNode):
         if check_hashes:
             total = sum(finding.size for finding in findings)
             findings = doctor.add_hashes(findings, runtime.progress_callback(total))
-        text = done + doctor.report(findings)
+        verdict = doctor.verdict(findings, "" if model == ALL else model)
+        text = done + "\n".join([verdict, doctor.report(findings)])
         problems = any(finding.state == doctor.PROBLEM for finding in findings)
-        return io.NodeOutput(text, ui=runtime.show(text, warn=problems))
+        return io.NodeOutput(text, ui=runtime.show_card(text, done + verdict, warn=problems))

@@ -223,6 +223,14 @@ def show(text: str, *, warn: bool = False) -> ui.PreviewText:
     return ui.PreviewText(text)
 
 
+def show_card(text: str, card: str = "", *, warn: bool = False) -> dict[str, object]:
+    """As `show`, and as a picture too, which stays on the node on every page. card: what of the text, if not all."""
+    from ..mm_core.text_card import text_card
+
+    picture = torch.from_numpy(text_card(card or text))[None].float() / 255
+    return ui.PreviewImage(picture).as_dict() | show(text, warn=warn).as_dict()
+
+
 def output_file(
     prefix: str,
     suffix: str,

@@ -105,7 +105,8 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
         mirror.check(clip, model.identity, settings)
         cautions = base.limits.cautions(width=clip.width, height=clip.height)
         report = "\n".join([*cautions, mirror.status, clip.summary])
-        shown = runtime.show(report, warn=bool(cautions) or _untrained(mirror))
+        warn = bool(cautions) or _untrained(mirror)
+        shown = runtime.show_card(report, warn=True) if warn else runtime.show(report)
         runtime.retire_others(mirror)
         try:
             result = mirror.generate(clip, model.identity, settings, runtime.step_callback(clip.steps), model.loras)

@@ -18,7 +18,7 @@ from transformers import T5Config, T5EncoderModel
 
 from mm_core import doctor
 from mm_core.checkpoints.adapter_file import Trained, save_adapter
-from mm_core.doctor import FOUND, MISSING, PROBLEM, Finding, add_hashes, find_models, report
+from mm_core.doctor import FOUND, MISSING, PROBLEM, Finding, add_hashes, find_models, report, verdict
 from mm_core.errors import CheckpointError
 from mm_core.folders import Folders
 from mm_core.pipelines import base, tiny
@@ -262,12 +262,31 @@ def test_hashes_are_compared_with_the_published_ones(
 def test_the_report(base_folder: Path, tmp_path: Path) -> None:
     named = examine(tmp_path)
     text = report([named["THUDM/CogVideoX-5b"], named["photomaker-v2.bin"]]).splitlines()
-    assert re.fullmatch(r"FOUND: base model THUDM/CogVideoX-5b, \d+\.\d\d (kB|MB)", text[0])
-    assert text[1] == f"    at {base_folder}"
-    missing = text.index("MISSING: ID encoder photomaker-v2.bin")
+    missing, found = 0, text.index(f"    at {base_folder}") - 1
+    assert text[missing] == "MISSING: ID encoder photomaker-v2.bin"
+    assert re.fullmatch(r"FOUND: base model THUDM/CogVideoX-5b, \d+\.\d\d (kB|MB)", text[found])
     assert text[missing + 1 : missing + 4] == [
         f"    belongs into {tmp_path / 'photomaker' / 'photomaker-v2.bin'}",
         "    from https://huggingface.co/TencentARC/PhotoMaker-V2",
         "    licence: Apache-2.0, as its page says",
     ]
     assert text[-1].startswith("1 found, 1 missing, 0 with a problem.")
+
+
+def test_the_verdict_comes_first(base_folder: Path, tmp_path: Path) -> None:
+    """What can run, and what a model lacks; missing models are listed before those that are there."""
+    findings = find_models(Folders.in_comfyui(tmp_path))
+    tiny, *others = verdict(findings).splitlines()
+    assert tiny == "tiny can run. For photos it lacks a face pack; the example person needs none."
+    assert others[0] == "THUDM/CogVideoX-5b lacks an adapter (none is published), the ID encoder, a face pack."
+    assert verdict(findings, "THUDM/CogVideoX-2b").splitlines()[0].startswith("THUDM/CogVideoX-2b lacks")
+    states = [line.split(":")[0] for line in report(findings).splitlines() if line[:1].isupper()]
+    assert states.index("FOUND") > states.index("MISSING")
+
+
+def test_two_builds_of_opencv_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = {"cv2": ["opencv-python", "opencv-contrib-python"]}
+    monkeypatch.setattr("importlib.metadata.packages_distributions", lambda: both)
+    assert "--force-reinstall --no-deps opencv-contrib-python" in verdict([], "tiny")
+    both["cv2"].remove("opencv-python")
+    assert "opencv" not in verdict([], "tiny")

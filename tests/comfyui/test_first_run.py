@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser_page import open_page, picture, run, unknown_nodes
+from browser_page import open_page, picture, run, show_all, unknown_nodes
 from comfy_server import ComfyServer
 from environment import PACK_FOLDER
 from playwright.sync_api import Page
@@ -49,3 +49,31 @@ def test_the_run_button_makes_a_clip(page: Page, fresh: ComfyServer) -> None:
     assert (fresh.base / "output" / "magic_mirror" / name).is_file()
     page.wait_for_timeout(1000)
     picture(page, f"first_run_{version}.png")
+    assert "64 x 64 px, 9 frames, 12 ddim steps" in shown(page, "PreviewAny")
+
+
+# What a node says in its widgets, as the page draws them: text boxes and rendered Markdown.
+SAID = """kind => window.app.graph.nodes.filter(node => node.type === kind).flatMap(node => (node.widgets ?? []).map(
+    widget => widget.element?.value || widget.element?.innerText || String(widget.value ?? '')
+)).join('\\n')"""
+PICTURES = """kind => window.app.graph.nodes.filter(node => node.type === kind).flatMap(node => (node.imgs ?? []).map(
+    image => [image.naturalWidth, image.naturalHeight]
+))"""
+
+
+def shown(page: Page, kind: str) -> str:
+    page.wait_for_function(f"kind => ({SAID})(kind).length > 20", arg=kind, timeout=30_000)
+    return page.evaluate(SAID, kind)
+
+
+def test_what_the_doctor_says_is_seen(page: Page) -> None:
+    """As a picture on the node: the newest page draws no text that a node returns."""
+    page.evaluate("""() => {
+        window.app.graph.clear();
+        window.app.graph.add(window.LiteGraph.createNode('MagicMirrorModelDoctor'));
+    }""")
+    show_all(page)
+    page.get_by_test_id("queue-button").click()
+    page.wait_for_function(f"kind => ({PICTURES})(kind).length === 1", arg="MagicMirrorModelDoctor", timeout=60_000)
+    ((width, height),) = page.evaluate(PICTURES, "MagicMirrorModelDoctor")
+    assert width == 720 and height > 100

@@ -11,7 +11,7 @@ NODES = {
         "text_encoder vae",
         ["MAGICMIRROR_MODEL", "STRING"],
     ),
-    "MagicMirrorModelDoctor": ("", "check_hashes convert", ["STRING"]),
+    "MagicMirrorModelDoctor": ("", "check_hashes convert model", ["STRING"]),
     "MagicMirrorPromptHelper": ("model prompt", "", ["STRING", "STRING"]),
     "MagicMirrorExtractFaceEmbedding": (
         "model image face face_index crop on_no_face",
@@ -136,6 +136,6 @@ def check_explained(node: str, info: dict) -> None:
     for section in ("required", "optional"):
         for name, (_, options) in info["input"].get(section, {}).items():
             assert options.get("tooltip"), name
-            hidden = name in ON_DEMAND or (name not in ("clip", "control") and node in EXPERT)
+            hidden = name in ON_DEMAND or (name not in ("clip", "control", "model") and node in EXPERT)
             expert = section == "optional" and hidden
             assert bool(options.get("advanced")) == expert, name
