@@ -201,6 +201,7 @@ def explain_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, num_slots
     num_slots: 0 for the base model alone, which reads the prompt without its trigger and needs no person in it.
     Raises PromptError as `identity_tokens`.
     """
+    check_text(prompt)
     slots, marked = (), None
     if num_slots:
         slots = identity_tokens(tokenizer, prompt, num_slots=num_slots, max_length=max_length).slots
