@@ -130,7 +130,9 @@ def _on_host(x: Tensor) -> Tensor:
     address = _address(x)
     if not address:
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
-    return torch.empty(0, dtype=x.dtype).set_(_memory[address].view, x.storage_offset(), x.shape, x.stride())
+    host = torch.empty(0, dtype=x.dtype).set_(_memory[address].view, x.storage_offset(), x.shape, x.stride())
+    host = host.conj() if x.is_conj() else host  # views that are told from their memory by a bit
+    return torch._neg_view(host) if x.is_neg() else host
 
 
 def _on_device(x: Tensor, storage: torch.UntypedStorage | None = None) -> Tensor:

@@ -39,6 +39,19 @@ def repository() -> Path:
     return ROOT
 
 
+@pytest.fixture(scope="session", autouse=True)
+def gradients_on_the_accelerator() -> None:
+    """Let the first backward pass of the process see the device: torch counts devices then, for good."""
+    import torch
+
+    try:
+        from accelerator import simulated
+    except pytest.skip.Exception:  # a torch that knows no such device; its own tests are skipped
+        return
+    with simulated():
+        torch.ones(1, requires_grad=True).sum().backward()
+
+
 @pytest.fixture
 def accelerator() -> Iterator[Accelerator]:
     """A simulated accelerator, which is there for the test."""

@@ -240,3 +240,12 @@ def test_streams_and_events_do_nothing(accelerator: Accelerator) -> None:
     event.synchronize()
     torch.accelerator.synchronize()
     assert event.query() and torch.equal(x.cpu(), picture())
+
+
+def test_complex_numbers(accelerator: Accelerator) -> None:
+    """Conjugates and negative imaginary parts are views that only a bit tells from their memory."""
+    numbers = torch.tensor([1 + 2j, 3 - 4j])
+    there = numbers.to(accelerator.device)
+    assert torch.equal((there.conj() * there).cpu(), numbers.conj() * numbers)
+    assert torch.equal(there.conj().cpu(), numbers.conj())
+    assert torch.equal(there.conj().imag.cpu(), numbers.conj().imag)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,9 +83,24 @@ class AdapterTask:
         self.cell = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         self.rotary = rotary_embedding(pipe.transformer, self.padding + frames, height, width)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the numbers of a run depend on, beside the loop's settings and where files are."""
+        config, stage = self.config, asdict(self.stage)
+        for name in ("loop", "data", "features"):
+            del stage[name]
+        return stage | dict(
+            stage=self.name, base=self.base.name, ablation=config.ablation, adapter=self.model.adapter.config.to_dict(),
+            face_pack=config.face_pack, start=self._start, samples=len(self.features.entries),
+            held_out=[self.features.entries[row]["id"] for row in self.validation],
+        )  # fmt: skip
+
     def _adapter(self, start: Path | None) -> MagicMirrorAdapter:
+        self._start = None
         if start is not None:
-            return load_adapter(start)[0].float()
+            adapter, header = load_adapter(start)
+            self._start = asdict(header.trained)
+            return adapter.float()
         torch.manual_seed(self.stage.loop.seed)
         return MagicMirrorAdapter(adapter_config(self.config, self.base.name, self.base.transformer_config))
 

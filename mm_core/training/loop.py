@@ -17,12 +17,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch import compile as compiled
@@ -47,6 +48,9 @@ from .saved_state import SavedState
 _log = logging.getLogger(__name__)
 
 _TIMESTEP_BUCKETS = 10
+_PATIENCE = timedelta(hours=6)
+"""How long processes wait for each other. They wait for the first one's validation, which takes longer than the ten
+minutes that NCCL would."""
 
 
 class Task(Protocol):
@@ -58,6 +62,9 @@ class Task(Protocol):
 
     state: Any | None
     """Optional: what else a resumed run needs, with `state_dict` and `load_state_dict`."""
+
+    settings: Mapping[str, Any]
+    """Optional: what else the numbers of a run depend on, by name. A run goes on only with the same."""
 
     def batch(self, samples: range) -> Any:
         """The samples with these numbers, as nested dicts and lists of tensors; the same whenever and by whom ever."""
@@ -89,14 +96,17 @@ class _Run:
             log_with="tensorboard",
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
             # A process whose samples all dropped the identity has no gradient for the adapter.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=_PATIENCE),
+            ],
         )
         if config.optimizer == "muon" and self.accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
             raise SettingError("muon needs whole matrices on each device: with FSDP or DeepSpeed choose adamw.")
         self.accumulation = config.accumulation(self.accelerator.num_processes)
         self.accelerator.gradient_accumulation_steps = self.accumulation
         folder.mkdir(parents=True, exist_ok=True)
-        wanted = asdict(config)
+        wanted = {**getattr(task, "settings", {}), **asdict(config)}
         check_settings(folder, wanted)
         if self.accelerator.is_main_process:
             write_json(folder / SETTINGS, wanted)
@@ -112,7 +122,9 @@ class _Run:
         self.ema = EMAModel(self.parameters, decay=config.ema_decay) if config.ema_decay else None
         extras = [extra for extra in (self.ema, getattr(task, "state", None)) if extra is not None]
         self.saved = SavedState(self.accelerator, folder, self.names, extras)
-        self.stopping = threading.Event()
+        self.signalled = threading.Event()
+        self.stopping = False
+        """All processes stop, after the same step: one of them was signalled."""
 
     def run(self) -> Path:
         config, accelerator = self.config, self.accelerator
@@ -126,16 +138,17 @@ class _Run:
         with self._stop_on_signal():
             for step in bar:
                 logging_step = (step + 1) % config.log_every == 0
-                norms = self._step(step, sums, with_norms=logging_step)
+                skipped = step in config.skip_steps
+                norms = {} if skipped else self._step(step, sums, with_norms=logging_step)
                 done = step + 1
-                if logging_step:
+                if logging_step and sums:
                     self._log(done, sums, norms, bar)
-                last = done == config.steps or self.stopping.is_set()
+                last = done == config.steps or self.stopping
                 if last or done % config.save_every == 0:
                     self._save(done)
                 if config.validate_every and (done % config.validate_every == 0 or done == config.steps):
                     self._validate(done)
-                if self.stopping.is_set():
+                if self.stopping:
                     raise KeyboardInterrupt
         accelerator.end_training()
         return latest_checkpoint(self.folder)
@@ -160,6 +173,8 @@ class _Run:
         if with_norms:
             norms = self._gradient_norms()
         norms["all"] = float(accelerator.clip_grad_norm_(self.parameters, config.clip_norm))
+        if not math.isfinite(norms["all"]) and accelerator.scaler is None:  # fp16's scaler passes such a step over
+            raise self._stuck("The gradient's norm", norms["all"], step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
@@ -168,15 +183,15 @@ class _Run:
 
     def _collect(self, values: Mapping[str, Tensor], sums: dict[str, list[float]], step: int) -> None:
         """Add up what was measured, over all processes, where it was measured."""
+        # A signal reaches one process: it goes along, so that all stop after the same step.
+        values = {**values, "stopping": torch.full_like(values["loss"], float(self.signalled.is_set()))}
         names = sorted(values)
         table = torch.stack([values[name].detach().float() for name in names])  # (names, B)
         table = self.accelerator.gather(table.T.contiguous()).T.double().cpu()
         columns = dict(zip(names, table))
+        self.stopping |= bool(columns.pop("stopping").any())
         if not columns["loss"].isfinite().all():
-            raise MagicMirrorError(
-                f"The loss is {columns['loss'].tolist()} at step {step}: it must be finite. Go on from the last "
-                f"checkpoint in {self.folder / CHECKPOINTS} with a lower learning rate."
-            )
+            raise self._stuck("The loss", columns["loss"].tolist(), step)
         timesteps = columns.pop("timestep", None)
         for name, column in columns.items():
             _add(sums, name, column)
@@ -185,6 +200,13 @@ class _Run:
             for bucket in buckets.unique().tolist():
                 name = f"noise_loss/t{bucket * 100:03d}-{bucket * 100 + 99:03d}"
                 _add(sums, name, columns.get("noise_loss", columns["loss"])[buckets == bucket])
+
+    def _stuck(self, what: str, value: object, step: int) -> MagicMirrorError:
+        return MagicMirrorError(
+            f"{what} is {value} at step {step}: it must be finite. Run the same command again with a lower "
+            f"loop.learning_rate, or with {step} in loop.skip_steps if this batch is what is bad; it goes on from the "
+            f"last checkpoint in {self.folder / CHECKPOINTS}."
+        )
 
     def _gradient_norms(self) -> dict[str, float]:
         """The norm of each part's gradient, before clipping; block numbers are left out of the names."""
@@ -283,7 +305,7 @@ class _Run:
             yield
             return
         signals = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, lambda *_: self.stopping.set()) for number in signals]
+        before = [signal.signal(number, lambda *_: self.signalled.set()) for number in signals]
         try:
             yield
         finally:

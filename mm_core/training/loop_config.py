@@ -41,6 +41,8 @@ class LoopConfig:
     """Checkpoints; older ones are removed."""
     validate_every: int = 0
     """Steps between validations; 0: none."""
+    skip_steps: tuple[int, ...] = ()
+    """Steps whose batch is passed over, counted from 0: one at which a run stops each time."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
@@ -56,6 +58,7 @@ class LoopConfig:
         if self.optimizer not in OPTIMIZERS:
             raise SettingError(f"optimizer is {self.optimizer!r}; choose {' or '.join(OPTIMIZERS)}.")
         object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "skip_steps", tuple(self.skip_steps))
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then a cosine from `learning_rate` to `final_learning_rate`."""

@@ -18,6 +18,8 @@ SETTINGS = "settings.json"
 _STEP = r"step-(\d{8})$"
 _FREE = {"log_every", "save_every", "keep", "validate_every", "compile", "micro_batch"}
 """Settings that may change between two starts of a run: they do not change its numbers."""
+_REMEDIES = {"learning_rate", "final_learning_rate", "skip_steps"}
+"""Settings that may change as well, since they are what helps a run that cannot go on."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -47,7 +49,8 @@ def checkpoint_of(folder: Path, step: int) -> Path:
 
 
 def check_settings(folder: Path, wanted: Mapping[str, Any]) -> None:
-    """A folder holds one run. Raises SettingError if it holds one with other settings."""
+    """A folder holds one run. Raises SettingError if it holds one with other settings; names that an older version did
+    not write are not compared."""
     path = folder / SETTINGS
     if not path.is_file():
         return
@@ -58,11 +61,12 @@ def check_settings(folder: Path, wanted: Mapping[str, Any]) -> None:
             f"{error} It tells which run the folder holds: remove the file if that is the run to go on with."
         ) from error
     wanted = json.loads(json.dumps(wanted))
-    differing = [name for name in wanted if name not in _FREE and found.get(name) != wanted[name]]
+    compared = wanted.keys() & found.keys() - _FREE - _REMEDIES
+    differing = [name for name in wanted if name in compared and found[name] != wanted[name]]
     if differing:
         name = differing[0]
         raise SettingError(
-            f"{folder} holds a run with {name} {str(found.get(name))[:100]}, not {wanted[name]}: use another folder, "
+            f"{folder} holds a run with {name} {str(found[name])[:100]}, not {wanted[name]}: use another folder, "
             "or the same setting to go on."
         )
 

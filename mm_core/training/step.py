@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -31,6 +31,12 @@ class IdentityJudge:
     """Finds the landmarks in clips that the model samples itself; those of training clips are known."""
     centre: Tensor | None = None
     """(512,), where the cosine is taken from; None: from zero."""
+
+    def on(self, device: torch.device) -> IdentityJudge:
+        """Its networks moved to a device: no part of the trained model, they do not follow it, and validation lends the
+        VAE elsewhere."""
+        self.vae.to(device), self.recogniser.to(device)
+        return replace(self, centre=None if self.centre is None else self.centre.to(device))
 
 
 class ClipJudge(Protocol):
@@ -173,11 +179,11 @@ class AdapterTraining(nn.Module):
 
     def _identity_of_samples(self, shown: Tensor, rollout: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The rows with a face among the judged ones, their identity losses and what the clip judge adds, (k,) each."""
-        judge, judged = self._judge[0], rollout["judged"]
-        nothing = shown.new_zeros(0)
+        judged, nothing = rollout["judged"], shown.new_zeros(0)
         if not len(judged):
             return judged, nothing, nothing
-        frames = self._judged_frames(shown[judged], rollout)
+        judge = self._judge[0].on(shown.device)
+        frames = judged_frames(judge.vae, shown[judged], rollout)
         pictures = (frames.detach().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         faces = [follow(find_faces(judge.detector, picture, recognise=False), None) for picture in pictures]
         found = [row for row, face in enumerate(faces) if face is not None]
@@ -212,15 +218,16 @@ class AdapterTraining(nn.Module):
 
     def _identity_loss(self, prediction: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """(m,), through x0, one latent frame of it, the VAE's decoder and ArcFace."""
-        judged, judge = batch["judged"], self._judge[0]
+        judged, judge = batch["judged"], self._judge[0].on(prediction.device)
         clean = predict_clean(prediction[judged], batch["noisy"][judged], batch["alpha_bar"][judged])
-        frames = self._judged_frames(clean, batch)
+        frames = judged_frames(judge.vae, clean, batch)
         return identity_loss(frames, batch["landmarks"], batch["target"], judge.recogniser, judge.centre)
 
-    def _judged_frames(self, clean: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """The frame of each judged sample's x0, (m, F, C, H, W), that is looked at: (m, 3, 8H, 8W)."""
-        chosen = clean[torch.arange(len(clean), device=clean.device), batch["judged_frame"]]  # (m, C, H, W)
-        return decode_frame(self._judge[0].vae, chosen)
+
+def judged_frames(vae: AutoencoderKLCogVideoX, clean: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """The frame of each judged sample's x0, (m, F, C, H, W), that is looked at: (m, 3, 8H, 8W)."""
+    chosen = clean[torch.arange(len(clean), device=clean.device), batch["judged_frame"]]  # (m, C, H, W)
+    return decode_frame(vae, chosen)
 
 
 def guide(negative: Tensor, prediction: Tensor, guidance: float) -> Tensor:

@@ -24,7 +24,10 @@ def losses(folder: Path) -> list[float]:
 
 
 def train_on_two_processes(config: TrainingConfig, folder: Path, preparation: str = "") -> None:
-    """The video stage under `accelerate launch`. preparation: a line of Python that runs first in each process."""
+    """The video stage in two processes. preparation: a line of Python that runs first in each.
+
+    Not by `accelerate launch --cpu --num_processes 2`, which starts one.
+    """
     script = folder.with_suffix(".py")
     script.write_text(
         f"import sys; from pathlib import Path; sys.path[:0] = {[str(HERE.parents[1]), str(HERE)]!r}\n"
@@ -32,9 +35,9 @@ def train_on_two_processes(config: TrainingConfig, folder: Path, preparation: st
         "from mm_core.training.config import *; from mm_core.training.loop import *\n"
         "from mm_core.training.adapter_task import AdapterTask\n"
         f"config = {config!r}\n"
-        f"train(AdapterTask(config, 'video'), config.video.loop, Path({str(folder)!r}))\n",
+        f"train(AdapterTask(config, 'video'), config.video.loop, Path({str(folder)!r}))\n"
+        "from accelerate import PartialState; assert PartialState().num_processes == 2\n",
         encoding="utf-8",
     )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["--mixed_precision", "no", str(script)]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})

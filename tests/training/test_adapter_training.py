@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerator import simulated
 from adapter_runs import losses, train_on_two_processes, with_stage
 from feature_files import write_features
 from stand_ins import LinearView
 from tiny_models import ADAPTER_SIZES, save_tiny_folder
-from torch import nn
+from torch import Tensor, nn
 
 from mm_core.checkpoints.adapter_file import expected_tensors, load_adapter
 from mm_core.errors import CheckpointError, SettingError
@@ -286,3 +287,31 @@ def test_validation_makes_a_clip_of_each_person(
     assert values["face_rate"] == 0 and math.isnan(values["id_similarity"])
     assert [path.name for path in sorted(tmp_path.glob("*.mp4"))] == ["00.mp4"]
     assert hashes({"adapter": task.model.adapter, "base": task.pipe.transformer}) == before
+
+
+def test_a_judged_step_on_a_device(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the model is, its judge is too, also after validation had lent the VAE elsewhere: loss and gradients are
+    those of the CPU, in either stage."""
+    monkeypatch.setattr("mm_core.training.adapter_task.recogniser_file", lambda config: Path())
+    monkeypatch.setattr("mm_core.training.adapter_task.DifferentiableArcFace", lambda path: LinearView())
+    changes = dict(identity_weight=0.5, identity_timesteps=(0, 1000), text_dropout=0.0, identity_dropout=0.0)
+    config = replace(config, gradient_checkpointing=True)
+    for stage in ("image", "video"):
+        task = AdapterTask(with_stage(config, stage, **changes), stage)
+        batch = task.batch(range(4))
+        assert len(batch["judged"])
+
+        def gradients(batch: dict[str, Tensor], model: nn.Module = task.model) -> list[Tensor]:
+            model.zero_grad()
+            loss = model(batch)["loss"].mean()
+            loss.backward()
+            return [loss.detach(), *(p.grad for p in model.adapter.parameters() if p.grad is not None)]
+
+        expected = [tensor.clone() for tensor in gradients(batch)]
+        with simulated() as accelerator:
+            task.model.to(accelerator.device)
+            for _ in range(2):
+                found = gradients({name: value.to(accelerator.device) for name, value in batch.items()})
+                for ours, theirs in zip(found, expected, strict=True):
+                    assert torch.allclose(ours.cpu(), theirs, rtol=1e-4, atol=1e-6)
+                task.pipe.vae.to("cpu")

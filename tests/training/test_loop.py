@@ -10,9 +10,11 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,24 +38,41 @@ class Regression(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         error = (self.trained(self.frozen(batch["x"]).tanh())[:, 0] - batch["y"]).square()
+        if len(cliffs := batch["cliffs"]):  # where a square root begins: 0, with a gradient that is no number
+            error = error.index_add(0, cliffs, (0 * error[cliffs]).sqrt())
         return {"loss": error, "noise_loss": error, "timestep": batch["timestep"]}
 
 
 class RegressionTask:
-    """slow: seconds a batch takes, for tests that kill. broken_from: the first sample that is not a number."""
+    """slow: seconds a batch takes, for tests that kill. broken_from: the first sample that is not a number. cliff: a
+    sample with a finite loss and a gradient that is none. processes: how many there must be; their numbers are written
+    into `pids`. settings: what a run goes on with only."""
 
-    def __init__(self, slow: float = 0.0, broken_from: int | None = None) -> None:
-        self.model, self.slow, self.broken_from = Regression(), slow, broken_from
+    def __init__(
+        self,
+        slow: float = 0.0,
+        broken_from: int | None = None,
+        cliff: int | None = None,
+        processes: int = 1,
+        pids: str | None = None,
+        settings: Mapping[str, object] = MappingProxyType({}),
+    ) -> None:
+        self.model, self.slow, self.broken_from, self.cliff = Regression(), slow, broken_from, cliff
+        self.processes, self.pids, self.settings = processes, pids, settings
         self.validated: list[int] = []
 
     def batch(self, samples: range) -> dict[str, Tensor]:
+        assert PartialState().num_processes == self.processes
+        if self.pids and samples.start < 8:
+            Path(f"{self.pids}-{PartialState().process_index}").write_text(str(os.getpid()))
         time.sleep(self.slow)
         x = torch.stack([torch.randn(6, generator=generator_for(3, shuffled(n, 50, 3))) for n in samples])
         if self.broken_from is not None and samples.stop > self.broken_from:
             x[-1] = torch.nan
         with torch.no_grad():
             y = self.model.frozen(x).tanh().sum(dim=1)
-        return {"x": x, "y": y, "timestep": torch.tensor([n * 37 % 1000 for n in samples])}
+        cliffs = torch.tensor([row for row, n in enumerate(samples) if n == self.cliff], dtype=torch.long)
+        return {"x": x, "y": y, "timestep": torch.tensor([n * 37 % 1000 for n in samples]), "cliffs": cliffs}
 
     def export(self, weights: Mapping[str, Tensor], path: Path, step: int) -> None:
         save_file(dict(weights), path / "exported.safetensors")
@@ -109,17 +128,30 @@ import sys; from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_loop import RegressionTask, config
 from mm_core.training.loop import train
-train(RegressionTask(slow={slow}), config(**{changes!r}), Path({folder!r}))
+train(RegressionTask(**{task!r}), config(**{changes!r}), Path({folder!r}))
 """
 
 
-def start(folder: Path, *launcher: str, slow: float = 0.0, **changes: object) -> subprocess.Popen[bytes]:
+def start(
+    folder: Path, processes: int = 1, task: Mapping[str, object] = MappingProxyType({}), **changes: object
+) -> subprocess.Popen[str]:
+    """A run in processes of its own. Not by `accelerate launch --cpu --num_processes 2`, which starts one."""
+    task = dict(task) | {"processes": processes}
     code = SCRIPT.format(
-        root=str(ROOT), tests=str(Path(__file__).parent), slow=slow, changes=changes, folder=str(folder)
+        root=str(ROOT), tests=str(Path(__file__).parent), task=task, changes=changes, folder=str(folder)
     )
     script = folder.with_suffix(".py")
     script.write_text(code, encoding="utf-8")
-    return subprocess.Popen([sys.executable, *launcher, str(script)], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, *(launcher if processes > 1 else []), str(script)]
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> None:
+    while not (folder / METRICS).is_file() or len((folder / METRICS).read_bytes().splitlines()) < steps:
+        assert process.poll() is None, "the run ended early"
+        time.sleep(0.005)
 
 
 def test_kill_at_any_moment(tmp_path: Path) -> None:
@@ -127,10 +159,8 @@ def test_kill_at_any_moment(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(RegressionTask(), config(steps=40), whole)
     for until in (9, 23):
-        process = start(killed, slow=0.02, steps=40)
-        while len((killed / METRICS).read_bytes().splitlines() if (killed / METRICS).is_file() else []) < until:
-            assert process.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.005)
+        process = start(killed, task={"slow": 0.02}, steps=40)
+        wait_for_steps(process, killed, until)
         process.kill()
         process.wait()
     assert not is_finished(killed, 40)
@@ -142,10 +172,8 @@ def test_kill_at_any_moment(tmp_path: Path) -> None:
 def test_interrupt_saves_first(tmp_path: Path) -> None:
     """SIGTERM, as a cluster's scheduler sends it, ends the run with a checkpoint of the last step."""
     folder = tmp_path / "run"
-    process = start(folder, slow=0.02, steps=100, save_every=100)
-    while not (folder / METRICS).is_file() or len((folder / METRICS).read_bytes().splitlines()) < 3:
-        assert process.poll() is None
-        time.sleep(0.005)
+    process = start(folder, task={"slow": 0.02}, steps=100, save_every=100)
+    wait_for_steps(process, folder, 3)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60)
     step = int(latest_checkpoint(folder).name.removeprefix("step-"))
@@ -153,11 +181,11 @@ def test_interrupt_saves_first(tmp_path: Path) -> None:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """`accelerate launch` with two processes, and accumulation, give one process's losses for the same batch."""
+    """Two processes, and accumulation, give one process's losses for the same batch."""
     one, two, accumulated = tmp_path / "one", tmp_path / "two", tmp_path / "accumulated"
     train(RegressionTask(), config(), one)
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--mixed_precision", "no")
-    assert start(two, *launcher).wait(timeout=240) == 0
+    process = start(two, processes=2)
+    assert process.wait(timeout=240) == 0, process.stderr.read()
     train(RegressionTask(), config(micro_batch=2), accumulated)
     for folder in (two, accumulated):
         for step, values in losses(one).items():
@@ -168,6 +196,55 @@ def test_loss_that_is_not_a_number_stops_before_it_is_saved(tmp_path: Path) -> N
     with pytest.raises(MagicMirrorError, match="at step 6: it must be finite"):
         train(RegressionTask(broken_from=50), config(), tmp_path)
     assert latest_checkpoint(tmp_path).name == "step-00000004"
+
+
+def test_a_gradient_that_is_not_a_number_stops_before_it_is_saved(tmp_path: Path) -> None:
+    """Sample 50 is in step 6. As the message says, a resume takes a lower learning rate, and a step to skip."""
+    with pytest.raises(MagicMirrorError, match=r"gradient's norm is nan at step 6: .*loop\.skip_steps"):
+        train(RegressionTask(cliff=50), config(), tmp_path)
+    assert latest_checkpoint(tmp_path).name == "step-00000004"
+    with pytest.raises(MagicMirrorError, match="gradient's norm"):
+        train(RegressionTask(cliff=50), config(learning_rate=5e-3), tmp_path)
+    last = train(RegressionTask(cliff=50), config(learning_rate=5e-3, skip_steps=(6,)), tmp_path)
+    assert last.name == "step-00000012"
+    assert set(losses(tmp_path)) == {*range(1, 7), *range(8, 13)}
+    exported = load_file(last / "exported.safetensors")
+    assert all(tensor.isfinite().all() for tensor in exported.values())
+
+
+def test_a_run_goes_on_with_the_same_task_only(tmp_path: Path) -> None:
+    train(RegressionTask(settings={"ablation": "ours", "held_out": ["a", "b"]}), config(), tmp_path)
+    with pytest.raises(SettingError, match="holds a run with ablation ours, not A"):
+        train(RegressionTask(settings={"ablation": "A", "held_out": ["a", "b"]}), config(), tmp_path)
+    with pytest.raises(SettingError, match="held_out"):
+        train(RegressionTask(settings={"ablation": "ours", "held_out": ["b"]}), config(), tmp_path)
+
+
+@pytest.mark.parametrize("signalled", ["one", "both, apart"])
+def test_a_signal_to_two_processes(tmp_path: Path, signalled: str) -> None:
+    """Whichever gets SIGTERM, and when: both stop after the same step, with a checkpoint, and the run goes on there."""
+    folder, pids = tmp_path / "run", tmp_path / "pid"
+    process = start(folder, 2, task={"slow": 0.02, "pids": str(pids)}, steps=400, save_every=400)
+    wait_for_steps(process, folder, 3)
+    first, second = (int(Path(f"{pids}-{rank}").read_text()) for rank in (0, 1))
+    os.kill(second, signal.SIGTERM)
+    if signalled != "one":
+        time.sleep(0.03)
+        os.kill(first, signal.SIGTERM)
+    assert process.wait(timeout=120)
+    step = int(latest_checkpoint(folder).name.removeprefix("step-"))
+    assert 3 <= step == max(losses(folder)) < 400
+    again = start(folder, 2, task={"slow": 0.0}, steps=400, save_every=400)
+    assert again.wait(timeout=240) == 0, again.stderr.read()
+    assert is_finished(folder, 400)
+
+
+def test_a_bad_gradient_on_one_of_two_processes(tmp_path: Path) -> None:
+    """Both stop, with the message, and nothing is saved."""
+    process = start(tmp_path / "run", 2, task={"cliff": 55})
+    assert process.wait(timeout=120)
+    assert "gradient's norm is nan at step 6" in process.stderr.read()
+    assert latest_checkpoint(tmp_path / "run").name == "step-00000004"
 
 
 def test_checkpoints_roll_and_validation_sees_the_average(tmp_path: Path) -> None:
@@ -197,8 +274,8 @@ def test_settings_are_checked(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="batch_size 8 does not divide into 1 process"):
         train(RegressionTask(), config(micro_batch=3), tmp_path / "batch")
     train(RegressionTask(), config(), tmp_path / "run")
-    with pytest.raises(SettingError, match=r"holds a run with learning_rate 0\.01, not 0\.02"):
-        train(RegressionTask(), config(learning_rate=0.02), tmp_path / "run")
+    with pytest.raises(SettingError, match=r"holds a run with seed 0, not 1"):
+        train(RegressionTask(), config(seed=1), tmp_path / "run")
     with pytest.raises(SettingError, match="ema_decay is 1"):
         config(ema_decay=1)
 
