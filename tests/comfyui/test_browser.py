@@ -247,3 +247,44 @@ def test_the_model_library_shows_a_saved_face(page: Page, server: ComfyServer, g
     assert face.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [224, 224]
     picture(page, "model_library.png")
     page.evaluate("window.app.extensionManager.command.execute('Workspace.ToggleSidebarTab.model-library')")
+
+
+# One LoRA node in each route, two in a row in the first, the second of them bypassed.
+BOTH_ROUTES = """async () => {
+    const graph = window.app.graph, made = {};
+    const add = (name, type) => graph.add(made[name] = window.LiteGraph.createNode(type));
+    const connect = (from, to, input) =>
+        made[from].connect(0, made[to], made[to].inputs.findIndex(slot => slot.name === input));
+    add('loader', 'MagicMirrorLoader');
+    ['first', 'second', 'third'].forEach(name => add(name, 'MagicMirrorLoRA'));
+    add('apply', 'MagicMirrorApplyCANAdapter');
+    add('native', 'MagicMirrorNativeModel');
+    add('sampler', 'KSampler');
+    connect('loader', 'first', 'model');
+    connect('first', 'second', 'model');
+    connect('second', 'apply', 'model');
+    connect('loader', 'native', 'magic_mirror');
+    connect('native', 'third', 'model');
+    connect('third', 'sampler', 'model');
+    made.second.mode = 4;
+    await window.app.loadGraphData(graph.serialize());
+    const sent = (await window.app.graphToPrompt()).output;
+    const named = Object.fromEntries(Object.entries(made).map(([name, node]) => [String(node.id), name]));
+    const source = ({inputs}) => named[(inputs.model ?? inputs.magic_mirror ?? [])[0]];
+    return Object.fromEntries(Object.entries(sent).map(([id, node]) => [named[id], source(node)]));
+}"""
+
+
+def test_a_lora_fits_into_both_routes(page: Page, errors: list[str]) -> None:
+    """Its one socket takes either kind of model, after a reload too; bypassed, the model goes past it."""
+    page.evaluate("window.app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+    page.wait_for_function("window.app.graph.nodes.length === 0", timeout=30_000)
+    assert page.evaluate(BOTH_ROUTES) == {
+        "loader": None,
+        "first": "loader",
+        "apply": "first",
+        "native": "loader",
+        "third": "native",
+        "sampler": "third",
+    }
+    assert errors == []
