@@ -253,9 +253,11 @@ def _conditioning(embeds: torch.Tensor) -> list:
 
 def _in_window(fused: torch.Tensor, window: Window, plain: Callable[[], torch.Tensor]) -> list:
     """Conditioning with the fused prompt inside a window and the plain one, encoded only if there is one, outside."""
-    positive = [[fused, {"start_percent": window.start, "end_percent": window.end}]]
     outside = [(start, end) for start, end in ((0.0, window.start), (window.end, 1.0)) if start < end]
-    embeds = plain() if outside else None
+    if not outside:
+        return _conditioning(fused)  # a range would let core read the noise level from the device at every step
+    embeds = plain()
+    positive = [[fused, {"start_percent": window.start, "end_percent": window.end}]]
     return positive + [[embeds, {"start_percent": start, "end_percent": end}] for start, end in outside]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import uuid
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import comfy.ldm.cogvideo.model
@@ -170,6 +170,8 @@ class _Identity:
     settings: AdapterSettings
     sigmas: dict[Window, tuple[float, float]]
     """The noise levels between which each window lies, from the larger."""
+    copies: dict[tuple[int, torch.device, torch.dtype], Tensor] = field(default_factory=dict)
+    """Of the identity's tensors, less than a megabyte, where a step wants them."""
 
     def __call__(
         self,
@@ -182,17 +184,21 @@ class _Identity:
         **kwargs: Any,
     ) -> Tensor:
         options = dict(transformer_options or {})
-        acting = self._acting(options)
-        carried = self._rows(options, len(x)) if acting.in_blocks else []
-        if not carried:
+        acting, halves = self._acting(options), options["cond_or_uncond"]
+        carry = [number for number, half in enumerate(halves) if half == 0 or self.settings.in_negative]
+        if not carry or not acting.in_blocks:
             return executor(x, timestep, context, ofs, options, **kwargs)
-        order = torch.tensor([row for row in range(len(x)) if row not in carried] + carried)
-        options[self.key] = self._state(acting, executor.class_obj, timestep[carried], x)
-        here, there = order.to(x.device), order.argsort().to(x.device)
-        ofs = ofs[here] if ofs is not None and len(ofs) == len(x) else ofs
-        return executor(x[here], timestep[here], context[here], ofs, options, **kwargs)[there]
+        order = [number for number in range(len(halves)) if number not in carry] + carry
+        ofs = _halves(ofs, order) if ofs is not None and len(ofs) == len(x) else ofs
+        x, timestep, context = (_halves(tensor, order) for tensor in (x, timestep, context))
+        rows = len(x) // len(halves) * len(carry)
+        options[self.key] = self._state(acting, executor.class_obj, timestep[-rows:], x)
+        result = executor(x, timestep, context, ofs, options, **kwargs)
+        return _halves(result, [order.index(number) for number in range(len(halves))])
 
     def _acting(self, options: dict[str, Any]) -> Acting:
+        if set(self.sigmas) == {(0.0, 1.0)}:  # at every step: the noise level need not be read from the device
+            return self.settings.acting(lambda window: True)
         sigma = float(options["sigmas"].max())
 
         def inside(window: Window) -> bool:
@@ -201,18 +207,14 @@ class _Identity:
 
         return self.settings.acting(inside)
 
-    def _rows(self, options: dict[str, Any], batch: int) -> list[int]:
-        """Rows of the batch that get the identity: the positive prompts', or all."""
-        halves = options["cond_or_uncond"]
-        size = batch // len(halves)
-        chosen = [number for number, half in enumerate(halves) if half == 0 or self.settings.in_negative]
-        return [row for number in chosen for row in range(number * size, (number + 1) * size)]
-
     def _state(self, acting: Acting, transformer: Any, timestep: Tensor, x: Tensor) -> FaceState:
         from ..mm_core.pipelines.conditioning import ablate
 
         def spread(tensor: Tensor) -> Tensor:
-            return tensor.to(x.device, x.dtype).expand(len(timestep), *tensor.shape[1:])
+            key = id(tensor), x.device, x.dtype
+            if key not in self.copies:
+                self.copies[key] = tensor.to(x.device, x.dtype)
+            return self.copies[key].expand(len(timestep), *tensor.shape[1:])
 
         state = self.host.face_state(
             transformer,
@@ -225,3 +227,9 @@ class _Identity:
         )
         state.factors = ablate(state.factors, self.settings)
         return state
+def _halves(batch: Tensor, order: list[int]) -> Tensor:
+    """The equal parts of a batch, positive and negative prompts', in another order; without indices on the device."""
+    parts = batch.chunk(len(order))
+    return batch if order == sorted(order) else torch.cat([parts[number] for number in order])
+
+

@@ -75,4 +75,4 @@ class Host(ABC):
         temb = self.time_embedding(transformer, timestep, id_embedding.dtype)
         factors = self.factors(transformer, adapter, id_embedding, temb)
         factors = factors._replace(can=can_scale * factors.can)
-        return FaceState.entering(face_tokens, factors, id_embedding.new_tensor(ip_scale))
+        return FaceState.entering(face_tokens, factors, id_embedding.new_full((), ip_scale))
