@@ -24,6 +24,8 @@ from ..errors import CheckpointError
 from ..faces.analysis import Face
 from ..faces.references import MAX_WEIGHT, PhotoReport, Reference
 from ..files import Numbered, whole_file
+from ..json_file import parse
+from ..limits import REFERENCES
 from ..models.id_encoder import FaceFeatures
 from .identity import Identity
 
@@ -188,10 +190,13 @@ def _parse_header(path: Path, metadata: Mapping[str, str]) -> IdentityHeader:
     if missing:
         raise CheckpointError(f"{path.name} lacks the metadata {', '.join(missing)}. {_AGAIN}.")
     try:
-        reports = tuple(_parse_report(values) for values in json.loads(metadata["reports"]))
-        if not reports:
+        found = parse(metadata["reports"], "the text")
+        if not isinstance(found, list) or len(found) > REFERENCES:
+            raise ValueError(f"it must be a list of 1 to {REFERENCES} reports, one for each photo")
+        if not found:
             raise ValueError("there is none")
-    except (ValueError, TypeError) as error:
+        reports = tuple(_parse_report(values) for values in found)
+    except (ValueError, TypeError, CheckpointError) as error:
         raise CheckpointError(f"{path.name}: its metadata `reports` is wrong: {error}. {_AGAIN}.") from error
     weights = (1.0,) * len(reports) if version == PLAIN else _parse_weights(path, metadata["weights"], len(reports))
     return IdentityHeader(
@@ -201,13 +206,13 @@ def _parse_header(path: Path, metadata: Mapping[str, str]) -> IdentityHeader:
 
 def _parse_weights(path: Path, text: str, photos: int) -> tuple[float, ...]:
     try:
-        weights = json.loads(text)
-    except ValueError:
+        weights = parse(text, "weights")
+    except CheckpointError:
         weights = None
     fits = isinstance(weights, list) and len(weights) == photos
     if not fits or not all(type(weight) is float and 0 < weight <= MAX_WEIGHT for weight in weights):
         raise CheckpointError(
-            f"{path.name}: its metadata `weights` is {text}; it must be {photos} numbers above 0, at most "
+            f"{path.name}: its metadata `weights` is {text[:100]}; it must be {photos} numbers above 0, at most "
             f"{MAX_WEIGHT:g}. {_AGAIN}."
         )
     return tuple(weights)
