@@ -103,7 +103,7 @@ def as_weight(tensor: torch.Tensor, key: str, path: Path, dtype: torch.dtype) ->
 def check_finite(weight: torch.Tensor, key: str, path: Path) -> None:
     """Raise CheckpointError for a weight with a value that is no number, or too large for its type."""
     # A sum costs a tenth of looking at each value; only one that overflows by itself needs the closer look.
-    if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all():
+    if not weight.sum().isfinite() and not weight.isfinite().all():
         kind = str(weight.dtype).removeprefix("torch.")
         raise CheckpointError(
             f"{path.name} holds values that are no numbers in {kind}, in {key}. Download or copy the file again; if it "
