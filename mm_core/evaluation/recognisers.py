@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 
 from ..errors import MagicMirrorError, NoFaceError
-from ..faces.analysis import ALIGNED_SIZE, Face, FaceAnalyzer, select_face
+from ..faces.analysis import Face, FaceAnalyzer, select_face
+from ..faces.quality import ALIGNED_SIZE
 
 MIN_SIDE = 300  # pixels: smaller frames are enlarged first, recognisers were trained on faces of 100 px and more
 INSTALL = {  # what pip calls the modules
