@@ -51,6 +51,14 @@ def test_a_setting_of_the_command_line(value: str) -> None:
         load_config(config, {"video.loop.learning_rate": value})
 
 
+@pytest.mark.parametrize("name", ["video.identity_timesteps", "video.loop.betas"])
+def test_a_pair_that_is_none(name: str) -> None:
+    """Found by the campaign: --only yaml --seed 0 --first 220."""
+    config = Path(__file__).parents[1] / "mm_core" / "training" / "configs" / "tiny.yaml"
+    with pytest.raises(SettingError, match=r"it must be two numbers"):
+        load_config(config, {name: "[0]"})
+
+
 @pytest.mark.parametrize("clips", [10**4, 10**12])
 def test_a_shard_is_measured_before_it_is_unpacked(tmp_path: Path, clips: int) -> None:
     header = io.BytesIO()

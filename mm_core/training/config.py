@@ -110,10 +110,11 @@ class StageConfig:
             if len(window) != 4 or not (0 <= window[0] < window[1] and 0 <= window[2] < window[3]):
                 wanted = "each must be two rows and two columns, rising: [2, 7, 3, 13]"
                 raise SettingError(f"motion_windows holds {list(window)}; {wanted}.")
-        low, high = self.identity_timesteps
-        if not 0 <= low < high <= 1000:
-            raise SettingError(f"identity_timesteps is {low}, {high}; it must be two numbers rising within 0 to 1000.")
-        object.__setattr__(self, "identity_timesteps", (low, high))
+        levels = tuple(self.identity_timesteps)
+        if len(levels) != 2 or not 0 <= levels[0] < levels[1] <= 1000:
+            shown = ", ".join(map(str, levels[:4]))
+            raise SettingError(f"identity_timesteps is {shown}; it must be two numbers rising within 0 to 1000.")
+        object.__setattr__(self, "identity_timesteps", levels)
         if self.sampling is not None and not self.identity_weight:
             raise SettingError("sampling is for the identity loss: set identity_weight above 0, or leave sampling out.")
         if self.sampling is not None and self.sampling.clips % self.loop.batch_size:
