@@ -57,6 +57,8 @@ class LoopConfig:
             raise SettingError(f"precision is {self.precision!r}; choose no, bf16 or fp16.")
         if self.optimizer not in OPTIMIZERS:
             raise SettingError(f"optimizer is {self.optimizer!r}; choose {' or '.join(OPTIMIZERS)}.")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise SettingError(f"betas is {list(self.betas[:4])}; it must be two numbers from 0 to below 1.")
         object.__setattr__(self, "betas", tuple(self.betas))
         object.__setattr__(self, "skip_steps", tuple(self.skip_steps))
 
