@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .choices import AS_MODEL, OFFLOADING, PRECISIONS, SCHEDULERS, TINY, VIDEO_FORMATS
 from .errors import MagicMirrorError, packages
-from .files import whole_file
+from .files import atomic_write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -202,7 +202,7 @@ def _save_latents(latents: Tensor, output: Path) -> Path:
     from safetensors.torch import save_file
 
     path = output.with_suffix(".latents.safetensors")
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file({"latents": latents.contiguous()}, temporary)
     return path
 

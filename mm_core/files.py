@@ -91,7 +91,7 @@ def numbered_name(name: str, number: int, suffix: str) -> str:
 
 
 @contextmanager
-def whole_file(target: Path | Numbered) -> Iterator[Path]:
+def atomic_write(target: Path | Numbered) -> Iterator[Path]:
     """A temporary file in the folder of `target` that becomes it, on disk to the last byte, when the block succeeds.
 
     The temporary name is unique on all machines that share the folder; those that killed processes left are swept. A
@@ -122,11 +122,11 @@ def whole_file(target: Path | Numbered) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """An empty folder beside `path` that takes its place when the block ends without error.
 
     Raises:
-        MagicMirrorError: as `whole_file`.
+        MagicMirrorError: as `atomic_write`.
     """
     temporary, old = _unfinished(path.parent, path.name), _unfinished(path.parent, path.name)
     with _explained(path.parent, path.name):
@@ -144,7 +144,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, content: object) -> None:
     """Write JSON, whole or not at all."""
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .errors import MagicMirrorError
-from .files import Numbered, whole_file
+from .files import Numbered, atomic_write
 from .playback import LAYOUTS, Audio, Playback, check_clip, frame_rate
 
 # Where ComfyUI puts the graph into a webp, and where its page looks for it: "prompt:..." in EXIF's Model, anything else
@@ -135,7 +135,7 @@ def write_video(
     clip = _Clip(frames, order * (1 + playback.repeats if format in _CODECS else 1), progress)
     target = Path(target) if isinstance(target, str) else target
     try:
-        with whole_file(target) as temporary:
+        with atomic_write(target) as temporary:
             if format in _CODECS:
                 sound = None if audio is None else _sound_from(audio, order[0] / rate)
                 _write_stream(temporary, clip, rate, _CODECS[format], quality, sound, metadata or {})
@@ -157,7 +157,7 @@ def write_picture(target: Path | Numbered, frame: Tensor | np.ndarray, metadata:
     text = PngInfo()
     for key, value in metadata.items():
         text.add_text(key, value)
-    with whole_file(target) as temporary:
+    with atomic_write(target) as temporary:
         Image.fromarray(_to_uint8(frame)).save(temporary, format="PNG", pnginfo=text)
 
 

@@ -27,11 +27,11 @@ def open_for(model: ModelPatcher, path: Path) -> LoraFile:
 
 def with_lora(model: ModelPatcher, lora: LoraFile, strength: float) -> ModelPatcher:
     """A clone of the MODEL with a LoRA, as core's own loader would put it on."""
-    from ..mm_core.checkpoints.core_keys import core_key
+    from ..mm_core.checkpoints.comfyui_keys import comfyui_key
 
     targets, tensors = {}, {}
     for name, layer in lora.read().items():
-        targets[name] = "diffusion_model." + core_key(f"{name}.weight")
+        targets[name] = "diffusion_model." + comfyui_key(f"{name}.weight")
         tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = layer.down, layer.up
         tensors[f"{name}.alpha"] = torch.tensor(layer.scale * len(layer.down))
     model = model.clone()

@@ -26,7 +26,7 @@ from torch import Tensor
 from .native_base import transformer_of
 
 if TYPE_CHECKING:
-    from ..mm_core.hosts.cogvideox_comfyui import CoreCogVideoX
+    from ..mm_core.hosts.cogvideox_comfyui import ComfyCogVideoX
     from ..mm_core.models.adapter import MagicMirrorAdapter
     from ..mm_core.models.block import FaceState
     from ..mm_core.pipelines.control import Acting, AdapterSettings, Window
@@ -47,12 +47,12 @@ _adapters: weakref.WeakKeyDictionary[MagicMirror, dict[torch.dtype, ModelPatcher
 
 def core_model(mirror: MagicMirror) -> ModelPatcher:
     """The base model of a mirror as ComfyUI's own MODEL, from files with diffusers' key names, of any size."""
-    from ..mm_core.checkpoints.core_keys import core_key
+    from ..mm_core.checkpoints.comfyui_keys import comfyui_key
 
     base = mirror.base
     weights = {}
     for path in base.transformer_files:
-        weights |= {core_key(key): tensor for key, tensor in comfy.utils.load_torch_file(str(path)).items()}
+        weights |= {comfyui_key(key): tensor for key, tensor in comfy.utils.load_torch_file(str(path)).items()}
     config = {name: base.transformer_config[name] for name in _CONFIG if name in base.transformer_config}
     detected = comfy.supported_models.CogVideoX_T2V({"image_model": "cogvideox"} | config)
     detected.latent_format.scale_factor = base.vae_config["scaling_factor"]
@@ -87,11 +87,11 @@ def adapter_of(mirror: MagicMirror, dtype: torch.dtype) -> ModelPatcher:
 
 
 @functools.cache
-def host() -> CoreCogVideoX:
+def host() -> ComfyCogVideoX:
     """The adapter's binding to core's blocks, with core's own attention and positions."""
-    from ..mm_core.hosts.cogvideox_comfyui import CoreCogVideoX
+    from ..mm_core.hosts.cogvideox_comfyui import ComfyCogVideoX
 
-    return CoreCogVideoX(
+    return ComfyCogVideoX(
         attention=optimized_attention, timestep_embedding=comfy.ldm.cogvideo.model.get_timestep_embedding
     )
 
@@ -164,7 +164,7 @@ class _Identity:
     """Around the transformer: puts the rows that carry the identity last, and hands over the state."""
 
     key: str
-    host: CoreCogVideoX
+    host: ComfyCogVideoX
     adapter: MagicMirrorAdapter
     identity: NativeIdentity
     settings: AdapterSettings

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..mm_core.choices import AS_MODEL, SCHEDULERS
 from ..mm_core.errors import DecodeError, SettingError
-from ..mm_core.files import whole_file
+from ..mm_core.files import atomic_write
 from ..mm_core.pipelines.control import AdapterSettings
 from ..mm_core.pipelines.presets import PRESETS, ClipLimits
 from . import runtime
@@ -130,7 +130,7 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
         """A file that core's Load Latent reads."""
         file = runtime.output_file("latents/magic_mirror", ".latent")
         tensors = {"latent_tensor": latent["samples"].contiguous(), "latent_format_version_0": torch.tensor([])}
-        with whole_file(file) as temporary:
+        with atomic_write(file) as temporary:
             temporary.write_bytes(save(tensors, metadata=runtime.workflow_metadata(cls.hidden)))
         return file.path
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mm_core.checkpoints.adapter_file import Trained, save_adapter
-from mm_core.checkpoints.core_keys import core_key
+from mm_core.checkpoints.comfyui_keys import comfyui_key
 from mm_core.models.adapter import MagicMirrorAdapter
 from mm_core.models.config import AdapterConfig
 from mm_core.pipelines import tiny
@@ -75,7 +75,7 @@ def save_bases(models: Path) -> dict[str, tuple[FolderBase, Path]]:
         pipe.save_pretrained(folder)
         if "core" in kind:
             weights = pipe.transformer.state_dict()
-            weights = {core_key(key): tensor.contiguous() for key, tensor in weights.items()}
+            weights = {comfyui_key(key): tensor.contiguous() for key, tensor in weights.items()}
             save_file(weights, models / "diffusion_models" / f"small-{kind}.safetensors")
         trained = Trained(stage="untrained", steps=0, data="seeded noise")
         save_adapter(adapter, path, base_model=f"small-{kind}", trained=trained)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from mm_core import files
 from mm_core.errors import MagicMirrorError
-from mm_core.files import PARTIAL, STALE_SECONDS, Numbered, whole_file, whole_folder, write_json
+from mm_core.files import PARTIAL, STALE_SECONDS, Numbered, atomic_folder, atomic_write, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = 40  # of each writer
@@ -50,11 +50,11 @@ def test_a_numbered_file_takes_the_next_number(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     for wanted in ("anna_00008_.mp4", "anna_00009_.mp4"):
         target = Numbered(tmp_path, "anna", ".mp4")
-        with whole_file(target) as temporary:
+        with atomic_write(target) as temporary:
             temporary.write_bytes(b"clip")
         assert target.path.name == wanted and target.path.read_bytes() == b"clip"
     nameless = Numbered(tmp_path, "", ".mp4")
-    with whole_file(nameless):
+    with atomic_write(nameless):
         pass
     assert nameless.path.name == "00091_.mp4"
 
@@ -63,7 +63,7 @@ def test_a_number_that_is_taken_meanwhile(tmp_path: Path) -> None:
     """By another program, in the moment before the file gets its name: nothing is replaced."""
     target = Numbered(tmp_path, "anna", ".png", first=4)
     (tmp_path / "anna_00004_.png").write_bytes(b"another's")
-    with whole_file(target) as temporary:
+    with atomic_write(target) as temporary:
         temporary.write_bytes(b"mine")
     assert target.path.name == "anna_00005_.png"
     assert (tmp_path / "anna_00004_.png").read_bytes() == b"another's"
@@ -77,14 +77,14 @@ def test_two_processes_saving_one_name(tmp_path: Path, links: bool) -> None:
     code = """
         import os
         from pathlib import Path
-        from mm_core.files import Numbered, whole_file
+        from mm_core.files import Numbered, atomic_write
         if sys.argv[3] == "False":
             def no_links(*_): raise OSError("no hard links here")
             os.link = no_links
         print("ready", flush=True)
         sys.stdin.readline()
         for index in range(40):
-            with whole_file(Numbered(Path(sys.argv[1]), "same", ".txt")) as temporary:
+            with atomic_write(Numbered(Path(sys.argv[1]), "same", ".txt")) as temporary:
                 temporary.write_text(f"{sys.argv[2]} {index}")
     """
     head = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
@@ -107,7 +107,7 @@ def test_two_processes_saving_one_name(tmp_path: Path, links: bool) -> None:
 def test_every_file_has_the_usual_mode(tmp_path: Path) -> None:
     """Also where the library that writes replaces the temporary file by one of its own, which others cannot read."""
     (tmp_path / "plain").touch()
-    with whole_file(tmp_path / "clip") as temporary:
+    with atomic_write(tmp_path / "clip") as temporary:
         private = tmp_path / "private"
         private.touch(mode=0o600)
         os.replace(private, temporary)
@@ -117,7 +117,7 @@ def test_every_file_has_the_usual_mode(tmp_path: Path) -> None:
 
 def test_what_killed_processes_left_is_swept(tmp_path: Path) -> None:
     """After a day; what another process may be writing to, and files of others, stay."""
-    with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "a") as temporary:
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "a") as temporary:
         name = temporary.name
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
@@ -140,7 +140,7 @@ def test_what_safetensors_left_is_swept(tmp_path: Path) -> None:
     left.touch()
     for name, days, kept in (("a.safetensors", 0, True), ("a.json", 2, True), ("a.safetensors", 2, False)):
         os.utime(left, (time.time() - days * 24 * 3600,) * 2)
-        with whole_file(tmp_path / name):
+        with atomic_write(tmp_path / name):
             pass
         assert left.exists() == kept
 
@@ -148,7 +148,7 @@ def test_what_safetensors_left_is_swept(tmp_path: Path) -> None:
 def test_two_processes_never_share_a_temporary_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two containers may have the same process id."""
     monkeypatch.setattr(os, "getpid", lambda: 1)
-    with whole_file(tmp_path / "a") as first, whole_file(tmp_path / "a") as second:
+    with atomic_write(tmp_path / "a") as first, atomic_write(tmp_path / "a") as second:
         assert first != second and first.parent == second.parent == tmp_path
 
 
@@ -162,9 +162,9 @@ def test_long_names(tmp_path: Path) -> None:
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     for content in ("first", "second"):
-        with whole_folder(tmp_path / "model") as temporary:
+        with atomic_folder(tmp_path / "model") as temporary:
             (temporary / "weights").write_text(content)
-    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "model") as temporary:
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "model") as temporary:
         (temporary / "weights").write_text("third")
         raise ZeroDivisionError
     assert (tmp_path / "model" / "weights").read_text() == "second"
@@ -181,14 +181,14 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     ],
 )
 def test_errors_of_the_disk_name_the_file_and_the_remedy(tmp_path: Path, error: Exception, says: str) -> None:
-    with pytest.raises(MagicMirrorError) as raised, whole_file(tmp_path / "clip.mp4"):
+    with pytest.raises(MagicMirrorError) as raised, atomic_write(tmp_path / "clip.mp4"):
         raise error
     assert says in str(raised.value) and f"clip.mp4 in {tmp_path}" in str(raised.value)
     assert not list(tmp_path.iterdir())
 
 
 def test_errors_of_other_files_are_not_taken_for_the_targets(tmp_path: Path) -> None:
-    with pytest.raises(PermissionError), whole_file(tmp_path / "clip.mp4"):
+    with pytest.raises(PermissionError), atomic_write(tmp_path / "clip.mp4"):
         raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere/photo.png")
 
 
@@ -296,7 +296,7 @@ def test_kill_9_leaves_nothing_half_under_a_final_name(tmp_path: Path, writer: s
         READERS[path.suffix](path)
     for left in folder.glob(".*"):
         os.utime(left, (0, 0))
-    with whole_file(folder / "next.safetensors"):
+    with atomic_write(folder / "next.safetensors"):
         pass
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
 

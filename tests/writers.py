@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import save, save_file
 
-from mm_core.files import Numbered, whole_file, write_json
+from mm_core.files import Numbered, atomic_write, write_json
 
 Writer = Callable[[Path], object]
 
@@ -56,7 +56,7 @@ def latent() -> Writer:
     tensors = {"latent_tensor": torch.rand(1, 16, 13, 60, 90)}
 
     def write(folder: Path) -> None:
-        with whole_file(Numbered(folder, "latent", ".latent")) as temporary:
+        with atomic_write(Numbered(folder, "latent", ".latent")) as temporary:
             temporary.write_bytes(save(tensors))
 
     return write
@@ -67,7 +67,7 @@ def weights() -> Writer:
     tensors = {"weight": torch.rand(1000, 1000)}
 
     def write(folder: Path) -> None:
-        with whole_file(folder / "adapter.safetensors") as temporary:
+        with atomic_write(folder / "adapter.safetensors") as temporary:
             save_file(tensors, temporary)
 
     return write

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..errors import CheckpointError
-from ..files import whole_file
+from ..files import atomic_write
 from ..json_file import parse_object
 from ..limits import CONFIG_BYTES, NAME_LENGTH, SIZES
 from ..models.adapter import MagicMirrorAdapter
@@ -85,7 +85,7 @@ def save_adapter(adapter: MagicMirrorAdapter, path: Path, *, base_model: str, tr
     header = AdapterHeader(base_model=base_model, config=adapter.config, trained=trained)
     tensors = {key: tensor.detach().contiguous().cpu() for key, tensor in adapter.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata=header.to_metadata())
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from .core_keys import core_key
+from .comfyui_keys import comfyui_key
 
 TEXT_ENCODER = ("text_encoder", "lora_te")
 """What the keys of the text encoder's layers begin with."""
@@ -51,7 +51,7 @@ def spellings(layers: Iterable[str]) -> dict[str, str]:
     underscores in place of dots."""
     found = {}
     for name in layers:
-        for spelling in (name, core_key(f"{name}.").rstrip(".")):
+        for spelling in (name, comfyui_key(f"{name}.").rstrip(".")):
             found |= {spelling: name, spelling.replace(".", "_"): name}
     return found
 

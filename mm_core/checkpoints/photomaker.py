@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..errors import CheckpointError, downloading
-from ..files import whole_file
+from ..files import atomic_write
 from ..json_file import parse_object
 from ..models.id_encoder import PHOTOMAKER_V2, IDEncoder, IDEncoderConfig
 from .safetensors_file import as_weight, check_tensors, open_safetensors
@@ -55,7 +55,7 @@ def convert_id_encoder(path: Path) -> Path:
         # Clones, since safetensors refuses tensors that share memory.
         tensors |= {f"{part}.{key}": tensor.contiguous().clone() for key, tensor in entries.items()}
     try:
-        with whole_file(copy) as temporary:
+        with atomic_write(copy) as temporary:
             save_file(tensors, temporary)
             _check_copy(temporary, tensors)
     except (OSError, SafetensorError) as error:
@@ -82,7 +82,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 def save_id_encoder(encoder: IDEncoder, path: Path, config: IDEncoderConfig) -> None:
     """A `.safetensors` file of an encoder of any sizes, which it names in its metadata; half precision."""
     weights = {key: tensor.half().contiguous() for key, tensor in encoder.state_dict().items()}
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(weights, temporary, metadata={_CONFIG: json.dumps(dataclasses.asdict(config))})
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from ..files import whole_file
+from ..files import atomic_write
 from .page import render_page
 from .run import Evaluation
 from .scores import ClipScores, summarise
@@ -73,6 +73,6 @@ def _plain(value: Any) -> Any:
 
 
 def _write_whole(path: Path, text: str) -> Path:
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path

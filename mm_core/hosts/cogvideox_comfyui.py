@@ -21,7 +21,7 @@ from .host import Host
 RotaryEmbedding = tuple[Tensor, Tensor]
 
 
-class CoreCogVideoX(Host):
+class ComfyCogVideoX(Host):
     """`comfy.ldm.cogvideo.model.CogVideoXTransformer3DModel`.
 
     Args:
@@ -47,8 +47,8 @@ class CoreCogVideoX(Host):
     def blocks(self, transformer: nn.Module) -> Sequence[nn.Module]:
         return transformer.blocks
 
-    def parts(self, block: nn.Module) -> CoreParts:
-        return CoreParts(self, block, None, {})
+    def parts(self, block: nn.Module) -> ComfyParts:
+        return ComfyParts(self, block, None, {})
 
     def time_embedding(self, transformer: nn.Module, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         net = transformer
@@ -89,17 +89,17 @@ class CoreCogVideoX(Host):
 
             if state is None:
                 return plain(hidden_states, encoder_hidden_states, temb)
-            parts = CoreParts(self, block, image_rotary_emb, options)
+            parts = ComfyParts(self, block, image_rotary_emb, options)
             return run_block(parts, adapter_block, position, state, plain, hidden_states, encoder_hidden_states, temb)
 
         return forward
 
 
-class CoreParts:
+class ComfyParts:
     """Core's block as the parts that the mathematics needs; see `BlockParts`."""
 
     def __init__(
-        self, host: CoreCogVideoX, block: nn.Module, image_rotary_emb: RotaryEmbedding | None, options: dict[str, Any]
+        self, host: ComfyCogVideoX, block: nn.Module, image_rotary_emb: RotaryEmbedding | None, options: dict[str, Any]
     ) -> None:
         self.host, self.block, self.image_rotary_emb, self.options = host, block, image_rotary_emb, options
 

@@ -31,7 +31,7 @@ from ..errors import CheckpointError, MagicMirrorError, NoFaceError, PromptError
 from ..faces.analysis import Face, FaceAnalyzer
 from ..faces.references import Reference, analyse_references
 from ..faces.tracking import find_faces, follow
-from ..files import PARTIAL, whole_file, write_json
+from ..files import PARTIAL, atomic_write, write_json
 from ..memory import compute_dtype, default_device, on_device
 from ..models.id_encoder import IDEncoder, IDEncoderConfig
 from ..pipelines import tiny
@@ -343,7 +343,7 @@ def _check_space(folder: Path, config: TrainingConfig, stage: StageConfig, sampl
 def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     # One entry only: safetensors writes several in no fixed order.
     content = save(tensors, {ROWS: json.dumps(header)})
-    with whole_file(path) as temporary, _writing(path):
+    with atomic_write(path) as temporary, _writing(path):
         temporary.write_bytes(content)
 
 

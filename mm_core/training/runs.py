@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, SettingError
-from ..files import whole_file
+from ..files import atomic_write
 from ..json_file import parse_object, read_object
 
 CHECKPOINTS = "checkpoints"
@@ -84,7 +84,7 @@ def forget_after(path: Path, step: int) -> None:
         if found is None:
             raise SettingError(f"{path} is damaged in line {number}: it must be a JSON object with `step`. Remove it.")
     kept = [line for line, found in zip(lines, steps) if found is not None and found <= step]
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(b"".join(line + b"\n" for line in kept))
 
 

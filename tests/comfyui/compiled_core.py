@@ -20,7 +20,7 @@ from tiny_models import TRANSFORMERS, build_adapter, build_transformer, fill_wit
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
-from mm_core.hosts.cogvideox_comfyui import CoreCogVideoX
+from mm_core.hosts.cogvideox_comfyui import ComfyCogVideoX
 
 
 def graphs(*, adapted: bool, whole: bool) -> list[int]:
@@ -30,7 +30,7 @@ def graphs(*, adapted: bool, whole: bool) -> list[int]:
     )
     fill_with_noise(transformer).requires_grad_(False)
     adapter = build_adapter(build_transformer("5b")).requires_grad_(False)
-    host = CoreCogVideoX(attention=optimized_attention, timestep_embedding=core.get_timestep_embedding)
+    host = ComfyCogVideoX(attention=optimized_attention, timestep_embedding=core.get_timestep_embedding)
     if adapted:
         for position, layer in enumerate(adapter.config.adapted_layers):
             block, ours = transformer.blocks[layer], adapter.blocks[str(layer)]

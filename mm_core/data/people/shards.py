@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 
 from ...errors import MagicMirrorError, SettingError
-from ...files import PARTIAL, whole_file
+from ...files import PARTIAL, atomic_write
 from ..npz import read_frames_array
 from .captions import caption
 from .person import Person
@@ -150,7 +150,7 @@ def write_shard(task: ShardTask) -> int:
 
 def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
     """Write under a temporary name, then rename: the file is there whole or not at all."""
-    with whole_file(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         write(file)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel
 
 from ...errors import SettingError
-from ...files import whole_file, whole_folder
+from ...files import atomic_folder, atomic_write
 from ...pipelines import tiny
 from ...pipelines.prompt import without_trigger
 from ..diffusion import add_noise, alphas_bar, rotary_embedding
@@ -65,7 +65,7 @@ class Latents:
                 pictures = np.stack([clips.frames[rows[i], start[i] : start[i] + frames] for i in chosen])
                 latents = vae.encode(to_unit(pictures).permute(0, 4, 1, 2, 3)).latent_dist.mean
                 parts.append((latents * vae.config.scaling_factor).permute(0, 2, 1, 3, 4).half())
-            with whole_file(cache) as temporary:
+            with atomic_write(cache) as temporary:
                 torch.save({"values": torch.cat(parts)}, temporary)
         content = torch.load(cache, weights_only=True)
         if len(content["values"]) != len(rows):
@@ -213,7 +213,7 @@ def save_base(checkpoint: Path, vae: AutoencoderKLCogVideoX, folder: Path) -> No
         transformer=CogVideoXTransformer3DModel.from_pretrained(checkpoint / "transformer", local_files_only=True),
         scheduler=CogVideoXDDIMScheduler(**tiny.SCHEDULER),
     )
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         pipe.save_pretrained(temporary)
 
 

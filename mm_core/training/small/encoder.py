@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...checkpoints.photomaker import save_id_encoder
 from ...faces.analysis import FaceAnalyzer
 from ...faces.crop import square_crop
-from ...files import whole_file, write_json
+from ...files import atomic_write, write_json
 from ...models.id_encoder import IDEncoder
 from ...pipelines import tiny
 from ..randomness import generator_for, shuffled
@@ -51,7 +51,7 @@ class Faces:
                     face = max(faces, key=lambda face: face.size)
                     rows.append((number, frame, face.box, face.embedding))
             found, frame, box, embedding = map(np.array, zip(*rows))
-            with whole_file(cache) as temporary, temporary.open("wb") as file:
+            with atomic_write(cache) as temporary, temporary.open("wb") as file:
                 np.savez(file, found=found, frame=frame, box=box, embedding=embedding)
         with np.load(cache) as file:
             return cls(**file)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...checkpoints.safetensors_file import read_tensors
 from ...data.people.captions import SMILES
 from ...data.people.scene import ClipDescription, at, eased, sample_clip
-from ...files import whole_file
+from ...files import atomic_write
 from ...pipelines.base import FolderBase
 from ..arcface import align_faces
 from ..diffusion import add_noise, alphas_bar, rotary_embedding
@@ -178,7 +178,7 @@ def crops_of(features: Features, vae: Path, cache: Path) -> Tensor:
             frames = decode_frame(decoder, sample["latents"].float())
             faces = align_faces(frames, sample["landmarks"][::TEMPORAL_COMPRESSION], CROP)
             parts.append((faces.clamp(0, 1) * 255).byte())
-        with whole_file(cache) as temporary:
+        with atomic_write(cache) as temporary:
             save_file({"crops": torch.stack(parts)}, temporary)
     return read_tensors(cache)["crops"]
 

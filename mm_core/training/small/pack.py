@@ -9,7 +9,7 @@ import torch
 
 from ...checkpoints.adapter_file import load_adapter, save_adapter
 from ...checkpoints.photomaker import load_id_encoder, read_id_encoder_config, save_id_encoder
-from ...files import whole_folder, write_json
+from ...files import atomic_folder, write_json
 from ...pipelines import tiny
 from ...pipelines.base import FolderBase, TinyBase
 from ...pipelines.preview import LATENT_RGB, fit_latent_rgb, save_latent_rgb
@@ -23,7 +23,7 @@ def pack(base: Path, id_encoder: Path, adapter: Path, folder: Path) -> TinyBase:
     base: in diffusers' layout. id_encoder, adapter: files trained with it. Raises CheckpointError if one is damaged.
     """
     weights, header = load_adapter(adapter, dtype=torch.float16)
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         packed = TinyBase(temporary)
         pipe = FolderBase(base).load(torch.float16)
         pipe.save_pretrained(temporary)

@@ -13,7 +13,7 @@ _RENAMED = (
 )
 
 
-def core_key(key: str) -> str:
+def comfyui_key(key: str) -> str:
     """The name that core has for a tensor of diffusers' transformer."""
     for theirs, cores in _RENAMED:
         key = key.replace(theirs, cores)
