@@ -14,6 +14,7 @@ from . import runtime
 
 if TYPE_CHECKING:
     from ..mm_core.pipelines.base import BaseModel
+    from .types import Model
 
 AUTO = "auto"
 NONE = "none"
@@ -63,6 +64,16 @@ def find_face_pack(choice: str, base_model: str) -> str:
         packs.sort(key=lambda pack: pack != TINY_FACE_PACK)
     there = (pack for pack in packs if any(onnx_files(root / "models" / pack) for root in roots))
     return next(there, packs[0])
+
+
+def cautions(model: Model) -> list[str]:
+    """What to say of every photo for a model."""
+    if model.mirror.base.name != TINY:
+        return []
+    lines = ["warning: tiny knows rendered people only; a photograph is outside of what it was trained on"]
+    if model.face_pack != TINY_FACE_PACK:
+        lines.append(f"warning: tiny was trained with {TINY_FACE_PACK}; with {model.face_pack} the likeness is lost")
+    return lines
 
 
 def face_root(pack: str) -> Path:
