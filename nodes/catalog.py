@@ -70,9 +70,9 @@ def cautions(model: Model) -> list[str]:
     """What to say of every photo for a model."""
     if model.mirror.base.name != TINY:
         return []
-    lines = ["warning: tiny knows rendered people only; a photograph is outside of what it was trained on"]
+    lines = ["tiny knows rendered people only: a photograph is outside of what it was trained on"]
     if model.face_pack != TINY_FACE_PACK:
-        lines.append(f"warning: tiny was trained with {TINY_FACE_PACK}; with {model.face_pack} the likeness is lost")
+        lines.append(f"tiny was trained with {TINY_FACE_PACK}; with {model.face_pack} the likeness is lost")
     return lines
 
 

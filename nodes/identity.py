@@ -139,7 +139,7 @@ class MagicMirrorExtractFaceEmbedding(io.ComfyNode):
         left_out += [
             f"photo {number}: LEFT OUT, its weight is 0" for number, weight in enumerate(counts or (), 1) if not weight
         ]
-        return cls._output(photos, identity, "\n".join([*catalog.cautions(model), *left_out, identity.report]))
+        return cls._output(photos, identity, "\n".join([*left_out, identity.report, *catalog.cautions(model)]))
 
     @classmethod
     def _output(cls, photos: list[Photo], identity: Identity | None, report: str) -> io.NodeOutput:

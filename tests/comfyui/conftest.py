@@ -68,7 +68,9 @@ def make_graph(portrait: Callable[[str], Path]) -> Callable[..., Graph]:
         for shown in [key for key, node in graph.items() if node["class_type"] == "PreviewAny"]:
             del graph[shown]
         graph.add(graph.id("MagicMirrorExamplePerson"), "LoadImage", image=server.upload_image(portrait(photo)))
-        graph.inputs("MagicMirrorCogVideoXSampler")["steps"] = 3
+        graph.inputs("MagicMirrorCogVideoXSampler").update(
+            width=64, height=64, num_frames=9, steps=3, guidance_scale=3.0, dynamic_guidance=False, scheduler="ddim"
+        )
         return graph
 
     return make

@@ -133,7 +133,7 @@ def test_weighted_photos(
     equal = run(any_server, with_weights(both, ""))
     mixed = with_weights(both, "1, 0.25")
     shown = any_server.run(saving(mixed, "mixed"))["outputs"]
-    assert shown[both.id(EXTRACT)]["text"][0].endswith("weights: photo 1 80%, photo 2 20%")
+    assert shown[both.id(EXTRACT)]["text"][0].splitlines()[-2] == "weights: photo 1 80%, photo 2 20%"
     path = Path(shown["40"]["text"][0].removeprefix("Saved "))
     assert json.loads(metadata_of(path)["weights"]) == [1.0, 0.25]
     frames = run(any_server, mixed)
