@@ -13,7 +13,7 @@ PRECISIONS = ("auto", "bf16", "fp16", "fp32", "fp8")
 
 POLICIES = ("none", "model", "group", "sequential")
 """none: all on the device. model: one model at a time. group: a block at a time, the next one copied meanwhile.
-sequential: a layer at a time, the slowest and smallest."""
+sequential: a layer at a time (a block where it carries an identity), the slowest and smallest."""
 
 OFFLOADING = ("auto", *POLICIES)
 

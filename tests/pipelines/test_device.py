@@ -237,3 +237,19 @@ def test_too_little_memory(
     accelerator.limit_bytes = None
     assert kept(accelerator) == rest
     assert torch.equal(mirror.sample(CLIP, build_identity()), on_cpu("fp32", 0).latents)
+
+
+def test_groups_with_prefetching(
+    accelerator: Accelerator, build: Build, on_cpu: Callable[[str, int], Clip], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, where the next block comes while one computes: right after an error in the very first pass too."""
+    monkeypatch.setattr(memory, "_STREAMING", ("simgpu",))
+    mirror = build(accelerator.device, offload="group")
+    hook = mirror.pipeline.transformer.transformer_blocks[2].ff.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        mirror.sample(CLIP, build_identity(1))
+    hook.remove()
+    assert kept(accelerator) == 0
+    for person in (1, 0):
+        assert torch.equal(mirror.generate(CLIP, build_identity(person)).frames, on_cpu("fp32", person).frames)
+        assert kept(accelerator) == 0
