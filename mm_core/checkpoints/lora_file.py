@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..json_file import parse_object, read_object
 from .lora_keys import TEXT_ENCODER, parse_key, spellings
-from .safetensors_file import KEYS_SHOWN, Shapes, open_safetensors, tensor_shapes
+from .safetensors_file import KEYS_SHOWN, Shapes, as_weight, open_safetensors, tensor_shapes
 
 _CONFIG = "adapter_config.json"
 """What peft writes beside `adapter_model.safetensors`."""
@@ -45,12 +45,20 @@ class LoraFile:
     """The keys of `down`, `up` and perhaps `alpha` of each layer, by diffusers' name of it."""
 
     def read(self) -> dict[str, LoraLayer]:
-        """Every layer by diffusers' name of it, on the CPU, in the file's precision."""
+        """Every layer by diffusers' name of it, on the CPU, in the file's precision.
+
+        Raises CheckpointError for a matrix that is not of finite floating-point numbers.
+        """
+
+        def matrix(key: str) -> Tensor:
+            tensor = file.get_tensor(key)
+            return as_weight(tensor, key, self.path, tensor.dtype)
+
         with open_safetensors(self.path) as file:
             config = _trainers_config(self.path, file.metadata() or {})
             layers = {}
             for name, keys in self.keys.items():
-                down, up = file.get_tensor(keys["down"]), file.get_tensor(keys["up"])
+                down, up = matrix(keys["down"]), matrix(keys["up"])
                 alpha = file.get_tensor(keys["alpha"]).item() if "alpha" in keys else None
                 layers[name] = LoraLayer(down, up, _scale(config, name, len(down), alpha))
         return layers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -170,6 +170,19 @@ def test_refused(tmp_path: Path, tensors: dict[str, Tensor], message: str) -> No
     save_file(tensors, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match=message):
         open_lora(tmp_path / "other.safetensors", SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda x: x.index_fill(1, torch.tensor([2]), torch.nan), "no numbers"), (Tensor.int, "not a floating-point")],
+    ids=["NaN", "whole numbers"],
+)
+def test_matrices_that_are_no_numbers(tmp_path: Path, change: Callable[[Tensor], Tensor], message: str) -> None:
+    matrices = layer("transformer_blocks.0.attn1.to_q")
+    matrices["transformer_blocks.0.attn1.to_q.lora_B.weight"] = change(noise(32, RANK))
+    save_file(matrices, tmp_path / "bad.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{message}.*lora_B|lora_B.*{message}"):
+        open_lora(tmp_path / "bad.safetensors", SHAPES).read()
 
 
 def test_a_text_encoders_layers_are_left_out(tmp_path: Path) -> None:
