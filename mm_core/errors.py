@@ -16,6 +16,9 @@ class MagicMirrorError(Exception):
         key: the name of the same template in other languages (`magicMirror.errors` in locales/*/main.json).
     """
 
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = "MagicMirror"  # ComfyUI shows it before the name: not the path that the pack is in
+
     def __init__(self, message: str, *, key: str | None = None, **values: object) -> None:
         super().__init__(message.format(**values) if key else message)
         self.key = key

@@ -72,7 +72,7 @@ def cautions(model: Model) -> list[str]:
         return []
     lines = ["tiny knows rendered people only: a photograph is outside of what it was trained on"]
     if model.face_pack != TINY_FACE_PACK:
-        lines.append(f"tiny was trained with {TINY_FACE_PACK}; with {model.face_pack} the likeness is lost")
+        lines.append(f"tiny was trained with {TINY_FACE_PACK}; with {model.face_pack} expect less likeness")
     return lines
 
 

@@ -10,6 +10,8 @@ from ..mm_core.pipelines.control import BALANCED, CONTROLS, CUSTOM, MAX_STRENGTH
 from . import runtime
 from .types import CATEGORY, ControlSocket, advanced, with_aliases
 
+MAX_WEIGHT = 2.0
+
 
 class MagicMirrorControl(io.ComfyNode):
     """A preset, or a strength, start and end for each part of the identity -> control."""
@@ -34,14 +36,25 @@ class MagicMirrorControl(io.ComfyNode):
                 *_part("identity", "how far the person's word becomes this person.", "the plain prompt is read."),
                 *_part("can", "how strongly the identity shifts the statistics of each layer (CAN).", "CAN is off."),
                 *_part("ip", "how strongly the video attends to the face itself.", "there is no face to attend to."),
+                *_switches(),
             ],
             outputs=[ControlSocket.Output(display_name="control", tooltip="For Apply CAN Adapter, on either route.")],
         )
         return with_aliases(schema, "identity strength", "preset", "start percent", "end percent", "schedule")
 
     @classmethod
-    def execute(cls, preset: str, **custom: float) -> io.NodeOutput:
+    def execute(
+        cls,
+        preset: str,
+        identity_in_negative: bool = False,
+        id_branch: bool = True,
+        structure_branch: bool = True,
+        face_modulation: bool = True,
+        can: bool = True,
+        **custom: float,
+    ) -> io.NodeOutput:
         settings = _custom_settings(**custom) if preset == CUSTOM else CONTROLS[preset]
+        settings = _switched(settings, identity_in_negative, id_branch, structure_branch, face_modulation, can)
         return io.NodeOutput(settings, ui=runtime.show(f"{preset}: {settings.summary()}"))
 
 
@@ -79,13 +92,20 @@ def _custom_settings(
 
 
 def adapter_inputs() -> list[io.Input]:
-    """What both Apply nodes have, beside `control_input`, for `adapter_settings`."""
-    return [
+    """What both Apply nodes have, beside `control_inputs`, for `adapter_settings`: for who wants more than those."""
+    parts = [
         _strength("identity_scale", "How far the person's word in the prompt becomes this person."),
         _strength("can_scale", "How strongly the identity shifts the statistics of each layer (CAN)."),
         _strength("ip_scale", "How strongly the video attends to the face itself."),
         _position("start_percent", 0.0, "Before this part of the steps the base model runs alone."),
         _position("end_percent", 1.0, "After this part of the steps it does again."),
+    ]
+    return [advanced(item) for item in parts] + _switches()
+
+
+def _switches() -> list[io.Input]:
+    """What is for research."""
+    return [
         _switch("identity_in_negative", False, "Give the negative prompt's half the identity too."),
         _switch("id_branch", True, "Ablation: the recogniser's embedding, in the prompt and in CAN."),
         _switch("structure_branch", True, "Ablation: the face's structure, and the attention to it."),
@@ -94,11 +114,30 @@ def adapter_inputs() -> list[io.Input]:
     ]
 
 
-def control_input() -> io.Input:
-    """The last input of an Apply node: workflows of before have none."""
-    return ControlSocket.Input(
-        "control", optional=True, tooltip="From Control: takes the place of the three strengths, start and end here."
-    )
+def control_inputs() -> list[io.Input]:
+    """The last inputs of an Apply node: workflows of before have none of them."""
+    return [
+        ControlSocket.Input(
+            "control", optional=True, tooltip="From Control: takes the place of all strengths, start and end here."
+        ),
+        io.Float.Input(
+            "weight",
+            default=1.0,
+            min=0.0,
+            max=MAX_WEIGHT,
+            step=0.05,
+            optional=True,
+            tooltip="How strongly the person acts, in all parts. 0 (off) to 2; 1 as trained.",
+        ),
+        io.Combo.Input(
+            "preset",
+            options=[*CONTROLS],
+            default=BALANCED,
+            optional=True,
+            tooltip="balanced: as trained. likeness first: closer to the photo. motion first: livelier, closer to the "
+            "prompt. Starting points, not measured optima.",
+        ),
+    ]
 
 
 def adapter_settings(
@@ -114,23 +153,49 @@ def adapter_settings(
     structure_branch: bool = True,
     face_modulation: bool = True,
     can: bool = True,
+    weight: float = 1.0,
+    preset: str = BALANCED,
 ) -> AdapterSettings:
-    """The values of `adapter_inputs` and `control_input`. Raises SettingError for one out of its range."""
+    """The values of `adapter_inputs` and `control_inputs`. Raises SettingError for one out of its range."""
     if control is None:
+        chosen = CONTROLS[preset]
+
+        def within(window: Window | None) -> Window | None:
+            """The part of a preset's window in that of the node."""
+            if window is None:
+                return None
+            start = max(window.start, start_percent)
+            return Window(start, max(start, min(window.end, end_percent)))
+
         control = AdapterSettings(
-            identity_scale=identity_scale,
-            can_scale=can_scale,
-            ip_scale=ip_scale,
+            identity_scale=weight * chosen.identity_scale * identity_scale,
+            can_scale=weight * chosen.can_scale * can_scale,
+            ip_scale=weight * chosen.ip_scale * ip_scale,
             start=start_percent,
             end=end_percent,
+            identity_window=within(chosen.identity_window),
+            can_window=within(chosen.can_window),
+            ip_window=within(chosen.ip_window),
         )
+    return _switched(control, identity_in_negative, id_branch, structure_branch, face_modulation, can)
+
+
+def _switched(
+    settings: AdapterSettings,
+    identity_in_negative: bool,
+    id_branch: bool,
+    structure_branch: bool,
+    face_modulation: bool,
+    can: bool,
+) -> AdapterSettings:
+    """Settings with the values of `_switches`: what is off here or there is off."""
     return dataclasses.replace(
-        control,
-        in_negative=identity_in_negative,
-        id_branch=id_branch,
-        structure_branch=structure_branch,
-        face_modulation=face_modulation,
-        can=can,
+        settings,
+        in_negative=settings.in_negative or identity_in_negative,
+        id_branch=settings.id_branch and id_branch,
+        structure_branch=settings.structure_branch and structure_branch,
+        face_modulation=settings.face_modulation and face_modulation,
+        can=settings.can and can,
     )
 
 

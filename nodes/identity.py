@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..mm_core.errors import NoFaceError, SettingError, packages
 from . import catalog, runtime
-from .control import adapter_inputs, adapter_settings, control_input
+from .control import adapter_inputs, adapter_settings, control_inputs
 from .convert import image_from_photos, photos_from_images
 from .types import CATEGORY, IdentitySocket, Model, ModelSocket, Person, advanced, with_aliases
 
@@ -168,7 +168,7 @@ class MagicMirrorApplyCANAdapter(io.ComfyNode):
                 ModelSocket.Input("model", tooltip="From Load MagicMirror; it stays as it is."),
                 IdentitySocket.Input("identity", tooltip="From Extract Face Embedding; replaces an earlier one."),
                 *adapter_inputs(),
-                control_input(),
+                *control_inputs(),
             ],
             outputs=[ModelSocket.Output(display_name="model", tooltip="For the sampler.")],
         )
@@ -176,7 +176,7 @@ class MagicMirrorApplyCANAdapter(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Model, identity: Person, control: AdapterSettings | None = None, **strengths: float | bool
+        cls, model: Model, identity: Person, control: AdapterSettings | None = None, **strengths: float | bool | str
     ) -> io.NodeOutput:
         settings = adapter_settings(control, **strengths)
         return io.NodeOutput(dataclasses.replace(model, identity=identity.identity, settings=settings))

@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..mm_core.errors import CheckpointError, SettingError
 from . import native_base, native_lora, native_model, native_sampling, runtime
-from .control import adapter_inputs, adapter_settings, control_input
+from .control import adapter_inputs, adapter_settings, control_inputs
 from .types import CATEGORY, IdentitySocket, Model, ModelSocket, Person, with_aliases
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class MagicMirrorApplyNative(io.ComfyNode):
                     tooltip="T5-XXL from the core's Load CLIP, type cogvideox. Without one, the base model's own "
                     "encoder does.",
                 ),
-                control_input(),
+                *control_inputs(),
             ],
             outputs=[
                 io.Model.Output(display_name="model"),
@@ -95,7 +95,7 @@ class MagicMirrorApplyNative(io.ComfyNode):
         prompt: str,
         clip: Any = None,
         control: AdapterSettings | None = None,
-        **strengths: float | bool,
+        **strengths: float | bool | str,
     ) -> io.NodeOutput:
         from ..mm_core.pipelines.prompt import without_trigger
 

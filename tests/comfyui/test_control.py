@@ -56,3 +56,25 @@ def test_a_preset_shows_and_is_its_numbers(server: ComfyServer, graph: Any, run:
 def test_a_start_after_the_end(server: ComfyServer, graph: Any) -> None:
     with pytest.raises(ExecutionFailed, match=r"can_start \(0.9\) is after end \(0.2\); swap them"):
         server.run(controlled(graph, preset="custom", can_start_percent=0.9, can_end_percent=0.2))
+
+
+def test_a_weight_and_a_preset_of_the_node_itself(server: ComfyServer, graph: Any, run: Run) -> None:
+    """They multiply what the advanced inputs say, and a preset's windows lie in the node's own."""
+    graph.inputs(APPLY).update(can_scale=1.5, start_percent=0.1)
+    own = graph.copy()
+    own.inputs(APPLY).update(weight=0.5, preset="motion first")
+    starts = {f"{part}_start_percent": 0.1 for part in PARTS}
+    numbers = dict(identity_scale=0.5, can_scale=0.6, can_end_percent=0.6, ip_scale=0.4, ip_end_percent=0.6)
+    same = controlled(graph, preset="custom", **numbers, **starts)
+    frames = run(server, own)
+    assert np.array_equal(frames, run(server, same))
+    assert not np.array_equal(frames, run(server, graph))
+
+
+def test_switches_of_either_node(server: ComfyServer, graph: Any, run: Run) -> None:
+    """What is off on Control is off, as on Apply."""
+    here, there = controlled(graph, preset="balanced"), controlled(graph, preset="balanced", structure_branch=False)
+    here.inputs(APPLY)["structure_branch"] = False
+    frames = run(server, here)
+    assert np.array_equal(frames, run(server, there))
+    assert not np.array_equal(frames, run(server, graph))

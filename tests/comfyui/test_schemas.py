@@ -20,13 +20,14 @@ NODES = {
     ),
     "MagicMirrorApplyCANAdapter": (
         "model identity identity_scale can_scale ip_scale start_percent end_percent",
-        "identity_in_negative id_branch structure_branch face_modulation can control",
+        "identity_in_negative id_branch structure_branch face_modulation can control weight preset",
         ["MAGICMIRROR_MODEL"],
     ),
     "MagicMirrorControl": (
         "preset",
         "identity_scale identity_start_percent identity_end_percent can_scale can_start_percent can_end_percent "
-        "ip_scale ip_start_percent ip_end_percent",
+        "ip_scale ip_start_percent ip_end_percent "
+        "identity_in_negative id_branch structure_branch face_modulation can",
         ["MAGICMIRROR_CONTROL"],
     ),
     "MagicMirrorLoRA": ("model lora_name strength", "", ["MAGICMIRROR_MODEL,MODEL", "STRING"]),
@@ -54,7 +55,7 @@ NATIVE = {
     "MagicMirrorNativeModel": ("magic_mirror", "", ["MODEL"]),
     "MagicMirrorApplyNative": (
         "model magic_mirror identity prompt identity_scale can_scale ip_scale start_percent end_percent",
-        "identity_in_negative id_branch structure_branch face_modulation can clip control",
+        "identity_in_negative id_branch structure_branch face_modulation can clip control weight preset",
         ["MODEL", "CONDITIONING"],
     ),
     "MagicMirrorEncodePrompt": ("magic_mirror text", "", ["CONDITIONING"]),
@@ -90,6 +91,9 @@ ON_DEMAND = (
     "weights", "pingpong", "loop_count", "skip_first_frames", "skip_last_frames", "trim_to_audio", "save_output",
 )  # fmt: skip
 """And these of other nodes."""
+APPLY_NODES = ("MagicMirrorApplyCANAdapter", "MagicMirrorApplyNative")
+STRENGTHS = ("identity_scale", "can_scale", "ip_scale", "start_percent", "end_percent")
+"""Theirs on demand, though saved workflows have them as required ones: weight and preset are what is seen."""
 
 
 def test_no_other_nodes(server: ComfyServer, old_server: ComfyServer) -> None:
@@ -136,6 +140,7 @@ def check_explained(node: str, info: dict) -> None:
     for section in ("required", "optional"):
         for name, (_, options) in info["input"].get(section, {}).items():
             assert options.get("tooltip"), name
-            hidden = name in ON_DEMAND or (name not in ("clip", "control", "model") and node in EXPERT)
-            expert = section == "optional" and hidden
+            seen = ("clip", "control", "model", *(("weight", "preset") if node in APPLY_NODES else ()))
+            hidden = name in ON_DEMAND or (name not in seen and node in EXPERT)
+            expert = (section == "optional" and hidden) or (node in APPLY_NODES and name in STRENGTHS)
             assert bool(options.get("advanced")) == expert, name
