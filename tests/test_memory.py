@@ -256,14 +256,16 @@ before = kilobytes("VmRSS")
 adapter, _ = load_adapter(path)
 for parameter in adapter.parameters():
     parameter.sum()  # a mapped file counts once it is read
-print((kilobytes("VmHWM") - before) * 1024)
+gc.collect()
+print((kilobytes("VmHWM") - before) * 1024, (kilobytes("VmRSS") - before) * 1024)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize(("stored", "copies"), [(torch.float32, 1.25), (torch.bfloat16, 1.75)])
+@pytest.mark.parametrize(("stored", "copies"), [(torch.float32, 2.25), (torch.bfloat16, 1.75)])
 def test_loading_holds_one_copy(tmp_path: Path, stored: torch.dtype, copies: float) -> None:
-    """Loading an adapter takes the memory of its weights once, and half again for a file of half the precision."""
+    """Loading an adapter takes the memory of its weights once; meanwhile the file is mapped beside it, in pages that
+    the system takes back where memory is short."""
     sizes = dict(num_attention_heads=1, attention_head_dim=8, num_layers=1, time_embed_dim=8, text_embed_dim=3072)
     config = AdapterConfig.for_base(sizes, id_token_dim=8, perceiver_dim=8, perceiver_dim_head=8, can_hidden_dim=8)
     adapter = MagicMirrorAdapter(config).to(stored)
@@ -277,8 +279,9 @@ def test_loading_holds_one_copy(tmp_path: Path, stored: torch.dtype, copies: flo
     env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     # What the first load lets go late makes the second seem smaller, never larger: the largest of three counts.
     runs = [subprocess.run(command, cwd=root, env=env, check=True, capture_output=True, text=True) for _ in range(3)]
-    growth = max(int(run.stdout) for run in runs)
-    assert 0.75 * size < growth < copies * size
+    peak, kept = (max(int(run.stdout.split()[place]) for run in runs) for place in (0, 1))
+    assert 0.75 * size < kept < 1.25 * size
+    assert peak < copies * size
 
 
 @pytest.fixture(scope="module")

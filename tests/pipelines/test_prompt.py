@@ -6,7 +6,8 @@ import contextlib
 import time
 
 import pytest
-from transformers import PreTrainedTokenizerBase, T5Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mm_core.errors import PromptError
 from mm_core.pipelines.prompt import IDENTITY_WORDS, explain_prompt, identity_tokens, mark_identity, without_trigger
@@ -15,13 +16,18 @@ from mm_core.pipelines.tiny import build_tokenizer
 LENGTH = 226
 
 
-def t5_tokenizer() -> T5Tokenizer:
-    """T5's own tokenizer class with a vocabulary that knows some words whole and splits "wizard" in two."""
+def t5_tokenizer() -> PreTrainedTokenizerBase:
+    """T5's own steps with a vocabulary that knows some words whole and splits "wizard" in two."""
     pieces = ["a", "man", "old", "wiz", "reading", "in", "the", "rain", "woman"]
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     vocabulary += [(f"▁{piece}", -3.0) for piece in pieces]
     vocabulary += [("ard", -3.0), ("'", -4.0), ("s", -4.0), (",", -3.0), (".", -3.0)]
-    return T5Tokenizer(vocab=vocabulary, extra_ids=0)
+    # The class that makes these steps takes a vocabulary since transformers 5 only.
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2, byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 TOKENIZERS = {"tiny": build_tokenizer, "t5": t5_tokenizer}
