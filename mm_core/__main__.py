@@ -51,6 +51,8 @@ def generate(args: argparse.Namespace) -> None:
         raise MagicMirrorError(f"The output is {output.name}; its ending must be one of {', '.join(VIDEO_FORMATS)}.")
     if not output.absolute().parent.is_dir():
         raise MagicMirrorError(f"The folder {output.absolute().parent} of the output does not exist; make it first.")
+    if output.is_dir():
+        raise MagicMirrorError(f"The output {output} is a folder; give a file in it, or another name.")
     if args.weights:
         check_weights(args.weights, len(args.reference))
     model = MagicMirror(
@@ -147,15 +149,23 @@ def _base(args: argparse.Namespace) -> BaseModel:
     from .pipelines.base import FileBase, FolderBase, TinyBase, download_folder
     from .pipelines.presets import PRESETS
 
+    path = Path(args.base)
+    parts = {"--text-encoder": args.text_encoder, "--vae": args.vae, "--tokenizer": args.tokenizer}
+    given = [name for name, value in parts.items() if value]
+    if args.base != TINY and path.is_file():
+        if len(given) < len(parts):
+            missing = ", ".join(name for name in parts if name not in given)
+            raise MagicMirrorError(f"{path.name} holds the transformer only: give {missing} too.")
+        return FileBase(
+            transformer=path, text_encoder=args.text_encoder, vae=args.vae, tokenizer_folder=args.tokenizer
+        )
+    if given:
+        raise MagicMirrorError(
+            f"{given[0]} is {parts[given[0]]}, but the base is {args.base}: only one that is a single file takes it. "
+            "Leave it out."
+        )
     if args.base == TINY:
         return TinyBase()
-    path = Path(args.base)
-    if path.is_file():
-        parts = {"text_encoder": args.text_encoder, "vae": args.vae, "tokenizer_folder": args.tokenizer}
-        missing = [f"--{name.removesuffix('_folder').replace('_', '-')}" for name, value in parts.items() if not value]
-        if missing:
-            raise MagicMirrorError(f"{path.name} holds the transformer only: give {', '.join(missing)} too.")
-        return FileBase(transformer=path, **parts)
     repos = {preset.repo for preset in PRESETS.values()}
     if args.base in repos:
         path = DOWNLOADS / path.name

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_LONGEST_WORD = 1000  # a path has 4,096 characters at most, and none is so long
+_ENDLESS = re.compile(rf"(\S{{200}})\S{{{_LONGEST_WORD},}}")
+_UNPRINTABLE = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\ud800-\\udfff]")
+
+
+def printable(text: str) -> str:
+    """The text with control characters and halves of characters as escapes: a log in UTF-8 fails at the latter, and
+    the thread of ComfyUI that runs prompts ends with that."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class MagicMirrorError(Exception):
@@ -20,7 +31,8 @@ class MagicMirrorError(Exception):
         cls.__module__ = "MagicMirror"  # ComfyUI shows it before the name: not the path that the pack is in
 
     def __init__(self, message: str, *, key: str | None = None, **values: object) -> None:
-        super().__init__(message.format(**values) if key else message)
+        text = printable(message.format(**values) if key else message)
+        super().__init__(_ENDLESS.sub(r"\1...", text))
         self.key = key
         self.values = values
 
@@ -69,6 +81,11 @@ class OutOfMemoryError(MagicMirrorError):
     """A device, or the machine, has too little memory for what was asked."""
 
 
+def reason(error: Exception) -> str:
+    """What an error says, without the number and the name that those of the system repeat."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
 @contextmanager
 def downloading(what: str) -> Iterator[None]:
     """Around a download: whatever stops it becomes a MagicMirrorError that says what was being fetched."""
@@ -82,9 +99,17 @@ def downloading(what: str) -> Iterator[None]:
 
 @contextmanager
 def packages() -> Iterator[None]:
-    """Around all that a node or a command does: a missing package becomes a message that says what to install."""
+    """Around all that a node or a command does: a missing package becomes a message that says what to install, and
+    what the system says of a file one that names it."""
     try:
         yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise MagicMirrorError(
+            f"{error.filename} cannot be used: {reason(error)}. Give another path, or let the user that runs this "
+            "read and write there."
+        ) from error
     except (ImportError, RuntimeError) as error:  # diffusers imports late, and wraps what fails then in the second
         missing = _root_import_error(error)
         if missing is None:

@@ -71,6 +71,11 @@ def _mask_of(mask: Tensor, row: int, image: Tensor, number: int) -> Tensor | Non
     if not bool(mask.any()):
         return None
     own = mask[min(row, len(mask) - 1)] if mask.ndim == 3 else mask
+    if not bool(torch.isfinite(own).all()):
+        raise MagicMirrorError(
+            f"the mask of picture {number} has values that are no numbers (NaN or infinite). Connect the mask of the "
+            "same Load Image"
+        )
     if own.shape != image.shape[:2]:
         raise MagicMirrorError(
             f"the mask of picture {number} has the shape {tuple(own.shape)}, its picture {tuple(image.shape[:2])} "

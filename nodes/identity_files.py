@@ -40,7 +40,7 @@ class MagicMirrorSaveIdentity(io.ComfyNode):
         return with_aliases(schema, "save person", "save face embedding", "export identity")
 
     @classmethod
-    def validate_inputs(cls, filename_prefix: str | None) -> bool | str:
+    def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
         """A name that no file may have is told before anything runs."""
         return runtime.prefix_problem(filename_prefix, SUFFIX, runtime.IDENTITIES) or True
 
@@ -84,7 +84,7 @@ class MagicMirrorLoadIdentity(io.ComfyNode):
         return with_aliases(schema, "load person", "load face embedding", "import identity")
 
     @classmethod
-    def validate_inputs(cls, file: str | None) -> bool | str:
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
         """A missing file is told before anything runs; the list of files may be older than the file."""
         if file is None:  # it comes from another node
             return True

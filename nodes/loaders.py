@@ -42,7 +42,9 @@ class MagicMirrorLoader(io.ComfyNode):
         return with_aliases(schema, "magic mirror", "cogvideox", "identity video", "id-preserving video")
 
     @classmethod
-    def validate_inputs(cls, base_model: str | None, adapter: str | None, id_encoder: str | None) -> bool | str:
+    def validate_inputs(
+        cls, base_model: str | None = None, adapter: str | None = None, id_encoder: str | None = None
+    ) -> bool | str:
         """Names that lead out of their folders are told before anything runs; None comes from another node, and
         `execute` looks at it. Others that are not in the lists pass: `execute` says into which folder the missing file
         belongs, and may download it. The inputs that are not looked at here must be in their lists, ComfyUI sees to it.

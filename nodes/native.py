@@ -223,6 +223,12 @@ class MagicMirrorDecode(io.ComfyNode):
     @classmethod
     def execute(cls, magic_mirror: Model, samples: dict[str, Any]) -> io.NodeOutput:
         mirror, latents = magic_mirror.mirror, samples["samples"]
+        channels = mirror.base.transformer_config["in_channels"]
+        if latents.ndim != 5 or latents.shape[1] != channels or 0 in latents.shape[2:]:
+            raise SettingError(
+                f"The latents have the shape {tuple(latents.shape)}; {mirror.base.name} decodes (1, {channels}, "
+                "frames, height, width). Connect what its own sampler gives."
+            )
         if len(latents) != 1:
             raise SettingError(f"There are {len(latents)} latents; one clip at a time is decoded.")
         if latents.shape[2] % 2 == 0:  # 1.5 fills up to whole patches in front

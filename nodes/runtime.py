@@ -23,11 +23,12 @@ from comfy_api.latest import io, ui
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ..mm_core.errors import CheckpointError, MagicMirrorError, SettingError, packages
+from ..mm_core.errors import CheckpointError, MagicMirrorError, SettingError, packages, printable
 from ..mm_core.filenames import expand, locate
 from ..mm_core.files import Numbered
 from ..mm_core.folders import check_name
 from ..mm_core.names import is_below
+from .inputs import check_inputs
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -58,6 +59,7 @@ def in_users_language(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     def speaking(cls: type[io.ComfyNode], *arguments: object, **inputs: object) -> io.NodeOutput:
         try:
             with packages():
+                check_inputs(cls, inputs)
                 return execute(cls, *arguments, **inputs)
         except MagicMirrorError as error:
             english, text = str(error), translated(error)
@@ -76,7 +78,7 @@ def translated(error: MagicMirrorError) -> str:
     if error.key is None or language not in {folder.name for folder in _LOCALES.iterdir()}:
         return str(error)
     texts = json.loads((_LOCALES / language / "main.json").read_text(encoding="utf-8"))
-    return texts["magicMirror"]["errors"][error.key].format(**error.values)
+    return printable(texts["magicMirror"]["errors"][error.key].format(**error.values))
 
 
 def _language() -> str:
@@ -216,6 +218,7 @@ def frames_callback() -> Callable[[int, int], None]:
 
 def show(text: str, *, warn: bool = False) -> ui.PreviewText:
     """Write a text into the log and onto the executing node; the result, as the node's ui, puts it into the history."""
+    text = printable(text)
     log.log(logging.WARNING if warn else logging.INFO, "MagicMirror: %s", text)
     context, page = get_executing_context(), PromptServer.instance
     if context is not None and page.client_id is not None:
@@ -275,7 +278,7 @@ def prefix_problem(prefix: str | None, suffix: str, kind: str | None = None) -> 
 
     kind: of models; None for the output folder.
     """
-    if prefix is None:
+    if not isinstance(prefix, str):  # connected, missing, or no text: ComfyUI tells
         return None
     try:
         output_file(prefix, suffix) if kind is None else new_model_file(kind, prefix, suffix)

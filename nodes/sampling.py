@@ -57,14 +57,15 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
         return with_aliases(schema, "magic mirror sampler", "cogvideox", "text to video", "t2v")
 
     @classmethod
-    def validate_inputs(cls, num_frames: int | None) -> bool | str:
+    def validate_inputs(cls, num_frames: int | None = None) -> bool | str:
         """Refuse lengths that no base model makes. None: connected, not known yet. 0: as the model.
 
         What is refused here shows once for each input that is named; sizes wait for the model, which has limits of its
         own.
         """
         try:
-            _COMMON_LIMITS.check(width=16, height=16, num_frames=num_frames or 1)
+            known = isinstance(num_frames, int) and num_frames != 0  # what is no number, ComfyUI has told
+            _COMMON_LIMITS.check(width=16, height=16, num_frames=num_frames if known else 1)
         except SettingError as error:
             return runtime.translated(error)
         return True

@@ -67,6 +67,11 @@ class MagicMirrorScoreIdentity(io.ComfyNode):
         return with_aliases(schema, "likeness", "face similarity", "best of", "identity score", "arcface")
 
     @classmethod
+    def validate_inputs(cls, threshold: float | None = None) -> bool | str:
+        """What is no cosine is told before a clip is sampled; None comes from another node."""
+        return _threshold_problem(threshold) or True
+
+    @classmethod
     def execute(
         cls,
         model: Model,
@@ -79,6 +84,8 @@ class MagicMirrorScoreIdentity(io.ComfyNode):
     ) -> io.NodeOutput:
         if identity.identity is None:
             raise MagicMirrorError(NOBODY)
+        if problem := _threshold_problem(threshold):
+            raise SettingError(problem)
         if identity.identity.face_pack != model.face_pack:
             raise SettingError(
                 f"The identity was made with the face models {identity.identity.face_pack}, the model has "
@@ -109,3 +116,9 @@ class MagicMirrorScoreIdentity(io.ComfyNode):
         shown = ui.PreviewImage(plot).as_dict() | runtime.show(result.summary, warn=not result.passed).as_dict()
         report = json.dumps(result.to_json())
         return io.NodeOutput(best, plot, result.passed, result.best, result.score, report, ui=shown)
+
+
+def _threshold_problem(threshold: float | None) -> str | None:
+    if not isinstance(threshold, (int, float)) or -1 <= threshold <= 1:  # what is no number, ComfyUI has told
+        return None
+    return f"threshold is {threshold}; it must be a number from -1 to 1."

@@ -43,14 +43,19 @@ class MagicMirrorVideoCombine(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, filename_prefix: str | None, frame_rate: float | None, format: str | None, audio: object = _NOT_CONNECTED
+        cls,
+        filename_prefix: str | None = None,
+        frame_rate: float | None = None,
+        format: str | None = None,
+        audio: object = _NOT_CONNECTED,
     ) -> bool | str:
-        """Refuse what makes no file before anything runs; connected inputs are not known yet, and None."""
+        """Refuse what makes no file before anything runs; connected inputs are not known yet, and None. A rate that is
+        no number, ComfyUI has told."""
         has_sound = audio is not _NOT_CONNECTED and format is not None
+        rate = frame_rate if isinstance(frame_rate, (int, float)) else 1.0
+        name = VIDEO_FORMATS[0] if format is None else str(format)
         try:
-            check_format(
-                1.0 if frame_rate is None else frame_rate, format or VIDEO_FORMATS[0], quality=0, has_sound=has_sound
-            )
+            check_format(rate, name, quality=0, has_sound=has_sound)
         except SettingError as error:
             return runtime.translated(error)
         return runtime.prefix_problem(filename_prefix, f".{format}") or True
@@ -74,6 +79,7 @@ class MagicMirrorVideoCombine(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..mm_core.video import write_picture, write_video
 
+        check_format(frame_rate, format, quality=quality, has_sound=audio is not None)
         frames = images[..., :3]
         check_frames(tuple(frames.shape), format)
         sound = None if audio is None else sound_from_audio(audio)

@@ -123,6 +123,10 @@ class ComfyClient:
         """Cancel what is being executed."""
         self._post("/interrupt", {})
 
+    def delete(self, prompt_id: str) -> None:
+        """Take a workflow that waits out of the queue."""
+        self._post("/queue", {"delete": [prompt_id]})
+
     def free(self) -> None:
         """Ask for models to be unloaded and cached results dropped, as the "free memory" button does."""
         self._post("/free", {"unload_models": True, "free_memory": True})
@@ -207,6 +211,13 @@ class ComfyServer(ComfyClient):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stop()
+
+    @property
+    def pid(self) -> int:
+        """The number of the running process."""
+        if self._process is None:
+            raise ServerFailed("ComfyUI is not running.")
+        return self._process.pid
 
     def log_text(self) -> str:
         """What ComfyUI has printed so far, without colour codes."""

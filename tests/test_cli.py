@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from mm_core.__main__ import main
 from mm_core.pipelines.base import TinyBase
+from mm_core.pipelines.clip import Clip
+from mm_core.pipelines.magic_mirror import MagicMirror
 from mm_core.pipelines.tiny import TRANSFORMER
 
 STEPS = ("--steps", "2", "--frames", "9", "--face-pack", "buffalo_sc")
@@ -70,10 +72,16 @@ def test_the_ending_chooses_the_format(arguments: list[str], tmp_path: Path, nam
 
 
 def test_a_clip_that_cannot_be_written_is_kept(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last step fails, since a folder is in the way; what was sampled is beside it."""
-    (tmp_path / "clip.mp4").mkdir()
+    """The last step fails, since a folder came in the way meanwhile; what was sampled is beside it."""
+    decode = MagicMirror.decode
+
+    def meanwhile(model: MagicMirror, latents: torch.Tensor) -> Clip:
+        (tmp_path / "clip.mp4").mkdir()
+        return decode(model, latents)
+
+    monkeypatch.setattr(MagicMirror, "decode", meanwhile)
     assert main(arguments) == 2
     assert "The sampled clip is kept" in capsys.readouterr().err
     assert load_file(tmp_path / "clip.latents.safetensors")["latents"].shape == (1, 16, 3, 16, 16)
@@ -102,6 +110,10 @@ def test_a_clip_that_cannot_be_written_is_kept(
         (["--face-pack", "nothing"], "face models are missing"),
         (["--output", "clip.avi"], "must be one of mp4, webm, webp, gif"),
         (["--output", "nowhere/clip.mp4"], "does not exist; make it first"),
+        (["--output", "folder.mp4"], "is a folder; give a file in it"),
+        (["--seed", str(2**64)], "seed is 18446744073709551616; it must be from"),
+        (["--vae", "vae.safetensors"], "but the base is tiny: only one that is a single file takes it"),
+        (["--base", "x" * 5000], "xxx... cannot be used: File name too long. Give another path"),
     ],
 )
 def test_a_mistake_is_one_clear_line(
@@ -115,6 +127,8 @@ def test_a_mistake_is_one_clear_line(
     """Told before any model loads: there is no model to load, loading would fail the test."""
     monkeypatch.setattr(TinyBase, "load", lambda self, dtype: pytest.fail("the base model was loaded"))
     monkeypatch.setattr("mm_core.__main__.DOWNLOADS", tmp_path / "nothing")
+    monkeypatch.chdir(tmp_path)
+    Path("folder.mp4").mkdir()
     monkeypatch.setattr(
         "mm_core.pipelines.identity.load_id_encoder", lambda *_, **__: pytest.fail("the ID encoder was loaded")
     )

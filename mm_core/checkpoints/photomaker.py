@@ -158,8 +158,8 @@ def _read_pickle(path: Path) -> dict[str, dict[str, torch.Tensor]]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damage shows in as many ways as a pickle has commands
         raise CheckpointError(
-            f"{path.name} is damaged, cut short, or holds more than weights, which is not read: it could run code "
-            f"({type(error).__name__}). Download {FILE_NAME} of https://huggingface.co/{REPO} again."
+            f"{path.name} is damaged, cut short, or holds more than weights, which is not read: it could run code. "
+            f"Download {FILE_NAME} of https://huggingface.co/{REPO} again."
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("id_encoder"), dict):
         raise CheckpointError(f"{path.name} has no `id_encoder` part: it is not PhotoMaker-V2's file.")

@@ -38,7 +38,7 @@ def open_safetensors(path: Path, framework: str = "pt") -> Iterator[Any]:
 def safetensors_handle(path: Path, framework: str = "pt") -> Any:
     """The same, to be kept open. Raises CheckpointError."""
     if not path.is_file():
-        raise CheckpointError(f"There is no file {path}.")
+        raise CheckpointError(f"There is no file {path}. Give the path of a .safetensors file.")
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
     if HEADER_BYTES < header < path.stat().st_size:

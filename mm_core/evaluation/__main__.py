@@ -7,7 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from ..errors import MagicMirrorError
+from ..errors import MagicMirrorError, packages
 from ..faces.references import MIN_SAME_PERSON
 
 
@@ -15,7 +15,8 @@ def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, 1 if some videos could not be measured, 2 for a mistake of the user, 130 interrupted."""
     args = _parser().parse_args(argv)
     try:
-        return evaluate_folder(args)
+        with packages():
+            return evaluate_folder(args)
     except MagicMirrorError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import CheckpointError, MagicMirrorError
+from ..errors import CheckpointError, MagicMirrorError, reason
 
 MULTIPLE = 8  # pixels: RAFT's feature maps are of an eighth of the size
 MIN_SIDE = 128  # pixels: and are halved three times
@@ -30,7 +30,7 @@ class Raft:
         try:
             weights = torch.load(file, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, torch.serialization.pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}. Download the weights again") from error
+            raise CheckpointError(f"{file} cannot be read: {reason(error)}. Download the weights again") from error
         for build in (raft_small, raft_large):
             model = build(weights=None)
             if isinstance(weights, dict) and weights.keys() == model.state_dict().keys():

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 _SMOOTH = 16  # of 224 px: the deviation of the blur outside the picture
+_LONGEST = 16  # times the shorter side: what a panorama has beyond is cut off before it is enlarged
 _LARGE = 4096  # pixels: the side of a square that is first reduced by whole pixels, for memory's sake
 
 
@@ -45,8 +46,10 @@ def square_crop(image: np.ndarray, box: np.ndarray, *, scale: float = 2.0, size:
 
 def whole_image(image: np.ndarray, size: int = 224) -> np.ndarray:
     """CLIP's own preprocessing of (H, W, 3) uint8: shorter side to `size`, then the centre. (size, size, 3) uint8."""
-    height, width = image.shape[:2]
-    shorter = min(height, width)
+    shorter = min(image.shape[:2])
+    height, width = (min(side, _LONGEST * shorter) for side in image.shape[:2])
+    top, left = ((side - kept) // 2 for side, kept in zip(image.shape[:2], (height, width)))
+    image = image[top : top + height, left : left + width]
     width, height = size * width // shorter, size * height // shorter
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..errors import FaceChoiceError, MagicMirrorError, NoFaceError, SettingError
+from ..errors import FaceChoiceError, MagicMirrorError, NoFaceError, SettingError, reason
 from ..limits import PICTURE_BYTES, PIXELS, REFERENCES
 from .analysis import Face, FaceAnalyzer, select_face
 from .crop import square_crop, whole_image
@@ -153,7 +153,9 @@ def read_image(path: str | Path) -> np.ndarray:
     except MagicMirrorError:
         raise
     except Exception as error:  # Pillow's readers raise a dozen kinds
-        raise MagicMirrorError(f"Cannot read the photo {path}: {error}. Use a JPEG, PNG or WebP file") from error
+        raise MagicMirrorError(
+            f"Cannot read the photo {path}: {reason(error)}. Use a JPEG, PNG or WebP file"
+        ) from error
 
 
 def check_pixels(name: str, height: int, width: int) -> None:

@@ -11,17 +11,19 @@ from PIL import Image
 from .analysis import Face, FaceAnalyzer, select_face
 
 MIN_SIDE = 256  # pixels: smaller frames are enlarged before faces are looked for
+LONGEST_SIDE = 4096  # pixels, of an enlarged frame: one line of 200,000 pixels would fill 39 GB
 MAX_STEP = 1.0  # of the face's size: a face farther from where the person was is another one, or there was a cut
 
 
 def find_faces(analyzer: FaceAnalyzer, frame: np.ndarray, recognise: bool = True) -> list[Face]:
-    """`FaceAnalyzer.detect`, on a frame whose shorter side is at least MIN_SIDE: smaller ones are enlarged for it.
+    """`FaceAnalyzer.detect`, on a frame whose shorter side is at least MIN_SIDE: smaller ones are enlarged for it, as
+    far as LONGEST_SIDE allows.
 
     The faces' boxes, landmarks and sizes are in pixels of the frame as it was given.
     """
     height, width = frame.shape[:2]
-    scale = math.ceil(MIN_SIDE / min(height, width))
-    if scale == 1:
+    scale = min(math.ceil(MIN_SIDE / min(height, width)), LONGEST_SIDE // max(height, width))
+    if scale <= 1:
         return analyzer.detect(frame, recognise)
     enlarged = Image.fromarray(frame).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
     return [

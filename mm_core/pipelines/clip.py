@@ -84,6 +84,8 @@ class ClipSettings:
         check_text(self.negative_prompt)
         if not 1 <= self.steps <= 1000:
             raise SettingError(f"steps is {self.steps}; it must be from 1 to 1000.")
+        if not -(2**63) <= self.seed < 2**64:  # what torch's generators take
+            raise SettingError(f"seed is {self.seed}; it must be from {-(2**63)} to {2**64 - 1}.")
         if not math.isfinite(self.guidance_scale) or not 1 <= self.guidance_scale <= 30:
             raise SettingError(f"guidance_scale is {self.guidance_scale}; it must be a number from 1 (off) to 30.")
         if self.scheduler not in SCHEDULERS:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from ..errors import MagicMirrorError, SettingError
+from ..errors import MagicMirrorError, SettingError, packages
 from .config import TrainingConfig, load_config
 
 if TYPE_CHECKING:
@@ -35,8 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        config = load_config(args.config, dict(_setting(text) for text in args.set))
-        return args.run(config, args) or 0
+        with packages():
+            config = load_config(args.config, dict(_setting(text) for text in args.set))
+            return args.run(config, args) or 0
     except MagicMirrorError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import SettingError
+from ..errors import SettingError, reason
 from ..limits import CONFIG_BYTES
 from ..models.config import AdapterConfig
 from ..pipelines import tiny
@@ -203,7 +203,7 @@ def load_config(path: Path, overrides: Mapping[str, str] | None = None) -> Train
             raise SettingError(f"The config {path} has more than {CONFIG_BYTES:,} bytes, which no config has.")
         content = _parse(path.read_text(encoding="utf-8"), f"The config {path}")
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"The config {path} cannot be read: {error}.") from error
+        raise SettingError(f"The config {path} cannot be read: {reason(error)}. Give a YAML file.") from error
     for name, text in (overrides or {}).items():
         *parents, last = name.split(".")
         place = content
