@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import CheckpointError, MagicMirrorError
+from ..errors import CheckpointError, MagicMirrorError, reason
 from ..faces.crop import whole_image
 from .metrics import sample_evenly
 
@@ -32,7 +32,7 @@ class TextAlignment:
             self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"{folder} holds no CLIP model: {error}. Give a folder with config.json, model.safetensors and the "
+                f"{folder} holds no CLIP model: {reason(error)}. Give a folder with config.json, model.safetensors and the "
                 "tokenizer's files, such as a copy of openai/clip-vit-base-patch32"
             ) from error
 

@@ -47,7 +47,7 @@ def commands(folder: Path, insightface_root: Path) -> Iterator[Command]:
     yield from _of_parser(training, "plan", config, files)
     for name in _setting_names():
         for value in _SETTINGS:
-            yield training.main, ["plan", f"--config={config['--config']}", "--set", "base=tiny", f"{name}={value}"]
+            yield training.main, ["plan", f"--config={config['--config']}", "--set", f"{name}={value}"]
     measured = {"--videos": files[1], "--references": files[1], "--out": str(folder / "out"), "--face-pack":
                 "buffalo_sc", "--insightface-root": str(insightface_root)}  # fmt: skip
     yield from _of_parser(evaluating, None, measured, files)

@@ -34,7 +34,7 @@ from mm_core.training.runs import METRICS, SETTINGS, checkpoints
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "training")]
 from test_loop import RegressionTask, config, losses  # noqa: E402
 
-STEPS = 600
+STEPS = 120
 Run = Callable[[Path], object]
 
 
