@@ -32,8 +32,8 @@ class TextAlignment:
             self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"{folder} holds no CLIP model: {reason(error)}. Give a folder with config.json, model.safetensors and the "
-                "tokenizer's files, such as a copy of openai/clip-vit-base-patch32"
+                f"{folder} holds no CLIP model: {reason(error)}. Give a folder with config.json, model.safetensors and "
+                "the tokenizer's files, such as a copy of openai/clip-vit-base-patch32"
             ) from error
 
     def __call__(self, frames: Iterable[np.ndarray], prompt: str) -> float:
