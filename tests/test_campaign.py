@@ -1,10 +1,14 @@
-"""A short slice of the campaign of hostile files; all of it: `python -m tests.campaign`."""
+"""Short slices of the campaigns; all of them: `python -m tests.campaign`, and `python -m tests.campaign.commands`."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from tests.campaign.commands import answer, commands
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,3 +58,14 @@ def test_it_would_see() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     outcomes = ("raw error", "dead process", "hang", "memory", "reached out")
     assert done.returncode == 1 and all(f"- {outcome}: " in done.stdout for outcome in outcomes), done.stdout
+
+
+def test_bad_arguments_end_in_words(
+    tmp_path: Path, insightface_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    every = list(commands(tmp_path, insightface_root))
+    assert len(every) > 500
+    results = [(command[1][-1][:80], *answer(command)) for command in every[::37]]
+    assert not [result for result in results if result[1] in ("raw", "late")]
+    assert sum(outcome == "refused" for _, outcome, _ in results) > len(results) / 2

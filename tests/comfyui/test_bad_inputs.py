@@ -31,6 +31,13 @@ def test_bad_inputs_are_refused_in_words(campaign_server: ComfyServer) -> None:
     assert sum(outcome.startswith("refused") for _, outcome, _ in results) > len(results) / 2
 
 
+def test_half_of_a_character_ends_no_server(campaign_server: ComfyServer) -> None:
+    """A log in UTF-8 fails at an error that names it, and with that the thread that runs prompts."""
+    name = "MagicMirrorLoader.base_model: connected, surrogate"
+    ((_, outcome, text),) = run(campaign_server, [c for c in pack_cases(campaign_server) if c.name == name])
+    assert outcome == "refused by us" and "\\ud800" in text
+
+
 def test_a_late_or_raw_answer_would_be_seen(campaign_server: ComfyServer) -> None:
     """A node that is none of ours fails at a number in its own words."""
     case = next(case for case in pack_cases(campaign_server) if case.what == "connected, nothing")
