@@ -32,7 +32,7 @@ from comfy_server import ComfyServer, ExecutionFailed, ExecutionInterrupted, Ser
 
 GROWTH = 0.05  # of the resident memory, from the first third to the last one
 _WAITING = 5  # prompts in the queue
-_ACTS = ["nothing"] * 8 + ["interrupt"] * 4 + ["delete"] * 2 + ["free"]
+_ACTS = ["nothing"] * 20 + ["interrupt"] * 3 + ["delete"] * 2 + ["free"]
 _PEOPLE = {"woman": "A woman img smiles.", "man": "A man img turns left, outdoors."}
 _FORMATS = ["mp4", "webm", "webp", "gif"]
 
