@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import AttentionKernel, FaceKeyValue, join_heads
@@ -142,7 +141,9 @@ class FaceState:
         """The state before the first block. face: (n, Q, D) tokens; None for no structure branch."""
         blocks, rows, _, dim = factors.face.shape
         face = factors.face.new_empty(rows, 0, dim) if face is None else face
-        return cls(factors=factors, streams=F.pad(face[None], (0, 0, 0, 0, 0, 0, 0, blocks)), ip_scale=ip_scale)
+        # Joined, not padded: torch 2.6 pads nothing that holds no face tokens.
+        streams = torch.cat([face[None], face.new_zeros(blocks, *face.shape)])
+        return cls(factors=factors, streams=streams, ip_scale=ip_scale)
 
 
 def run_block(
