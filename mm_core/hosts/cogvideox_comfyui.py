@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..models.attention import apply_rotary_emb, split_heads
 from ..models.block import AdapterBlock, FaceState, run_block
 from ..models.config import base_sizes
+from .cogvideox import CogVideoXModulation
 from .host import Host
 
 RotaryEmbedding = tuple[Tensor, Tensor]
@@ -95,25 +96,14 @@ class ComfyCogVideoX(Host):
         return forward
 
 
-class ComfyParts:
+class ComfyParts(CogVideoXModulation):
     """Core's block as the parts that the mathematics needs; see `BlockParts`."""
 
     def __init__(
         self, host: ComfyCogVideoX, block: nn.Module, image_rotary_emb: RotaryEmbedding | None, options: dict[str, Any]
     ) -> None:
-        self.host, self.block, self.image_rotary_emb, self.options = host, block, image_rotary_emb, options
-
-    def modulation(self, temb: Tensor) -> Tensor:
-        temb = F.silu(temb)
-        # phi_vid, phi_txt: each norm predicts shift, scale, gate of the video, then of the text.
-        halves = [norm.linear(temb).unflatten(-1, (2, 3, -1)) for norm in (self.block.norm1, self.block.norm2)]
-        return torch.cat(halves, dim=2)  # (B, 2, 6, D)
-
-    def video_shift(self, temb: Tensor) -> Tensor:
-        return self.block.norm1.linear(F.silu(temb)).chunk(6, dim=-1)[0]
-
-    def norm1(self, tokens: Tensor) -> Tensor:
-        return self.block.norm1.norm(tokens)
+        super().__init__(block)
+        self.host, self.image_rotary_emb, self.options = host, image_rotary_emb, options
 
     def qkv(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         block = self.block
@@ -136,12 +126,6 @@ class ComfyParts:
 
     def to_out(self, tokens: Tensor) -> Tensor:
         return self.block.attn_out(tokens)
-
-    def cross_attention(self, video: Tensor) -> Tensor:
-        return video
-
-    def norm2(self, tokens: Tensor) -> Tensor:
-        return self.block.norm2.norm(tokens)
 
     def feed_forward(self, tokens: Tensor) -> Tensor:
         return self.block.ff_out(F.gelu(self.block.ff_proj(tokens), approximate="tanh"))

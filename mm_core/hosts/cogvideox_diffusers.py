@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
@@ -22,6 +21,7 @@ from ..models.adapter import MagicMirrorAdapter
 from ..models.attention import apply_rotary_emb, split_heads
 from ..models.block import AdapterBlock, FaceState, run_block
 from ..models.config import base_sizes
+from .cogvideox import CogVideoXModulation
 from .host import Host
 
 # The key of a `FaceState` in `attention_kwargs`: one that diffusers' attention passes over without a warning, in the
@@ -50,23 +50,12 @@ class DiffusersCogVideoX(Host):
 HOST = DiffusersCogVideoX()
 
 
-class CogVideoXParts:
+class CogVideoXParts(CogVideoXModulation):
     """diffusers' block as the parts that the mathematics needs; see `BlockParts`."""
 
     def __init__(self, block: CogVideoXBlock, image_rotary_emb: RotaryEmbedding | None) -> None:
-        self.block, self.attn, self.image_rotary_emb = block, block.attn1, image_rotary_emb
-
-    def modulation(self, temb: Tensor) -> Tensor:
-        temb = F.silu(temb)
-        # phi_vid, phi_txt: each norm predicts shift, scale, gate of the video, then of the text.
-        halves = [norm.linear(temb).unflatten(-1, (2, 3, -1)) for norm in (self.block.norm1, self.block.norm2)]
-        return torch.cat(halves, dim=2)  # (B, 2, 6, D)
-
-    def video_shift(self, temb: Tensor) -> Tensor:
-        return self.block.norm1.linear(F.silu(temb)).chunk(6, dim=-1)[0]
-
-    def norm1(self, tokens: Tensor) -> Tensor:
-        return self.block.norm1.norm(tokens)
+        super().__init__(block)
+        self.attn, self.image_rotary_emb = block.attn1, image_rotary_emb
 
     def qkv(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attn = self.attn
@@ -90,12 +79,6 @@ class CogVideoXParts:
     def to_out(self, tokens: Tensor) -> Tensor:
         linear, dropout = self.attn.to_out
         return dropout(linear(tokens))
-
-    def cross_attention(self, video: Tensor) -> Tensor:
-        return video
-
-    def norm2(self, tokens: Tensor) -> Tensor:
-        return self.block.norm2.norm(tokens)
 
     def feed_forward(self, tokens: Tensor) -> Tensor:
         return self.block.ff(tokens)
