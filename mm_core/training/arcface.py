@@ -63,7 +63,7 @@ class DifferentiableArcFace(nn.Module):
 
     def train(self, mode: bool = True) -> DifferentiableArcFace:
         """A frozen judge has no training mode."""
-        return super().eval()
+        return super().train(False)
 
     def forward(self, faces: Tensor) -> Tensor:
         """Aligned faces, (B, 3, 112, 112) RGB from 0 to 1, to embeddings, (B, 512), not normalised.
