@@ -282,7 +282,7 @@ def test_two_processes_equal_one(config: TrainingConfig, tmp_path: Path) -> None
     one, two = (losses(tmp_path / name) for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-4)
     last = tmp_path / "two" / "checkpoints" / "step-00000006"
-    states = [torch.load(path, weights_only=True) for path in last.glob("custom_checkpoint_*.pkl")]
+    states = [torch.load(path, weights_only=True) for path in last.glob("state_*.pt")]
     assert [sorted(state) for state in states] == [[str(place) for place in range(BATCH)]]
 
 
