@@ -134,8 +134,8 @@ def find_adapter(choice: str, base_model: str) -> Path | None:
         folder = runtime.model_folders(runtime.ADAPTERS)[0]
         raise CheckpointError(
             f"Choose the adapter for {base_model}: "
-            + (f"one of {', '.join(found)}, or " if found else f"put its .safetensors file into {folder}, or ")
-            + '"none" for the base model alone.'
+            + (f"one of {', '.join(found)}, or " if found else "")
+            + f'put its .safetensors file into {folder}, or "none" for the base model alone.'
         )
     return runtime.model_file(runtime.ADAPTERS, choice)
 
