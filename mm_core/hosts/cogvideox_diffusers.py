@@ -208,7 +208,7 @@ def attach(transformer: CogVideoXTransformer3DModel, adapter: MagicMirrorAdapter
     Raises:
         ValueError: another adapter is attached, the sizes differ, or the blocks are wrapped by hooks already.
     """
-    misfits = adapter.config.misfits(transformer.config)
+    misfits = adapter.config.misfits(HOST.sizes(transformer))
     if misfits:
         raise ValueError(f"The adapter was made for another base model: {misfits}.")
     wrapped = [i for i, block in enumerate(transformer.transformer_blocks) if not _is_free(block)]
