@@ -55,7 +55,7 @@ def plan(config: TrainingConfig, args: argparse.Namespace) -> None:
 
 def check(config: TrainingConfig, args: argparse.Namespace) -> int:
     """Print what is wrong with the datasets of both stages."""
-    from .precompute import check as check_stage
+    from .sources import check as check_stage
 
     reports = []
     for stage in args.stage or STAGES:
@@ -68,11 +68,13 @@ def check(config: TrainingConfig, args: argparse.Namespace) -> int:
 
 def precompute(config: TrainingConfig, args: argparse.Namespace) -> None:
     """Write the features of one stage, or of both."""
-    from .precompute import precompute as precompute_stage
+    from ..data.precompute import precompute as make_features
+    from .sources import features_of, source_of
 
     for stage in args.stage or STAGES:
         with progress() as on_progress:
-            print(precompute_stage(config, stage, on_progress))
+            make_features(source_of(config, stage), features_of(config, stage), on_progress)
+        print(features_of(config, stage))
 
 
 def train(config: TrainingConfig, args: argparse.Namespace) -> None:

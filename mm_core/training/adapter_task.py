@@ -13,6 +13,7 @@ from diffusers import CogVideoXDDIMScheduler
 from torch import Tensor
 
 from ..checkpoints.adapter_file import Trained, load_adapter, save_adapter
+from ..data.features import Features
 from ..errors import SettingError
 from ..faces.analysis import FaceAnalyzer
 from ..models.adapter import MagicMirrorAdapter
@@ -20,11 +21,10 @@ from ..pipelines.control import AdapterSettings
 from .arcface import DifferentiableArcFace
 from .config import ABLATIONS, TrainingConfig, adapter_config
 from .diffusion import add_noise, alphas_bar, rotary_embedding
-from .features import Features
 from .losses import TEMPORAL_COMPRESSION, face_area
-from .precompute import base_of
 from .randomness import generator_for, shuffled
 from .rollouts import Rollouts
+from .sources import base_of, features_of
 from .step import AdapterTraining, ClipJudge, IdentityJudge
 from .validation import validate_clips
 
@@ -48,7 +48,7 @@ class AdapterTask:
         self.config, self.name, self.clip_judge = config, stage, clip_judge
         self.stage = config.stage(stage)
         self.base = base_of(config)
-        self.features = Features.open(Path(self.stage.features))
+        self.features = Features.open(features_of(config, stage))
         self.training, self.validation = split_people(self.features, config.validation_people)
         self.training = np.repeat(self.training, [self.features.entries[row].get("repeat", 1) for row in self.training])
         # Without the text encoder: its work is in the features.

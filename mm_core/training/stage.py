@@ -7,9 +7,9 @@ from typing import Protocol
 import numpy as np
 from diffusers import CogVideoXPipeline
 
+from ..data.features import Features
 from ..pipelines.base import BaseModel
 from .config import StageConfig, TrainingConfig
-from .features import Features
 from .step import AdapterTraining
 
 

@@ -22,14 +22,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from mm_core.data import precompute as precomputing
 from mm_core.data.manifest import MANIFEST
 from mm_core.data.people.manifest import write_manifest
 from mm_core.data.people.shards import RenderSettings, render_dataset
-from mm_core.training import precompute as precomputing
 from mm_core.training.config import StageConfig, TrainingConfig
 from mm_core.training.loop import train
 from mm_core.training.loop_config import LoopConfig
 from mm_core.training.runs import METRICS, SETTINGS, checkpoints
+from mm_core.training.sources import source_of
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "training")]
 from test_loop import RegressionTask, config, losses  # noqa: E402
@@ -141,8 +142,7 @@ def main() -> int:
         made = precompute_config(root / "data", args.insightface_root)
 
         def precompute(folder: Path) -> None:
-            stage = StageConfig(**{**vars(made.video), "features": str(folder)})
-            precomputing.precompute(TrainingConfig(**{**vars(made), "video": stage}), "video")
+            precomputing.precompute(source_of(made, "video"), folder)
 
         for name, run, read, result in (
             ("training: checkpoints, settings, metrics", training, read_run, losses),

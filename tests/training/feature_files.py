@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_models import ADAPTER_SIZES, FRAMES, HEIGHT, PROMPT_TOKENS, WIDTH, noise
 
-from mm_core.training.features import EMPTY, FORMAT, INDEX, ROWS, shard_name
+from mm_core.data.features import EMPTY, FORMAT, INDEX, ROWS, shard_name
 
 TEXT_DIM, IMAGE_TOKENS, PIXEL_FRAMES = 14, 5, 4 * (FRAMES - 1) + 1
 

@@ -18,13 +18,13 @@ from tiny_models import ADAPTER_SIZES, save_tiny_folder
 from torch import Tensor, nn
 
 from mm_core.checkpoints.adapter_file import expected_tensors, load_adapter
+from mm_core.data.features import INDEX
 from mm_core.errors import CheckpointError, SettingError
 from mm_core.hosts.cogvideox_diffusers import STATE
 from mm_core.training import validation
 from mm_core.training.__main__ import main, train_stage
 from mm_core.training.adapter_task import ADAPTER_FILE, AdapterTask
 from mm_core.training.config import ABLATIONS, StageConfig, TrainingConfig
-from mm_core.training.features import INDEX
 from mm_core.training.loop import train
 from mm_core.training.loop_config import LoopConfig
 from mm_core.training.losses import noise_loss

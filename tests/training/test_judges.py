@@ -11,13 +11,13 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from safetensors.torch import save_file
 
+from mm_core.data.features import EMPTY, FORMAT, INDEX, ROWS, Features, shard_name
 from mm_core.data.people.person import Person
 from mm_core.data.people.render import render_clip
 from mm_core.data.people.scene import sample_clip
 from mm_core.faces.analysis import FaceAnalyzer
 from mm_core.pipelines import tiny
 from mm_core.pipelines.base import TinyBase
-from mm_core.training.features import EMPTY, FORMAT, INDEX, ROWS, Features, shard_name
 from mm_core.training.loop import train
 from mm_core.training.loop_config import LoopConfig
 from mm_core.training.losses import TEMPORAL_COMPRESSION

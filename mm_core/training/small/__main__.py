@@ -212,12 +212,13 @@ class Recipe:
         save_base(last, vae, self.folder / "base")
 
     def features(self) -> None:
+        from ...data.precompute import precompute
         from ..__main__ import STAGES, progress
-        from ..precompute import precompute
+        from ..sources import features_of, source_of
 
         for stage in STAGES:
             with progress() as on_progress:
-                precompute(self.config, stage, on_progress)
+                precompute(source_of(self.config, stage), features_of(self.config, stage), on_progress)
 
     def adapter(self, stage: str) -> Path:
         from ..__main__ import train_stage
@@ -227,7 +228,7 @@ class Recipe:
     @cached_property
     def judge(self) -> object:
         """Of the clips that the adapter samples: how heads are held, and whose they are."""
-        from ..features import Features
+        from ...data.features import Features
         from .judges import FaceTask, PoseTask, RenderedJudge, crops_of
 
         features, base = Features.open(Path(self.config.video.features)), Path(self.config.base)

@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...checkpoints.safetensors_file import read_tensors
+from ...data.features import Features
 from ...data.people.captions import SMILES
 from ...data.people.scene import ClipDescription, at, eased, sample_clip
 from ...files import atomic_write
 from ...pipelines.base import FolderBase
 from ..arcface import align_faces
 from ..diffusion import add_noise, alphas_bar, rotary_embedding
-from ..features import Features
 from ..losses import TEMPORAL_COMPRESSION, predict_clean
 from ..randomness import generator_for
 from ..step import decode_frame, guide

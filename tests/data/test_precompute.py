@@ -14,10 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
+from mm_core.data import features as features_module
+from mm_core.data import precompute as module
+from mm_core.data.features import INDEX, SETTINGS, Features
 from mm_core.data.manifest import MANIFEST, read_media, read_picture
 from mm_core.data.people.manifest import repeats_of, write_manifest
 from mm_core.data.people.scene import sample_clip
 from mm_core.data.people.shards import RenderSettings, render_dataset
+from mm_core.data.precompute import Progress, between
 from mm_core.errors import CheckpointError, MagicMirrorError, SettingError
 from mm_core.faces.analysis import FaceAnalyzer
 from mm_core.faces.references import analyse_references
@@ -27,12 +31,9 @@ from mm_core.pipelines.base import TinyBase
 from mm_core.pipelines.clip import ClipSettings
 from mm_core.pipelines.control import AdapterSettings
 from mm_core.pipelines.magic_mirror import MagicMirror
-from mm_core.training import features as features_module
-from mm_core.training import precompute as module
 from mm_core.training.config import StageConfig, TrainingConfig
-from mm_core.training.features import INDEX, SETTINGS, Features
 from mm_core.training.loop_config import LoopConfig
-from mm_core.training.precompute import between, check, precompute
+from mm_core.training.sources import check, features_of, source_of
 from mm_core.video import write_video
 
 SHARD = "people-00000000-00000002.npz"
@@ -106,6 +107,12 @@ def made(config: TrainingConfig) -> Path:
 @pytest.fixture(scope="module")
 def features(made: Path) -> Features:
     return Features.open(made)
+
+
+def precompute(config: TrainingConfig, stage: str, on_progress: Progress = lambda what, done, of: None) -> Path:
+    folder = features_of(config, stage)
+    module.precompute(source_of(config, stage), folder, on_progress)
+    return folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:

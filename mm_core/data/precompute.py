@@ -14,8 +14,8 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +24,18 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..checkpoints.photomaker import FILE_NAME, REPO, load_id_encoder, read_id_encoder_config
-from ..data.check import Report, check_dataset
-from ..data.manifest import Sample, check_length, fit, manifest_path, read_manifest, read_media, read_picture
-from ..errors import CheckpointError, MagicMirrorError, NoFaceError, PromptError, SampleError, SettingError
+from ..checkpoints.photomaker import load_id_encoder, read_id_encoder_config
+from ..errors import MagicMirrorError, NoFaceError, PromptError, SampleError, SettingError
 from ..faces.analysis import Face, FaceAnalyzer
 from ..faces.references import Reference, analyse_references
 from ..faces.tracking import find_faces, follow
 from ..files import PARTIAL, atomic_write, write_json
 from ..memory import compute_dtype, default_device, on_device
-from ..models.id_encoder import IDEncoder, IDEncoderConfig
-from ..pipelines import tiny
-from ..pipelines.base import BaseModel, FolderBase, TinyBase
+from ..models.id_encoder import IDEncoderConfig
+from ..pipelines.base import BaseModel
 from ..pipelines.prompt import IdentityTokens, identity_tokens
-from .config import StageConfig, TrainingConfig
 from .features import EMPTY, FORMAT, INDEX, ROWS, SETTINGS, header_of, shard_name
+from .manifest import Sample, check_length, fit, manifest_path, read_manifest, read_media, read_picture
 
 SAMPLES_PER_SHARD = 64
 FACE_EVERY = 4
@@ -50,72 +47,52 @@ Progress = Callable[[str, int, int], None]
 """What is being made ("references", "samples"), how many of it are done, and of how many."""
 
 
-def base_of(config: TrainingConfig) -> BaseModel:
-    """The base model that a config names, not loaded yet. Raises CheckpointError if its folder lacks files."""
-    if config.base == tiny.NAME:
-        return TinyBase()
-    base = FolderBase(Path(config.base).expanduser())
-    base.check_complete()
-    return base
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What is precomputed, by which models."""
+
+    data: Path
+    """Folder of the data set, or another manifest in it."""
+    width: int
+    height: int
+    frames: int
+    base: BaseModel
+    id_encoder: Path
+    face_models: Path
+    """The folder that holds `models`, and in there the face pack."""
+    face_pack: str
+
+    @cached_property
+    def id_encoder_config(self) -> IDEncoderConfig:
+        return read_id_encoder_config(self.id_encoder)
+
+    def tokens(self, caption: str) -> IdentityTokens:
+        """Raises PromptError: no identity word, or one too late in the caption."""
+        length = self.base.transformer_config["max_text_seq_length"]
+        slots = self.id_encoder_config.num_id_tokens
+        return identity_tokens(self.base.tokenizer, caption, num_slots=slots, max_length=length)
 
 
-def id_encoder_of(config: TrainingConfig, dtype: torch.dtype) -> IDEncoder:
-    """The ID encoder that a config names; `tiny` brings its own. Raises CheckpointError."""
-    return load_id_encoder(_id_encoder_path(config), dtype=dtype)
-
-
-def _id_encoder_path(config: TrainingConfig) -> Path:
-    if config.id_encoder is not None:
-        return Path(config.id_encoder).expanduser()
-    if config.base == tiny.NAME:
-        return TinyBase().id_encoder
-    raise CheckpointError(f"id_encoder is not set: give the path of {FILE_NAME}, of https://huggingface.co/{REPO}.")
-
-
-def check(
-    config: TrainingConfig, stage: str, on_progress: Callable[[int, int], None] = lambda done, all_samples: None
-) -> Report:
-    """Look at all of a stage's data, before anything is trained on it; the report is also `check-<stage>.json`.
-
-    on_progress(done, samples). Raises SettingError if there is no manifest.
-    """
-    settings, output = config.stage(stage), Path(config.output).expanduser()
-    report = check_dataset(
-        Path(settings.data).expanduser(),
-        width=config.width,
-        height=config.height,
-        frames=settings.frames,
-        check_caption=partial(_tokens, base_of(config), _id_encoder_config(config)),
-        on_progress=on_progress,
-    )
-    with _writing(output):
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / f"check-{stage}.json", report.to_json())
-    return report
-
-
-def precompute(config: TrainingConfig, stage: str, on_progress: Progress = lambda what, done, of: None) -> Path:
-    """Write the features of a stage, or the rest of them; returns their folder. One run at a time in a folder.
+def precompute(source: Source, folder: Path, on_progress: Progress = lambda what, done, of: None) -> None:
+    """Write the features of a data set into a folder, or the rest of them. One run at a time in a folder.
 
     Raises:
         SettingError: no manifest, a wrong line in it, or a folder with features made by other settings or weights.
         MagicMirrorError: the disk is full or will be; not one sample can be used; a value that is not finite.
         CheckpointError: missing or damaged models.
     """
-    settings = config.stage(stage)
-    manifest = manifest_path(Path(settings.data).expanduser())
+    manifest = manifest_path(source.data)
     samples = read_manifest(manifest)
     references = list(dict.fromkeys(path for sample in samples for path in sample.references))
-    folder = Path(settings.features).expanduser()
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for left_by_a_killed_run in folder.glob(f".*{PARTIAL}"):
         left_by_a_killed_run.unlink()
-    wanted = _settings(config, settings, manifest)
+    wanted = _settings(source, manifest)
     _check_settings(folder, wanted)
-    _check_space(folder, config, settings, len(samples), len(references))
+    _check_space(folder, source, len(samples), len(references))
 
-    maker = _Maker(config, settings, manifest.parent)
+    maker = _Maker(source, manifest.parent)
     wanted["weights"] = maker.fingerprint()
     _check_settings(folder, wanted)
     with _writing(folder):
@@ -135,19 +112,18 @@ def precompute(config: TrainingConfig, stage: str, on_progress: Progress = lambd
     index = _index(folder, samples, references, wanted)
     with _writing(folder):
         write_json(folder / INDEX, index)
-    return folder
 
 
 class _Maker:
     """The frozen models, and what they make of one shard."""
 
-    def __init__(self, config: TrainingConfig, stage: StageConfig, data: Path) -> None:
-        self.size, self.frames, self.data = (config.width, config.height), stage.frames, data
+    def __init__(self, source: Source, data: Path) -> None:
+        self.source, self.base, self.data = source, source.base, data
+        self.size, self.frames = (source.width, source.height), source.frames
         self.device = default_device()
         dtype = compute_dtype("auto", self.device)
-        self.base, self.encoder_config = base_of(config), _id_encoder_config(config)
-        self.encoder = id_encoder_of(config, dtype)
-        self.analyzer = FaceAnalyzer(Path(config.insightface_root).expanduser(), config.face_pack)
+        self.encoder = load_id_encoder(source.id_encoder, dtype=dtype)
+        self.analyzer = FaceAnalyzer(source.face_models, source.face_pack)
         self.vae, self.text_encoder = self.base.load_vae(dtype), self.base.load_text_encoder(dtype)
 
     @property
@@ -221,7 +197,7 @@ class _Maker:
     def _read(self, sample: Sample) -> tuple[np.ndarray, IdentityTokens, np.ndarray, np.ndarray]:
         """Frames (F, H, W, 3) uint8, the prompt's tokens, boxes (F, 4), landmarks (F, 5, 2)."""
         try:
-            tokens = _tokens(self.base, self.encoder_config, sample.caption)
+            tokens = self.source.tokens(sample.caption)
         except PromptError as error:
             raise SampleError("caption" if sample.caption else "no caption", str(error)) from error
         media = read_media(self.data, sample.media, self.frames)
@@ -260,16 +236,6 @@ def between(values: np.ndarray, at: Sequence[int], frames: int) -> np.ndarray:
     return np.stack(filled, axis=1).reshape(frames, *values.shape[1:]).astype(np.float32)
 
 
-def _id_encoder_config(config: TrainingConfig) -> IDEncoderConfig:
-    return read_id_encoder_config(_id_encoder_path(config))
-
-
-def _tokens(base: BaseModel, encoder: IDEncoderConfig, caption: str) -> IdentityTokens:
-    """Raises PromptError: no identity word, or one too late in the caption."""
-    length = base.transformer_config["max_text_seq_length"]
-    return identity_tokens(base.tokenizer, caption, num_slots=encoder.num_id_tokens, max_length=length)
-
-
 def _half(tensor: Tensor, what: str) -> Tensor:
     """float16 on the CPU. What the frozen models make is far inside its range; if not, something is broken."""
     half = tensor.to("cpu", torch.float16)
@@ -285,19 +251,19 @@ def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
-def _settings(config: TrainingConfig, stage: StageConfig, manifest: Path) -> dict[str, Any]:
+def _settings(source: Source, manifest: Path) -> dict[str, Any]:
     """Everything that the features depend on, beside the weights."""
     return {
         "format": FORMAT,
-        "base": config.base,
+        "base": source.base.name,
         "manifest": hashlib.sha256(manifest.read_bytes()).hexdigest(),
-        "width": config.width,
-        "height": config.height,
-        "frames": stage.frames,
-        "face_pack": config.face_pack,
+        "width": source.width,
+        "height": source.height,
+        "frames": source.frames,
+        "face_pack": source.face_pack,
         "face_every": FACE_EVERY,
         "samples_per_shard": SAMPLES_PER_SHARD,
-        "id_encoder": asdict(_id_encoder_config(config)),
+        "id_encoder": asdict(source.id_encoder_config),
     }
 
 
@@ -321,12 +287,12 @@ def _check_settings(folder: Path, wanted: dict[str, Any]) -> None:
         )
 
 
-def _check_space(folder: Path, config: TrainingConfig, stage: StageConfig, samples: int, references: int) -> None:
+def _check_space(folder: Path, source: Source, samples: int, references: int) -> None:
     """Raises MagicMirrorError if what is still to be written does not fit."""
-    transformer, encoder = base_of(config).transformer_config, _id_encoder_config(config)
-    latent_frames = (stage.frames - 1) // 4 + 1
-    sample = 2 * latent_frames * transformer["in_channels"] * (config.height // 8) * (config.width // 8)
-    sample += 2 * transformer["max_text_seq_length"] * transformer["text_embed_dim"] + 4 * 14 * stage.frames
+    transformer, encoder = source.base.transformer_config, source.id_encoder_config
+    latent_frames = (source.frames - 1) // 4 + 1
+    sample = 2 * latent_frames * transformer["in_channels"] * (source.height // 8) * (source.width // 8)
+    sample += 2 * transformer["max_text_seq_length"] * transformer["text_embed_dim"] + 4 * 14 * source.frames
     image_tokens = (encoder.clip_image_size // encoder.clip_patch_size) ** 2 + 1
     reference = 2 * image_tokens * encoder.clip_hidden_size + 2 * encoder.num_id_tokens * encoder.id_token_dim
     reference += 4 * encoder.id_embedding_dim

@@ -1,0 +1,74 @@
+"""Where a run's frozen models and data are: what the names in its config mean on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..checkpoints.photomaker import FILE_NAME, REPO
+from ..data.check import Report, check_dataset
+from ..data.precompute import Source
+from ..errors import CheckpointError
+from ..files import write_json
+from ..pipelines import tiny
+from ..pipelines.base import BaseModel, FolderBase, TinyBase
+from .config import TrainingConfig
+
+
+def base_of(config: TrainingConfig) -> BaseModel:
+    """The base model that a config names, not loaded yet. Raises CheckpointError if its folder lacks files."""
+    if config.base == tiny.NAME:
+        return TinyBase()
+    base = FolderBase(Path(config.base).expanduser())
+    base.check_complete()
+    return base
+
+
+def id_encoder_of(config: TrainingConfig) -> Path:
+    """The ID encoder that a config names; `tiny` brings its own. Raises CheckpointError."""
+    if config.id_encoder is not None:
+        return Path(config.id_encoder).expanduser()
+    if config.base == tiny.NAME:
+        return TinyBase().id_encoder
+    raise CheckpointError(f"id_encoder is not set: give the path of {FILE_NAME}, of https://huggingface.co/{REPO}.")
+
+
+def source_of(config: TrainingConfig, stage: str) -> Source:
+    """What `precompute` takes, of a stage. Raises CheckpointError."""
+    settings = config.stage(stage)
+    return Source(
+        data=Path(settings.data).expanduser(),
+        width=config.width,
+        height=config.height,
+        frames=settings.frames,
+        base=base_of(config),
+        id_encoder=id_encoder_of(config),
+        face_models=Path(config.insightface_root).expanduser(),
+        face_pack=config.face_pack,
+    )
+
+
+def features_of(config: TrainingConfig, stage: str) -> Path:
+    """The folder of a stage's features."""
+    return Path(config.stage(stage).features).expanduser()
+
+
+def check(
+    config: TrainingConfig, stage: str, on_progress: Callable[[int, int], None] = lambda done, all_samples: None
+) -> Report:
+    """Look at all of a stage's data, before anything is trained on it; the report is also `check-<stage>.json`.
+
+    on_progress(done, samples). Raises SettingError if there is no manifest.
+    """
+    source, output = source_of(config, stage), Path(config.output).expanduser()
+    report = check_dataset(
+        source.data,
+        width=source.width,
+        height=source.height,
+        frames=source.frames,
+        check_caption=source.tokens,
+        on_progress=on_progress,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / f"check-{stage}.json", report.to_json())
+    return report
