@@ -91,6 +91,12 @@ def fetch_face_pack(pack: str) -> None:
     download_pack(face_root(pack), pack)
 
 
+def check_base(name: str) -> None:
+    """Raises CheckpointError for a name that no base model has; a published one may have to be downloaded yet."""
+    if name != TINY and name not in HUB and find_folder(_diffusers_roots(), name) is None:
+        runtime.model_file("diffusion_models", name)
+
+
 def open_base(name: str, *, text_encoder: str, vae: str, allow_download: bool) -> BaseModel:
     """The base model behind a name; nothing of it is loaded yet.
 

@@ -79,6 +79,7 @@ class MagicMirrorLoader(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..mm_core.pipelines.magic_mirror import MagicMirror
 
+        catalog.check_base(base_model)
         adapter_file = catalog.find_adapter(adapter, base_model)
         face_pack = catalog.find_face_pack(face_pack, base_model)
         if allow_download:

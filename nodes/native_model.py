@@ -46,13 +46,21 @@ _adapters: weakref.WeakKeyDictionary[MagicMirror, dict[torch.dtype, ModelPatcher
 
 
 def core_model(mirror: MagicMirror) -> ModelPatcher:
-    """The base model of a mirror as ComfyUI's own MODEL, from files with diffusers' key names, of any size."""
+    """The base model of a mirror as ComfyUI's own MODEL, from files with diffusers' key names, of any size.
+
+    Raises CheckpointError for files that are not exactly its tensors, or hold values that are no numbers.
+    """
     from ..mm_core.checkpoints.comfyui_keys import comfyui_key
+    from ..mm_core.checkpoints.safetensors_file import check_weight
+    from ..mm_core.pipelines.parts import check_transformer
 
     base = mirror.base
+    check_transformer(base.transformer_config, base.transformer_files)
     weights = {}
     for path in base.transformer_files:
-        weights |= {comfyui_key(key): tensor for key, tensor in comfy.utils.load_torch_file(str(path)).items()}
+        for key, tensor in comfy.utils.load_torch_file(str(path)).items():
+            check_weight(tensor, key, path)
+            weights[comfyui_key(key)] = tensor
     config = {name: base.transformer_config[name] for name in _CONFIG if name in base.transformer_config}
     detected = comfy.supported_models.CogVideoX_T2V({"image_model": "cogvideox"} | config)
     detected.latent_format.scale_factor = base.vae_config["scaling_factor"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,10 @@ from ..limits import HEADER_BYTES
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Keys and shapes of tensors; a `torch.Size` is a tuple."""
+
+_FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+_FP8 = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
+"""From which byte on, without its sign, it stands for no number."""
 
 # A report of a wrong file names so many keys of each kind, and counts the rest.
 KEYS_SHOWN = 5
@@ -90,25 +95,42 @@ def as_weight(tensor: torch.Tensor, key: str, path: Path, dtype: torch.dtype) ->
 
     Raises CheckpointError for a tensor that holds no floating-point numbers, or values that are none in that type.
     """
-    if not tensor.is_floating_point():
+    _check_kind(tensor, key, path)
+    weight = tensor.to(dtype, copy=True)
+    _check_finite(weight, key, path)
+    return weight
+
+
+def check_weight(tensor: torch.Tensor, key: str, path: Path) -> None:
+    """The same, of a tensor that stays as it is stored."""
+    _check_kind(tensor, key, path)
+    _check_finite(tensor, key, path)
+
+
+def _check_kind(tensor: torch.Tensor, key: str, path: Path) -> None:
+    if tensor.dtype not in _FLOATS and tensor.dtype not in _FP8:
         raise CheckpointError(
             f"{path.name}: {key} is {str(tensor.dtype).removeprefix('torch.')}, not a floating-point tensor. Use the "
             "model's own weights, not a quantised copy."
         )
-    weight = tensor.to(dtype, copy=True)
-    check_finite(weight, key, path)
-    return weight
 
 
-def check_finite(weight: torch.Tensor, key: str, path: Path) -> None:
-    """Raise CheckpointError for a weight with a value that is no number, or too large for its type."""
-    # A sum costs a tenth of looking at each value; only one that overflows by itself needs the closer look.
-    if not weight.sum().isfinite() and not weight.isfinite().all():
+def _check_finite(weight: torch.Tensor, key: str, path: Path) -> None:
+    if not _is_finite(weight):
         kind = str(weight.dtype).removeprefix("torch.")
         raise CheckpointError(
             f"{path.name} holds values that are no numbers in {kind}, in {key}. Download or copy the file again; if it "
             "is whole, choose the precision bf16 or fp32."
         )
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    """Whether all values are numbers, at a twentieth of what a load costs."""
+    if weight.dtype in _FP8 and weight.numel():  # torch does not reduce these
+        first = _FP8[weight.dtype]
+        return bool(weight.view(torch.int8).max() < first and weight.view(torch.uint8).max() < first + 0x80)
+    # A sum costs a tenth of looking at each value; only one that overflows by itself needs the closer look.
+    return math.isfinite(weight.sum().item()) or bool(weight.isfinite().all())
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

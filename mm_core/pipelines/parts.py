@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -30,13 +31,22 @@ def load_transformer(
     config: Mapping[str, Any], files: Sequence[Path], dtype: torch.dtype
 ) -> CogVideoXTransformer3DModel:
     """config: checked settings. Raises CheckpointError for files that are not exactly its tensors."""
-    transformer = _built(lambda: CogVideoXTransformer3DModel(**config), files)
+    transformer = _transformer(config, files)
     embed = transformer.patch_embed
     if not (config.get("use_rotary_positional_embeddings") or config.get("use_learned_positional_embeddings")):
         # The sine table of 2B is computed, not stored: it must not stay on `meta`.
         table = embed._get_positional_embeddings(embed.sample_height, embed.sample_width, embed.sample_frames)
         embed.register_buffer("pos_embedding", table, persistent=False)
     return load_strictly(transformer, files, dtype)
+
+
+def check_transformer(config: Mapping[str, Any], files: Sequence[Path]) -> None:
+    """Raises CheckpointError for files that are not exactly the tensors of these settings; reads their headers only."""
+    _check_headers(_transformer(config, files), files)
+
+
+def _transformer(config: Mapping[str, Any], files: Sequence[Path]) -> CogVideoXTransformer3DModel:
+    return _built(lambda: CogVideoXTransformer3DModel(**config), files)
 
 
 def load_vae(config: Mapping[str, Any], files: Sequence[Path], dtype: torch.dtype) -> AutoencoderKLCogVideoX:
@@ -62,7 +72,7 @@ def build_scheduler(config: Mapping[str, Any], name: str) -> CogVideoXDDIMSchedu
 
 
 def load_strictly(
-    module: _Module, files: Sequence[Path], dtype: torch.dtype, *, tied: Mapping[str, str] | None = None
+    module: _Module, files: Sequence[Path], dtype: torch.dtype, *, tied: Mapping[str, str] = MappingProxyType({})
 ) -> _Module:
     """Load files into a module on `meta`, frozen. Headers are compared before any weight is read.
 
@@ -70,14 +80,7 @@ def load_strictly(
 
     Raises CheckpointError for a tensor that is missing, unexpected, of another shape, or not of finite numbers.
     """
-    tied = tied or {}
-    expected = {key: tensor.shape for key, tensor in module.state_dict().items()}
-    found: dict[str, tuple[int, ...]] = {}
-    for path in files:
-        found |= tensor_shapes(path)
-    names = [{copy, original} for copy, original in tied.items()]
-    optional = {key for pair in names if pair & found.keys() for key in pair}
-    check_tensors(files[0], {k: s for k, s in expected.items() if k in found or k not in optional}, found)
+    _check_headers(module, files, tied)
     weights = {}
     for path in files:
         with open_safetensors(path) as file:
@@ -88,6 +91,16 @@ def load_strictly(
         weights[copy] = weights[original] = one
     module.load_state_dict(weights, assign=True)
     return module.requires_grad_(False).eval()
+
+
+def _check_headers(module: nn.Module, files: Sequence[Path], tied: Mapping[str, str] = MappingProxyType({})) -> None:
+    expected = {key: tensor.shape for key, tensor in module.state_dict().items()}
+    found: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        found |= tensor_shapes(path)
+    names = [{copy, original} for copy, original in tied.items()]
+    optional = {key for pair in names if pair & found.keys() for key in pair}
+    check_tensors(files[0], {k: s for k, s in expected.items() if k in found or k not in optional}, found)
 
 
 def stored_dtype(key: str, dtype: torch.dtype) -> torch.dtype:

@@ -7,7 +7,7 @@ import re
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tiny_models import (
 from torch import Tensor
 
 from mm_core.checkpoints.adapter_file import Trained, load_adapter, read_header, save_adapter
+from mm_core.checkpoints.safetensors_file import check_weight
 from mm_core.errors import CheckpointError
 from mm_core.hosts.cogvideox_diffusers import STATE, attach
 from mm_core.models.adapter import MagicMirrorAdapter
@@ -383,7 +384,24 @@ def test_weights_too_large_for_the_precision_are_refused_and_sums_of_many_are_no
         load_adapter(path, dtype=torch.float16)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_value_that_is_no_number_is_found(dtype: torch.dtype, tmp_path: Path) -> None:
+    largest = torch.finfo(dtype).max
+    check_weight(torch.tensor([largest, largest, -largest, 0.0], dtype=dtype), "key", tmp_path)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        with pytest.raises(CheckpointError, match="no numbers"):
+            check_weight(torch.tensor([0.0, value, 1.0], dtype=dtype), "key", tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_every_byte_that_is_no_number_is_found(dtype: torch.dtype, tmp_path: Path) -> None:
+    for value in torch.arange(256, dtype=torch.uint8).view(dtype):
+        with nullcontext() if value.float().isfinite() else pytest.raises(CheckpointError, match="no numbers"):
+            check_weight(value[None], "key", tmp_path)
+    check_weight(torch.empty(0, dtype=dtype), "key", tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int64, torch.float8_e4m3fnuz])
 def test_weights_of_another_kind_are_refused(path: Path, dtype: torch.dtype) -> None:
     weights, metadata = load_file(write(path)), read_metadata(path)
     key = sorted(weights)[0]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from comfy_server import ComfyServer
+from comfy_server import ComfyServer, ExecutionFailed
 from diffusers import CogVideoXDDIMScheduler
 from native_graphs import GUIDANCE, PROMPT, SEED, STEPS, frames_of, native_graph, plain, sampled
 from safetensors.torch import load_file, save_file
@@ -161,3 +163,29 @@ def test_another_model_is_told(
     graph["1"]["inputs"]["adapter"] = "none"
     with pytest.raises(Exception, match="has no adapter"):
         server.run(graph)
+
+
+@pytest.mark.parametrize(("damage", "told"), [("lacks", "1 missing: {}"), ("nan", "no numbers in float32, in {}")])
+def test_a_damaged_transformer_is_told(
+    server: ComfyServer,
+    bases: dict[str, tuple[FolderBase, Path]],
+    portrait: Callable[[str], Path],
+    damage: str,
+    told: str,
+) -> None:
+    """Core itself would leave out what is missing, with a line in the log."""
+    folder = server.base / "models" / "CogVideo" / f"damaged-{damage}"
+    shutil.copytree(bases["1.0"][0].folder, folder)
+    (path,) = FolderBase(folder).transformer_files
+    weights, key = load_file(path), "transformer_blocks.1.norm1.linear.weight"
+    if damage == "nan":
+        weights[key][-1, -1] = float("nan")
+    else:
+        del weights[key]
+    save_file(weights, path)
+    graph = native_graph(server, "1.0", portrait("person_b_2"))
+    graph["1"]["inputs"]["base_model"] = folder.name
+    graph = {"1": graph["1"], "4": graph["4"], "end": {"class_type": "PreviewAny", "inputs": {"source": ["4", 0]}}}
+    with pytest.raises(ExecutionFailed, match="CheckpointError.*" + re.escape(told.format(key))):
+        server.run(graph)
+    shutil.rmtree(folder)
