@@ -157,7 +157,9 @@ class MagicMirrorNativeSampling(io.ComfyNode):
             "trained. KSampler fits too: sampler euler, scheduler simple.",
             inputs=[
                 io.Model.Input("model", tooltip="CogVideoX; its noise levels are used."),
-                io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Denoising steps."),
+                io.Int.Input(
+                    "steps", default=0, min=0, max=1000, tooltip="Denoising steps. 0: as many as the model needs."
+                ),
             ],
             outputs=[io.Sampler.Output(display_name="sampler"), io.Sigmas.Output(display_name="sigmas")],
         )
@@ -166,6 +168,7 @@ class MagicMirrorNativeSampling(io.ComfyNode):
     @classmethod
     def execute(cls, model: ModelPatcher, steps: int) -> io.NodeOutput:
         native_base.check_known(model)
+        steps = steps or native_base.sampling_steps(model)
         return io.NodeOutput(native_sampling.DDIM(), native_sampling.trailing_sigmas(model, steps))
 
 
@@ -174,7 +177,7 @@ class MagicMirrorNativeLatent(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        side = {"min": 16, "max": 1440, "step": 16}
+        side = {"default": 0, "min": 0, "max": 1440, "step": 16}
         return io.Schema(
             node_id="MagicMirrorNativeLatent",
             display_name="Empty CogVideoX Latent (MagicMirror, native)",
@@ -182,10 +185,14 @@ class MagicMirrorNativeLatent(io.ComfyNode):
             description="An empty clip for the sampler, of a size that the base model can make.",
             inputs=[
                 ModelSocket.Input("magic_mirror", tooltip="From Load MagicMirror; its limits are checked."),
-                io.Int.Input("width", default=720, **side, tooltip="Pixels, a multiple of 16."),
-                io.Int.Input("height", default=480, **side, tooltip="Pixels, a multiple of 16."),
+                io.Int.Input("width", **side, tooltip="Pixels, a multiple of 16. 0: as the model was trained."),
+                io.Int.Input("height", **side, tooltip="Pixels, a multiple of 16. 0: as the model was trained."),
                 io.Int.Input(
-                    "num_frames", default=49, min=1, max=161, step=8, tooltip="8 x N + 1 frames (1.5: 16 x N + 1)."
+                    "num_frames",
+                    default=0,
+                    min=0,
+                    max=161,
+                    tooltip="8 x N + 1 frames (1.5: 16 x N + 1). 0: as the model was trained.",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent")],
@@ -194,7 +201,9 @@ class MagicMirrorNativeLatent(io.ComfyNode):
     @classmethod
     def execute(cls, magic_mirror: Model, width: int, height: int, num_frames: int) -> io.NodeOutput:
         base = magic_mirror.mirror.base
-        base.limits.check(width=width, height=height, num_frames=num_frames)
+        limits = base.limits
+        width, height, num_frames = width or limits.width, height or limits.height, num_frames or limits.num_frames
+        limits.check(width=width, height=height, num_frames=num_frames)
         config = base.transformer_config
         cell = 2 ** (len(base.vae_config["block_out_channels"]) - 1)
         frames = (num_frames - 1) // 4 + 1

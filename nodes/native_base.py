@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..mm_core.errors import CheckpointError
 from ..mm_core.numerics import FiniteWatch
+from ..mm_core.pipelines.presets import Sampling
 from .native_sampling import DDIM, compute_dtype, watched
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ _ZERO_SNR = 4.8973451890853435e-08
 
 class CogVideoXSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION):
     """v-prediction as core's samplers know it: they add the noise, and the model gets latents of unit variance."""
+
+    steps: int
+    """How many suit the base model."""
 
 
 def transformer_of(model: ModelPatcher) -> Any:
@@ -92,10 +96,16 @@ def check_known(model: ModelPatcher) -> None:
         )
 
 
+def sampling_steps(model: ModelPatcher) -> int:
+    """How many denoising steps suit the MODEL; the published ones, when it is not known better."""
+    return getattr(model.get_model_object("model_sampling"), "steps", Sampling.steps)
+
+
 def _correct_sampling(model: ModelPatcher, base: BaseModel) -> None:
     alpha_bar = base.load_scheduler().alphas_cumprod.double().clamp(min=_ZERO_SNR)
     sampling = CogVideoXSampling(model.model.model_config)
     sampling.set_sigmas(((1 - alpha_bar) / alpha_bar).sqrt())
+    sampling.steps = base.sampling.steps
     model.add_object_patch("model_sampling", sampling)
     kind = comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE
     model.remove_wrappers_with_key(kind, _KEY)

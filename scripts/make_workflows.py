@@ -28,7 +28,7 @@ from mm_core.examples import example_photos
 WORKFLOWS = environment.ROOT / "workflows"
 SUBGRAPHS = environment.ROOT / "subgraphs"
 THUMBNAIL = 320  # pixels of its side
-STEPS, GUIDANCE = 12, 3.0  # of tiny, for core's samplers
+GUIDANCE = 3.0  # of tiny, for core's guider
 LOADER, EXTRACT, APPLY = "MagicMirrorLoader", "MagicMirrorExtractFaceEmbedding", "MagicMirrorApplyCANAdapter"
 SAMPLER, COMBINE, EXAMPLE = "MagicMirrorCogVideoXSampler", "MagicMirrorVideoCombine", "MagicMirrorExamplePerson"
 PHOTOMAKER = {
@@ -221,10 +221,8 @@ def native(prompt: str) -> dict[str, Node]:
         "model": Node(type="MagicMirrorNativeModel", inputs=dict(magic_mirror=mirror)),
         "apply": Node(type="MagicMirrorApplyNative", inputs=apply),
         "negative": Node(type="MagicMirrorEncodePrompt", inputs=dict(magic_mirror=mirror), title="Negative prompt"),
-        "latent": Node(
-            type="MagicMirrorNativeLatent", inputs=dict(magic_mirror=mirror, width=64, height=64, num_frames=9)
-        ),
-        "ddim": Node(type="MagicMirrorNativeSampling", inputs=dict(model=("apply", 0), steps=STEPS)),
+        "latent": Node(type="MagicMirrorNativeLatent", inputs=dict(magic_mirror=mirror)),
+        "ddim": Node(type="MagicMirrorNativeSampling", inputs=dict(model=("apply", 0))),
         "noise": Node(type="RandomNoise", inputs=dict(noise_seed=42)),
         "guider": Node(
             type="CFGGuider",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from mm_core.pipelines.clip import ClipSettings
 from mm_core.pipelines.control import AdapterSettings, Window
 from mm_core.pipelines.magic_mirror import MagicMirror
 
+WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "api" / "native.json"
 CORE_ZERO = 4.8973451890853435e-08  # core's alpha_bar at zero terminal SNR, where diffusers has 0
 SETTINGS = AdapterSettings(identity_scale=0.9, can_scale=1.2, ip_scale=0.8)
 # Each of the four steps has another set of parts: CAN, CAN and text, text and face, text.
@@ -189,3 +191,20 @@ def test_a_damaged_transformer_is_told(
     with pytest.raises(ExecutionFailed, match="CheckpointError.*" + re.escape(told.format(key))):
         server.run(graph)
     shutil.rmtree(folder)
+
+
+def test_what_nobody_sets_is_the_models_own(server: ComfyServer) -> None:
+    """Size, length and steps of the shipped workflow are 0; with tiny's own the clip is the same."""
+    graph = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    (sampler, latent, noise, video) = (
+        next(node["inputs"] for node in graph.values() if node["class_type"] == kind)
+        for kind in ("MagicMirrorNativeSampling", "MagicMirrorNativeLatent", "RandomNoise", "MagicMirrorVideoCombine")
+    )
+    noise["noise_seed"], video["format"], pictures = 1, "gif", []
+    for settings in ({}, {"width": 64, "height": 64, "num_frames": 9, "steps": tiny.SAMPLING.steps}):
+        latent.update({name: value for name, value in settings.items() if name in latent})
+        sampler["steps"] = settings.get("steps", sampler["steps"])
+        outputs = server.run(graph)["outputs"].values()
+        (file,) = (f for out in outputs for f in out.get("images", []) if f["filename"].startswith("native"))
+        pictures.append(server.view(**file))
+    assert sampler["steps"] == 12 and pictures[0] == pictures[1]
