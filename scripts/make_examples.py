@@ -13,9 +13,9 @@ sys.path.insert(0, str(environment.ROOT))
 
 from PIL import Image
 
-from mm_core.data.people.person import Person
-from mm_core.data.people.render import render_clip
-from mm_core.data.people.scene import sample_clip
+from lab.people.person import Person
+from lab.people.render import render_clip
+from lab.people.scene import sample_clip
 from mm_core.examples import FOLDER, PEOPLE, example_photos
 from mm_core.faces.analysis import FaceAnalyzer
 from mm_core.faces.references import analyse_references

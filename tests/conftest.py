@@ -22,6 +22,8 @@ from comfy_server import ComfyServer
 if TYPE_CHECKING:
     from accelerator import Accelerator
 
+    from mm_core.training.arcface import DifferentiableArcFace
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -65,6 +67,19 @@ def accelerator() -> Iterator[Accelerator]:
 def insightface_root() -> Path:
     """A folder with ``models/buffalo_sc``, small real models (non-commercial research only)."""
     return _provided("MAGIC_MIRROR_INSIGHTFACE_ROOT")
+
+
+@pytest.fixture(scope="session")
+def recogniser_file(insightface_root: Path) -> Path:
+    return insightface_root / "models" / "buffalo_sc" / "w600k_mbf.onnx"
+
+
+@pytest.fixture(scope="session")
+def recogniser(recogniser_file: Path) -> DifferentiableArcFace:
+    """The recogniser of insightface as a torch module."""
+    from mm_core.training.arcface import DifferentiableArcFace
+
+    return DifferentiableArcFace(recogniser_file)
 
 
 @pytest.fixture(scope="session")

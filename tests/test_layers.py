@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted([ROOT / "__init__.py", *ROOT.glob("mm_core/**/*.py"), *ROOT.glob("nodes/**/*.py")])
+PACK = sorted([ROOT / "__init__.py", *ROOT.glob("mm_core/**/*.py"), *ROOT.glob("nodes/**/*.py")])
+SOURCES = [*PACK, *sorted(ROOT.glob("lab/**/*.py"))]
 
 # Each package, and the parts of the project that it may use beside itself and `errors`.
 MAY_IMPORT = {
@@ -48,6 +49,11 @@ MAY_IMPORT = {
         *("mm_core.pipelines", "mm_core.faces", "mm_core.checkpoints", "mm_core.memory", "mm_core.video"),
         *("mm_core.evaluation", "mm_core.hosts", "mm_core.models", "mm_core.numerics"),
         *("mm_core.filenames", "mm_core.files", "mm_core.playback"),
+    },
+    # Beside the product, which knows nothing of it.
+    "lab": {
+        *("mm_core.training", "mm_core.data", "mm_core.evaluation", "mm_core.pipelines", "mm_core.checkpoints"),
+        *("mm_core.models", "mm_core.faces", "mm_core.files"),
     },
 }
 FOR_ALL = {f"mm_core.{name}" for name in ("errors", "choices", "limits", "names", "json_file")}
@@ -113,24 +119,24 @@ def test_files_and_functions_are_short(path: Path) -> None:
     assert not {name: length for name, length in lengths.items() if length >= 60}
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if "mm_core" in p.parts], ids=path_id)
+@pytest.mark.parametrize("path", [p for p in PACK if "mm_core" in p.parts], ids=path_id)
 def test_core_knows_no_comfyui(path: Path) -> None:
     assert not {name for name in imports(path) if name.split(".")[0] in COMFYUI}
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if {"models", "hosts"} & set(p.parts)], ids=path_id)
+@pytest.mark.parametrize("path", [p for p in PACK if {"models", "hosts"} & set(p.parts)], ids=path_id)
 def test_only_its_host_knows_diffusers(path: Path) -> None:
     knows = any(name.split(".")[0] == "diffusers" for name in imports(path))
     assert knows == (path_id(path) == DIFFUSERS_HOST)
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if "nodes" in p.parts], ids=path_id)
+@pytest.mark.parametrize("path", [p for p in PACK if "nodes" in p.parts], ids=path_id)
 def test_only_the_runtime_and_the_native_models_touch_comfyui_internals(path: Path) -> None:
     internals = {name for name in imports(path) if name.split(".")[0] in COMFYUI - {"comfy_api", "nodes"}}
     assert path.name == "runtime.py" or path.name.startswith("native_") or not internals
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=path_id)
+@pytest.mark.parametrize("path", PACK, ids=path_id)
 def test_everything_inside_the_pack_is_imported_relatively(path: Path) -> None:
     """Inside ComfyUI the pack's module name comes from its folder; absolute names of its own would not be found."""
     tree = ast.parse(path.read_text(encoding="utf-8"))

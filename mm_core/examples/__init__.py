@@ -1,6 +1,6 @@
 """Two rendered people who come with the pack: two photos each, and what tiny's ID encoder sees in them.
 
-No training has seen them; scripts/make_examples.py drew them (docs/rendered_people.md).
+No training has seen them; scripts/make_examples.py drew them (lab/people/README.md).
 """
 
 from __future__ import annotations

@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from lab.people.manifest import write_manifest
+from lab.people.shards import RenderSettings, render_dataset
 from mm_core.data import precompute as precomputing
 from mm_core.data.manifest import MANIFEST
-from mm_core.data.people.manifest import write_manifest
-from mm_core.data.people.shards import RenderSettings, render_dataset
 from mm_core.training.config import StageConfig, TrainingConfig
 from mm_core.training.loop import train
 from mm_core.training.loop_config import LoopConfig

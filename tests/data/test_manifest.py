@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lab.people.__main__ import main
+from lab.people.shards import RenderSettings, render_dataset
 from mm_core.data.check import Report, check_dataset
 from mm_core.data.manifest import MANIFEST, fit, read_manifest, read_media, read_picture
-from mm_core.data.people.__main__ import main
-from mm_core.data.people.shards import RenderSettings, render_dataset
 from mm_core.errors import SampleError, SettingError
 from mm_core.pipelines.prompt import mark_identity
 from mm_core.video import write_video

@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+from lab.people.manifest import repeats_of, write_manifest
+from lab.people.scene import sample_clip
+from lab.people.shards import RenderSettings, render_dataset
 from mm_core.data import features as features_module
 from mm_core.data import precompute as module
 from mm_core.data.features import INDEX, SETTINGS, Features
 from mm_core.data.manifest import MANIFEST, read_media, read_picture
-from mm_core.data.people.manifest import repeats_of, write_manifest
-from mm_core.data.people.scene import sample_clip
-from mm_core.data.people.shards import RenderSettings, render_dataset
 from mm_core.data.precompute import Progress, between
 from mm_core.errors import CheckpointError, MagicMirrorError, SettingError
 from mm_core.faces.analysis import FaceAnalyzer

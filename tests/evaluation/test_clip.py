@@ -153,9 +153,9 @@ def test_follow_takes_the_largest_after_a_cut(analyzer, photos):
 
 def test_small_frames_are_enlarged_for_the_detector(analyzer):
     pytest.importorskip("numba")
-    from mm_core.data.people.person import Person as Rendered
-    from mm_core.data.people.render import render_clip
-    from mm_core.data.people.scene import sample_clip
+    from lab.people.person import Person as Rendered
+    from lab.people.render import render_clip
+    from lab.people.scene import sample_clip
 
     frames = render_clip(Rendered.from_seed(1_000_000), sample_clip(1_000_000, 0, size=64))
     clip = analyse_clip(analyzer, frames)

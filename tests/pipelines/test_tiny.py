@@ -63,10 +63,10 @@ def test_the_preview_shows_the_picture() -> None:
 @pytest.fixture(scope="module")
 def clips(insightface_root: Path) -> dict[str, np.ndarray]:
     """Clips (F, H, W, 3) of a pale and of a dark person no training has seen, and of nobody: same words, same noise."""
-    people = pytest.importorskip("mm_core.data.people.render", reason="needs the extra `people`", exc_type=ImportError)
-    from mm_core.data.people.person import Person
-    from mm_core.data.people.scene import sample_clip
-    from mm_core.data.people.traits import HELD_OUT
+    people = pytest.importorskip("lab.people.render", reason="needs the extra `people`", exc_type=ImportError)
+    from lab.people.person import Person
+    from lab.people.scene import sample_clip
+    from lab.people.traits import HELD_OUT
 
     analyzer = FaceAnalyzer(insightface_root, "buffalo_sc", device="cpu")
     mirror = MagicMirror(TinyBase(), device=torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Real portraits, the faces that insightface finds in them, and the recogniser as a torch module."""
+"""Real portraits, and the faces that insightface finds in them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mm_core.faces.analysis import Face, FaceAnalyzer, select_face
 from mm_core.faces.references import read_image
-from mm_core.training.arcface import DifferentiableArcFace
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -40,16 +39,6 @@ class Portrait:
     def embedding(self) -> Tensor:
         """(1, 512), not normalised, by onnxruntime."""
         return torch.from_numpy(self.face.embedding)[None]
-
-
-@pytest.fixture(scope="session")
-def recogniser_file(insightface_root: Path) -> Path:
-    return insightface_root / "models" / "buffalo_sc" / "w600k_mbf.onnx"
-
-
-@pytest.fixture(scope="session")
-def recogniser(recogniser_file: Path) -> DifferentiableArcFace:
-    return DifferentiableArcFace(recogniser_file)
 
 
 @pytest.fixture(scope="session")

@@ -11,18 +11,11 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from safetensors.torch import save_file
 
-from mm_core.data.features import EMPTY, FORMAT, INDEX, ROWS, Features, shard_name
-from mm_core.data.people.person import Person
-from mm_core.data.people.render import render_clip
-from mm_core.data.people.scene import sample_clip
-from mm_core.faces.analysis import FaceAnalyzer
-from mm_core.pipelines import tiny
-from mm_core.pipelines.base import TinyBase
-from mm_core.training.loop import train
-from mm_core.training.loop_config import LoopConfig
-from mm_core.training.losses import TEMPORAL_COMPRESSION
-from mm_core.training.small.clips import to_unit
-from mm_core.training.small.judges import (
+from lab.people.person import Person
+from lab.people.render import render_clip
+from lab.people.scene import sample_clip
+from lab.tiny.clips import to_unit
+from lab.tiny.judges import (
     POSE_UNITS,
     FaceTask,
     PoseTask,
@@ -32,6 +25,13 @@ from mm_core.training.small.judges import (
     people_of,
     pose_of,
 )
+from mm_core.data.features import EMPTY, FORMAT, INDEX, ROWS, Features, shard_name
+from mm_core.faces.analysis import FaceAnalyzer
+from mm_core.pipelines import tiny
+from mm_core.pipelines.base import TinyBase
+from mm_core.training.loop import train
+from mm_core.training.loop_config import LoopConfig
+from mm_core.training.losses import TEMPORAL_COMPRESSION
 from mm_core.training.step import decode_frame
 
 PEOPLE, CLIPS = 3, 3

@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checkpoints.photomaker import save_id_encoder
-from ...faces.analysis import FaceAnalyzer
-from ...faces.crop import square_crop
-from ...files import atomic_write, write_json
-from ...models.id_encoder import IDEncoder
-from ...pipelines import tiny
-from ..randomness import generator_for, shuffled
+from mm_core.checkpoints.photomaker import save_id_encoder
+from mm_core.faces.analysis import FaceAnalyzer
+from mm_core.faces.crop import square_crop
+from mm_core.files import atomic_write, write_json
+from mm_core.models.id_encoder import IDEncoder
+from mm_core.pipelines import tiny
+from mm_core.training.randomness import generator_for, shuffled
+
 from .clips import Clips
 
 WEIGHTS = "id_encoder.safetensors"

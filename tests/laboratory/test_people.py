@@ -16,17 +16,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mm_core.data.people import shards
-from mm_core.data.people.__main__ import main
-from mm_core.data.people.captions import TRIGGER, caption, nod, tilt, turn
-from mm_core.data.people.expressions import EXPRESSIONS, blended
-from mm_core.data.people.geometry import HEAD_FILE, Material, load_head
-from mm_core.data.people.person import Person
-from mm_core.data.people.raster import NOTHING, Cutout, rasterize
-from mm_core.data.people.render import render_clip
-from mm_core.data.people.scene import COLOURS, ClipDescription, sample_clip
-from mm_core.data.people.shards import RenderSettings, read_clips, render_dataset
-from mm_core.data.people.traits import HELD_OUT, PersonTraits, sample_traits
+from lab.people import shards
+from lab.people.__main__ import main
+from lab.people.captions import TRIGGER, caption, nod, tilt, turn
+from lab.people.expressions import EXPRESSIONS, blended
+from lab.people.geometry import HEAD_FILE, Material, load_head
+from lab.people.person import Person
+from lab.people.raster import NOTHING, Cutout, rasterize
+from lab.people.render import render_clip
+from lab.people.scene import COLOURS, ClipDescription, sample_clip
+from lab.people.shards import RenderSettings, read_clips, render_dataset
+from lab.people.traits import HELD_OUT, PersonTraits, sample_traits
 from mm_core.errors import SettingError
 from mm_core.faces.analysis import Face, FaceAnalyzer, select_face
 
@@ -299,7 +299,7 @@ def test_held_out_people_need_permission(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_killed_run_continues(tmp_path: Path, repository: Path) -> None:
     folder = tmp_path / "people"
     first, stop = FIRST_OF_TWO_SHARDS, FIRST_OF_TWO_SHARDS + 5
-    command = [sys.executable, "-m", "mm_core.data.people", "render", f"--people={first}:{stop}", "--processes=1"]
+    command = [sys.executable, "-m", "lab.people", "render", f"--people={first}:{stop}", "--processes=1"]
     command += ["--clips=1", f"--size={SMALL}", "--out", str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(repository)}
     running = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
@@ -377,7 +377,7 @@ def test_the_prompt_parser_finds_the_person() -> None:
 @pytest.mark.parametrize("package", ["numba", "scipy", "cv2"])
 def test_without_a_package_the_command_says_what_to_install(package: str, tmp_path: Path) -> None:
     code = (
-        f"import sys; sys.modules[{package!r}] = None; from mm_core.data.people.__main__ import main; sys.exit(main())"
+        f"import sys; sys.modules[{package!r}] = None; from lab.people.__main__ import main; sys.exit(main())"
     )
     command = ["render", "--people", "0:1", "--out", str(tmp_path / "people")]
     result = subprocess.run(

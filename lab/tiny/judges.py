@@ -16,17 +16,18 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...checkpoints.safetensors_file import read_tensors
-from ...data.features import Features
-from ...data.people.captions import SMILES
-from ...data.people.scene import ClipDescription, at, eased, sample_clip
-from ...files import atomic_write
-from ...pipelines.base import FolderBase
-from ..arcface import align_faces
-from ..diffusion import add_noise, alphas_bar, rotary_embedding
-from ..losses import TEMPORAL_COMPRESSION, predict_clean
-from ..randomness import generator_for
-from ..step import decode_frame, guide
+from mm_core.checkpoints.safetensors_file import read_tensors
+from mm_core.data.features import Features
+from mm_core.files import atomic_write
+from mm_core.pipelines.base import FolderBase
+from mm_core.training.arcface import align_faces
+from mm_core.training.diffusion import add_noise, alphas_bar, rotary_embedding
+from mm_core.training.losses import TEMPORAL_COMPRESSION, predict_clean
+from mm_core.training.randomness import generator_for
+from mm_core.training.step import decode_frame, guide
+
+from ..people.captions import SMILES
+from ..people.scene import ClipDescription, at, eased, sample_clip
 
 WEIGHTS = "judge.safetensors"
 POSE_UNITS = (15.0, 6.0, 5.0, 0.5)

@@ -11,16 +11,16 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from mm_core.data.people.manifest import repeats_of
-from mm_core.data.people.scene import sample_clip
+from lab.people.manifest import repeats_of
+from lab.people.scene import sample_clip
+from lab.tiny.base import BaseTask, Latents, mislead
+from lab.tiny.clips import SCENE, SHOWN, Clips, scene_of
+from lab.tiny.text import TextTask
 from mm_core.errors import SettingError
 from mm_core.pipelines import tiny
 from mm_core.training.diffusion import add_noise
 from mm_core.training.loop import train
 from mm_core.training.loop_config import LoopConfig
-from mm_core.training.small.base import BaseTask, Latents, mislead
-from mm_core.training.small.clips import SCENE, SHOWN, Clips, scene_of
-from mm_core.training.small.text import TextTask
 
 CAPTION = "A man img turns left, in a red T-shirt, before a green wall."
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from lab.tiny import __main__ as small
 from mm_core.checkpoints.adapter_file import load_adapter, read_header
 from mm_core.pipelines.base import TinyBase
 from mm_core.pipelines.preview import fit_latent_rgb
 from mm_core.training.loop_config import LoopConfig
-from mm_core.training.small import __main__ as small
 
 PEOPLE, STEPS, BATCH = 5, 2, 2
 

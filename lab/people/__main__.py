@@ -1,4 +1,4 @@
-"""`python -m mm_core.data.people`: render people for training and evaluation, list them, or draw a sheet to look at."""
+"""`python -m lab.people`: render people for training and evaluation, list them, or draw a sheet to look at."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from ...errors import MagicMirrorError, SettingError
+from mm_core.errors import MagicMirrorError, SettingError
+
 from .traits import HELD_OUT
 
 
@@ -91,7 +92,7 @@ def _people(text: str) -> range:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mm_core.data.people", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lab.people", description=__doc__)
     commands = parser.add_subparsers(required=True)
     for name, run, text in (("render", render, "write a data set"), ("sheet", sheet, "write a contact sheet")):
         command = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)

@@ -9,17 +9,17 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from mm_core.data.people.person import Person
-from mm_core.data.people.render import render_clip
-from mm_core.data.people.scene import sample_clip
+from lab.people.person import Person
+from lab.people.render import render_clip
+from lab.people.scene import sample_clip
+from lab.tiny.base import Latents
+from lab.tiny.clips import SCENE, Clips
+from lab.tiny.vae import DecoderTask, RecogniserFeatures, VAETask, smooth
 from mm_core.faces.analysis import FaceAnalyzer
 from mm_core.pipelines.base import TinyBase
 from mm_core.training.arcface import DifferentiableArcFace
 from mm_core.training.loop import train
 from mm_core.training.loop_config import LoopConfig
-from mm_core.training.small.base import Latents
-from mm_core.training.small.clips import SCENE, Clips
-from mm_core.training.small.vae import DecoderTask, RecogniserFeatures, VAETask, smooth
 
 
 def test_features_see_what_pixels_hardly_see(recogniser: DifferentiableArcFace) -> None:

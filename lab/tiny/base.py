@@ -19,13 +19,14 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXP
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
-from ...errors import SettingError
-from ...files import atomic_folder, atomic_write
-from ...pipelines import tiny
-from ...pipelines.prompt import without_trigger
-from ..diffusion import add_noise, alphas_bar, rotary_embedding
-from ..losses import motion_loss, noise_loss, predict_clean
-from ..randomness import generator_for, shuffled
+from mm_core.errors import SettingError
+from mm_core.files import atomic_folder, atomic_write
+from mm_core.pipelines import tiny
+from mm_core.pipelines.prompt import without_trigger
+from mm_core.training.diffusion import add_noise, alphas_bar, rotary_embedding
+from mm_core.training.losses import motion_loss, noise_loss, predict_clean
+from mm_core.training.randomness import generator_for, shuffled
+
 from .clips import EYES_AND_MOUTH, SCENE, Clips, of_latents, to_unit
 from .text import DOUBLED, export_part, tokens
 from .vae import save_sheet

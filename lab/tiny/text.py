@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-from ...data.people.captions import caption
-from ...data.people.scene import sample_clip
-from ...pipelines import tiny
-from ...pipelines.prompt import identity_tokens, without_trigger
-from ..randomness import generator_for
+from mm_core.pipelines import tiny
+from mm_core.pipelines.prompt import identity_tokens, without_trigger
+from mm_core.training.randomness import generator_for
+
+from ..people.captions import caption
+from ..people.scene import sample_clip
 from .clips import SCENE, of_latents, scene_of
 
 DOUBLED = 0.5  # part of the captions whose person's word stands twice, as the adapter's text fusion will have it

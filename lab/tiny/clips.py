@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.people.expressions import EXPRESSIONS, NEUTRAL
-from ...data.people.manifest import repeats_of
-from ...data.people.scene import PITCH_LIMIT, ROLL_LIMIT, YAW_LIMIT, ClipDescription, at, eased
-from ...data.people.shards import read_clips
+from ..people.expressions import EXPRESSIONS, NEUTRAL
+from ..people.manifest import repeats_of
+from ..people.scene import PITCH_LIMIT, ROLL_LIMIT, YAW_LIMIT, ClipDescription, at, eased
+from ..people.shards import read_clips
 
 SHOWN = [name for name in EXPRESSIONS if name != NEUTRAL]
 LIGHT_LIMIT = 70.0  # degrees of azimuth

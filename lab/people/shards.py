@@ -19,9 +19,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ...errors import MagicMirrorError, SettingError
-from ...files import PARTIAL, atomic_write
-from ..npz import read_frames_array
+from mm_core.data.npz import read_frames_array
+from mm_core.errors import MagicMirrorError, SettingError
+from mm_core.files import PARTIAL, atomic_write
+
 from .captions import caption
 from .person import Person
 from .render import render_clip

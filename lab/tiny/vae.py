@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor, nn
 
-from ...faces.analysis import FaceAnalyzer
-from ...faces.tracking import find_faces, follow
-from ...files import write_json
-from ...pipelines import tiny
-from ..arcface import ALIGNED_SIZE, DifferentiableArcFace, align_faces
-from ..losses import identity_loss
-from ..randomness import generator_for, shuffled
+from mm_core.faces.analysis import FaceAnalyzer
+from mm_core.faces.tracking import find_faces, follow
+from mm_core.files import write_json
+from mm_core.pipelines import tiny
+from mm_core.training.arcface import ALIGNED_SIZE, DifferentiableArcFace, align_faces
+from mm_core.training.losses import identity_loss
+from mm_core.training.randomness import generator_for, shuffled
+
 from .clips import Clips, to_unit
 from .text import export_part
 

@@ -1,7 +1,7 @@
 """The paper's ablations (Tab. 3) on the small model, each trained anew, and convergence with and without CAN (Fig. 12).
 
 Every row runs both stages of tiny.yaml, shortened by --steps, on the base and features of a finished run of
-`python -m mm_core.training.small`, and is scored on held-out people as `score_tiny.py` does. Finished rows and their
+`python -m lab.tiny`, and is scored on held-out people as `python -m lab.tiny.score` does. Finished rows and their
 scores are kept: the same command goes on, and several processes may each take some --rows.
 """
 
@@ -9,17 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import environment
 import torch
 from PIL import Image, ImageDraw
-
-sys.path.insert(0, str(environment.ROOT))
-
-from score_tiny import GUIDANCE, Scorer, score_generated, tables
 
 from mm_core.files import write_json
 from mm_core.pipelines.base import FolderBase
@@ -28,7 +22,10 @@ from mm_core.pipelines.magic_mirror import MagicMirror
 from mm_core.training.__main__ import train_stage
 from mm_core.training.config import ABLATIONS, StageConfig, TrainingConfig
 from mm_core.training.runs import METRICS
-from mm_core.training.small.__main__ import Recipe
+from scripts import environment
+
+from .__main__ import Recipe
+from .score import GUIDANCE, Scorer, score_generated, tables
 
 CURVES = {"ours": ("with CAN", (31, 119, 180)), "C": ("without CAN", (214, 39, 40))}
 SAME = {"F": "C"}  # the paper's two rows without any modulation: one training here

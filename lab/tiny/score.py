@@ -8,23 +8,14 @@ writes everything to --out as JSON. Real clips give the ceiling, other people's 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import environment
 import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(environment.ROOT))
-
-from mm_core.data.people.captions import caption, nod, smiles, tilt, turn
-from mm_core.data.people.person import Person
-from mm_core.data.people.render import render_clip
-from mm_core.data.people.scene import ClipDescription, sample_clip
-from mm_core.data.people.traits import HELD_OUT
 from mm_core.evaluation.metrics import largest_found, mean_found, motion_between
 from mm_core.evaluation.recognisers import DlibJudge, all_judges, find_face
 from mm_core.faces.analysis import FaceAnalyzer, estimate_pose
@@ -34,6 +25,13 @@ from mm_core.pipelines.base import FolderBase, TinyBase
 from mm_core.pipelines.clip import ClipSettings
 from mm_core.pipelines.control import AdapterSettings
 from mm_core.pipelines.magic_mirror import MagicMirror
+from scripts import environment
+
+from ..people.captions import caption, nod, smiles, tilt, turn
+from ..people.person import Person
+from ..people.render import render_clip
+from ..people.scene import ClipDescription, sample_clip
+from ..people.traits import HELD_OUT
 
 REFERENCE_CLIP, CEILING_CLIP, PROMPT_CLIPS = 0, 1, (2, 3)
 REFERENCE_FRAME = 4

@@ -1,4 +1,4 @@
-"""`python -m mm_core.training.small`: make the small model that ships with the pack, from nothing, on a CPU.
+"""`python -m lab.tiny`: make the small model that ships with the pack, from nothing, on a CPU.
 
 Renders people, trains the VAE, the ID encoder and the base text-to-video model on them, freezes all of that, trains the
 adapter in its two stages, then on clips that it samples itself, and packs the weights. Each part is kept as it is
@@ -17,14 +17,15 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from ...errors import MagicMirrorError, SettingError
-from ..config import SamplingConfig, TrainingConfig, load_config
-from ..loop import train
-from ..loop_config import LoopConfig
-from ..runs import is_finished, latest_checkpoint
+from mm_core.errors import MagicMirrorError, SettingError
+from mm_core.training.config import SamplingConfig, TrainingConfig, load_config
+from mm_core.training.loop import train
+from mm_core.training.loop_config import LoopConfig
+from mm_core.training.runs import is_finished, latest_checkpoint
+
 from .clips import EYES_AND_MOUTH
 
-CONFIG = Path(__file__).parents[1] / "configs" / "tiny.yaml"
+CONFIG = Path(__file__).with_name("tiny.yaml")
 PEOPLE, CLIPS = 1600, 4
 
 # Single pictures first: most of what a VAE and a base model must learn is in them, at a fraction of the cost.
@@ -119,8 +120,8 @@ class Recipe:
         }
 
     def people(self) -> None:
-        from ...data.people.manifest import write_manifest
-        from ...data.people.shards import RenderSettings, render_dataset
+        from ..people.manifest import write_manifest
+        from ..people.shards import RenderSettings, render_dataset
 
         folder = self.folder / "people"
         settings = RenderSettings(
@@ -138,14 +139,14 @@ class Recipe:
 
     @cached_property
     def recogniser(self) -> object:
-        from ..adapter_task import recogniser_file
-        from ..arcface import DifferentiableArcFace
+        from mm_core.training.adapter_task import recogniser_file
+        from mm_core.training.arcface import DifferentiableArcFace
 
         return DifferentiableArcFace(recogniser_file(self.config))
 
     @cached_property
     def analyzer(self) -> object:
-        from ...faces.analysis import FaceAnalyzer
+        from mm_core.faces.analysis import FaceAnalyzer
 
         return FaceAnalyzer(Path(self.config.insightface_root).expanduser(), self.config.face_pack)
 
@@ -212,23 +213,24 @@ class Recipe:
         save_base(last, vae, self.folder / "base")
 
     def features(self) -> None:
-        from ...data.precompute import precompute
-        from ..__main__ import STAGES, progress
-        from ..sources import features_of, source_of
+        from mm_core.data.precompute import precompute
+        from mm_core.training.__main__ import STAGES, progress
+        from mm_core.training.sources import features_of, source_of
 
         for stage in STAGES:
             with progress() as on_progress:
                 precompute(source_of(self.config, stage), features_of(self.config, stage), on_progress)
 
     def adapter(self, stage: str) -> Path:
-        from ..__main__ import train_stage
+        from mm_core.training.__main__ import train_stage
 
         return train_stage(self.config, stage)
 
     @cached_property
     def judge(self) -> object:
         """Of the clips that the adapter samples: how heads are held, and whose they are."""
-        from ...data.features import Features
+        from mm_core.data.features import Features
+
         from .judges import FaceTask, PoseTask, RenderedJudge, crops_of
 
         features, base = Features.open(Path(self.config.video.features)), Path(self.config.base)
@@ -239,7 +241,7 @@ class Recipe:
         return RenderedJudge(features, crops, pose, face)
 
     def sampled(self) -> Path:
-        from ..__main__ import train_stage
+        from mm_core.training.__main__ import train_stage
 
         video = replace(self.config.video, **SAMPLED)
         config = replace(self.config, output=str(self.folder / "sampled"), video=video)
@@ -256,7 +258,7 @@ class Recipe:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mm_core.training.small", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lab.tiny", description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny"), help="of everything that is made")
     parser.add_argument("--insightface-root", type=Path, default=Path("~/.insightface"), help="holds models/buffalo_sc")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="replace settings of tiny.yaml")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ...errors import SettingError
+from mm_core.errors import SettingError
+
 from .captions import nod, smiles, tilt
 from .scene import ClipDescription
 from .shards import SETTINGS_FILE, write_whole

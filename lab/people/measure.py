@@ -8,20 +8,18 @@ which InsightFace licenses for non-commercial research only.
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass
 
-import environment
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(environment.ROOT))
-
-from mm_core.data.people.person import Person
-from mm_core.data.people.render import render_clip
-from mm_core.data.people.scene import sample_clip
-from mm_core.data.people.traits import HELD_OUT
 from mm_core.faces.analysis import FaceAnalyzer, select_face
+from scripts import environment
+
+from .person import Person
+from .render import render_clip
+from .scene import sample_clip
+from .traits import HELD_OUT
 
 CLIPS, FRAMES_SHOWN = 2, 4
 CENTRING_PEOPLE = 50  # training people whose mean embedding is subtracted

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from ...checkpoints.adapter_file import load_adapter, save_adapter
-from ...checkpoints.photomaker import load_id_encoder, read_id_encoder_config, save_id_encoder
-from ...files import atomic_folder, write_json
-from ...pipelines import tiny
-from ...pipelines.base import FolderBase, TinyBase
-from ...pipelines.preview import LATENT_RGB, fit_latent_rgb, save_latent_rgb
+from mm_core.checkpoints.adapter_file import load_adapter, save_adapter
+from mm_core.checkpoints.photomaker import load_id_encoder, read_id_encoder_config, save_id_encoder
+from mm_core.files import atomic_folder, write_json
+from mm_core.pipelines import tiny
+from mm_core.pipelines.base import FolderBase, TinyBase
+from mm_core.pipelines.preview import LATENT_RGB, fit_latent_rgb, save_latent_rgb
 
 _MACHINE = ("_name_or_path", "name_or_path")
 
