@@ -41,7 +41,7 @@ def generate(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from .faces.analysis import FaceAnalyzer
-    from .faces.references import analyse_references, check_weights, read_image
+    from .faces.references import analyse_references, check_number, check_weights, read_image
     from .pipelines.control import AdapterSettings
     from .pipelines.magic_mirror import MagicMirror
     from .video import write_video
@@ -53,6 +53,7 @@ def generate(args: argparse.Namespace) -> None:
         raise MagicMirrorError(f"The folder {output.absolute().parent} of the output does not exist; make it first.")
     if output.is_dir():
         raise MagicMirrorError(f"The output {output} is a folder; give a file in it, or another name.")
+    check_number(len(args.reference))
     if args.weights:
         check_weights(args.weights, len(args.reference))
     model = MagicMirror(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import CheckpointError
-from .limits import CONFIG_BYTES, METADATA_BYTES
+from .limits import CONFIG_BYTES, MANIFEST_LINE_BYTES, METADATA_BYTES
 
 
 def read_object(path: Path, *, most: int = CONFIG_BYTES) -> dict[str, Any]:
@@ -22,6 +22,19 @@ def read_object(path: Path, *, most: int = CONFIG_BYTES) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. Download or copy it again.") from error
     return parse_object(text, str(path), most=most)
+
+
+def read_lines(path: Path, *, most: int = MANIFEST_LINE_BYTES) -> list[dict[str, Any]]:
+    """The objects in a file that has one a line, each of at most so many bytes. Raises CheckpointError."""
+    found = []
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(most + 1), b""), 1):
+                where = f"Line {number} of {path}"
+                found.append(parse_object(line.decode("utf-8"), where, most=most))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Download or copy it again.") from error
+    return found
 
 
 def parse_object(text: str, where: str, *, most: int = METADATA_BYTES) -> dict[str, Any]:

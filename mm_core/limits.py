@@ -21,6 +21,8 @@ CONFIG_BYTES = 1 * MB
 """A model's config, a run's settings, a YAML file: the longest published one has 2 kB."""
 INDEX_BYTES = 16 * MB
 """The list of a sharded model's tensors: 100 bytes a tensor, 42 blocks have 1,100 of them."""
+FEATURES_INDEX_BYTES = 256 * MB
+"""The list of a data set's precomputed features: 200 bytes a sample, a million samples."""
 TOKENIZER_BYTES = 64 * MB
 """T5's has 2.4 MB for 32,100 pieces."""
 PICTURE_BYTES = 256 * MB

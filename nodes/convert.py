@@ -46,6 +46,14 @@ def photos_from_images(
             yield np.array(over_grey(Image.fromarray(pixels))) if pixels.shape[2] == 4 else pixels
 
 
+def count_pictures(batches: Iterable[Tensor | None]) -> int:
+    """How many pictures batches hold, before any is converted. Raises MagicMirrorError as `photos_from_images`."""
+    connected = [batch for batch in batches if batch is not None]
+    for batch in connected:
+        _check_batch(batch)
+    return sum(map(len, connected))
+
+
 def _check_batch(batch: Tensor) -> None:
     if not isinstance(batch, Tensor) or batch.ndim != 4:
         what = f"of shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"

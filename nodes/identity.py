@@ -12,7 +12,7 @@ from torch import Tensor
 from ..mm_core.errors import NoFaceError, SettingError, packages
 from . import catalog, runtime
 from .control import adapter_inputs, adapter_settings, control_inputs
-from .convert import image_from_photos, photos_from_images
+from .convert import count_pictures, image_from_photos, photos_from_images
 from .types import CATEGORY, IdentitySocket, Model, ModelSocket, Person, advanced, with_aliases
 
 if TYPE_CHECKING:
@@ -122,9 +122,11 @@ class MagicMirrorExtractFaceEmbedding(io.ComfyNode):
         **masks: Tensor,
     ) -> io.NodeOutput:
         from ..mm_core.faces.analysis import shared_analyzer
-        from ..mm_core.faces.references import look_at, parse_weights, references_from, with_faces
+        from ..mm_core.faces.references import check_number, look_at, parse_weights, references_from, with_faces
 
-        images = list(photos_from_images([image, image_2, image_3, image_4], [masks.get(name) for name in MASKS]))
+        batches = [image, image_2, image_3, image_4]
+        check_number(count_pictures(batches))
+        images = list(photos_from_images(batches, [masks.get(name) for name in MASKS]))
         counts = parse_weights(weights, len(images))
         analyzer = shared_analyzer(catalog.face_root(model.face_pack), model.face_pack, runtime.face_device())
         photos = look_at(analyzer, images, which=face_index if face == BY_INDEX else face, weights=counts)

@@ -101,6 +101,7 @@ def test_a_clip_that_cannot_be_written_is_kept(
         (["--base", "THUDM/CogVideoX-5b"], "Add --download"),
         (["--adapter", "nothing.safetensors"], "There is no file nothing.safetensors."),
         (["--reference", "nothing.jpg"], "nothing.jpg"),
+        (["--reference", *["nothing.jpg"] * 65], "65 reference photos were given; use at most 64"),
         (["--weights", "1", "0.5"], "2 weights for 1 photos; give one number a photo"),
         (["--weights", "-1"], "the weight of photo 1 is -1; it must be a number from 0 to 100"),
         (["--weights", "0"], "all weights are 0, which leaves no photo"),

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from mm_core.errors import SettingError
+from mm_core.json_file import read_lines, read_object
 
 from .captions import nod, smiles, tilt
 from .scene import ClipDescription
@@ -32,13 +33,13 @@ def write_manifest(folder: Path, name: str, *, pictures: bool) -> int:
     shards = sorted(folder.glob("people-*.npz"))
     if not settings.is_file() or not shards:
         raise SettingError(f"{folder} holds no rendered people: run the render command first")
-    found = json.loads(settings.read_text(encoding="utf-8"))
+    found = read_object(settings)
     if found["clips"] < 2:
         raise SettingError(f"{folder} has one clip a person: photos come from other clips, render 2 or more")
     lines = []
     for shard in shards:
-        text = shard.with_suffix(".jsonl").read_text(encoding="utf-8")
-        lines += _samples(shard.name, [json.loads(line) for line in text.splitlines()], found["frames"], pictures)
+        clips = read_lines(shard.with_suffix(".jsonl"))
+        lines += _samples(shard.name, clips, found["frames"], pictures)
     write_whole(folder / name, lambda file: file.write("".join(json.dumps(line) + "\n" for line in lines).encode()))
     return len(lines)
 

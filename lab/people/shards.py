@@ -22,6 +22,7 @@ import numpy as np
 from mm_core.data.npz import read_frames_array
 from mm_core.errors import MagicMirrorError, SettingError
 from mm_core.files import PARTIAL, atomic_write
+from mm_core.json_file import read_lines, read_object
 
 from .captions import caption
 from .person import Person
@@ -161,9 +162,8 @@ def read_clips(folder: Path) -> Iterator[RenderedClip]:
         raise SettingError(f"{folder} holds no rendered people: it has no {SETTINGS_FILE}")
     for path in sorted(folder.glob("people-*.npz")):
         frames = read_frames_array(path)
-        lines = path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
-        for clip_frames, line in zip(frames, lines, strict=True):
-            entry = json.loads(line)
+        entries = read_lines(path.with_suffix(".jsonl"))
+        for clip_frames, entry in zip(frames, entries, strict=True):
             yield RenderedClip(
                 frames=clip_frames,
                 caption=entry["caption"],
@@ -176,7 +176,7 @@ def _check_settings(folder: Path, settings: RenderSettings) -> None:
     path = folder / SETTINGS_FILE
     wanted = {"format": FORMAT, **asdict(settings)}
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_object(path)
         differing = [name for name in wanted if name != "stop" and found.get(name) != wanted[name]]
         if differing:
             name = differing[0]

@@ -14,7 +14,6 @@ distinct picture of a person once, and samples.
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,8 @@ from torch import Tensor
 
 from ..checkpoints.safetensors_file import safetensors_handle
 from ..errors import CheckpointError
+from ..json_file import parse_object, read_object
+from ..limits import FEATURES_INDEX_BYTES
 
 FORMAT = 1
 INDEX = "index.json"
@@ -44,7 +45,7 @@ def shard_name(kind: str, number: int) -> str:
 def header_of(path: Path) -> dict[str, Any]:
     """A shard's `rows` and `skipped`. Raises CheckpointError for a damaged file."""
     with _open(path) as file:
-        return json.loads(file.metadata()[ROWS])
+        return parse_object((file.metadata() or {}).get(ROWS, ""), f"`{ROWS}` of {path}")
 
 
 class Features:
@@ -74,11 +75,13 @@ class Features:
             state = "are not finished" if begun else "do not exist yet"
             raise CheckpointError(f"The features in {folder} {state}: there is no {INDEX}. {remedy}.")
         try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-            shards = {shard["file"]: shard["bytes"] for shard in index["shards"]}
-        except (ValueError, KeyError, TypeError) as error:
+            index = read_object(path, most=FEATURES_INDEX_BYTES)
+            shards, version = _parts(index)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} Or remove it. {remedy}.") from error
+        except (KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged: {error!r}. Remove it. {remedy}.") from error
-        if index["settings"].get("format") != FORMAT:
+        if version != FORMAT:
             raise CheckpointError(f"{folder} holds features of another version. Remove the folder. {remedy}.")
         sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else 0 for name in shards}
         damaged = [name for name, size in shards.items() if sizes[name] != size]
@@ -124,6 +127,14 @@ class Features:
         if self._kept and len(self._shards) > self._kept:
             self._shards.popitem(last=False)
         return self._shards[name]
+
+
+def _parts(index: dict[str, Any]) -> tuple[dict[str, int], object]:
+    """The bytes of each shard, and the version. Raises KeyError or TypeError for an index of other types."""
+    for entry in index["samples"] + index["references"]:
+        if not type(entry["shard"]) is type(entry["row"]) is int:
+            raise TypeError(f"a row is named {entry}")
+    return {f"{shard['file']}": shard["bytes"] for shard in index["shards"]}, index["settings"]["format"]
 
 
 class _InMemory:

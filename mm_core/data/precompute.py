@@ -25,11 +25,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..checkpoints.photomaker import load_id_encoder, read_id_encoder_config
-from ..errors import MagicMirrorError, NoFaceError, PromptError, SampleError, SettingError
+from ..errors import CheckpointError, MagicMirrorError, NoFaceError, PromptError, SampleError, SettingError
 from ..faces.analysis import Face, FaceAnalyzer
 from ..faces.references import Reference, analyse_references
 from ..faces.tracking import find_faces, follow
 from ..files import PARTIAL, atomic_write, write_json
+from ..json_file import read_object
 from ..memory import compute_dtype, default_device, on_device
 from ..models.id_encoder import IDEncoderConfig
 from ..pipelines.base import BaseModel
@@ -275,9 +276,9 @@ def _check_settings(folder: Path, wanted: dict[str, Any]) -> None:
             raise SettingError(f"{folder} holds other files than features; choose an empty folder.")
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SettingError(f"{path} is damaged: {error}. Remove {folder} and run this again.") from error
+        found = read_object(path)
+    except CheckpointError as error:
+        raise SettingError(f"{error} Or remove {folder} and run this again.") from error
     differing = [name for name, value in wanted.items() if found.get(name) != value]
     if differing:
         name = differing[0]

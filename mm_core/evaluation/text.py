@@ -88,7 +88,7 @@ def _read_prompts(path: Path) -> dict[str, str]:
         return {}
     try:
         prompts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MagicMirrorError(f"{path} is no JSON: {error}. Write it again as {{video: prompt}}") from error
     if not isinstance(prompts, dict) or not all(isinstance(prompt, str) for prompt in prompts.values()):
         raise MagicMirrorError(f"{path} must hold one object of prompts by video, {{video: prompt}}: write it again")

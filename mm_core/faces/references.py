@@ -117,6 +117,14 @@ def parse_weights(text: str, photos: int | None = None) -> list[float] | None:
     return weights
 
 
+def check_number(photos: int) -> None:
+    """Raise MagicMirrorError for no photos of a person, or too many."""
+    if not photos:
+        raise MagicMirrorError("no reference photo was given: connect at least one photo of the person")
+    if photos > REFERENCES:
+        raise MagicMirrorError(f"{photos} reference photos were given; use at most {REFERENCES}, the best ones")
+
+
 def check_weights(weights: Sequence[float], photos: int) -> None:
     """Raise SettingError unless there is one weight a photo, in its range, and a photo is left."""
     if len(weights) != photos:
@@ -216,10 +224,7 @@ def look_at(
     Raises MagicMirrorError without photos or with too many, SettingError for the weights, FaceChoiceError naming the
     photo.
     """
-    if not images:
-        raise MagicMirrorError("no reference photo was given: connect at least one photo of the person")
-    if len(images) > REFERENCES:
-        raise MagicMirrorError(f"{len(images)} reference photos were given; use at most {REFERENCES}, the best ones")
+    check_number(len(images))
     names = names or [f"photo {number}" for number in range(1, len(images) + 1)]
     weights = [1.0] * len(images) if weights is None else weights
     check_weights(weights, len(images))

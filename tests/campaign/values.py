@@ -53,6 +53,7 @@ SOCKETS: dict[str, dict[str, Callable[[], Any]]] = {
         "1 channel": _pictures(1, 64, 64, 1), "2 channels": _pictures(1, 64, 64, 2), "a mask": _pictures(1, 64, 64),
         "5 channels": _pictures(1, 64, 64, 5), "one line": _pictures(1, 1, 5000, 3), "NaN": _pictures(1, 64, 64, 3,
         value=_NAN), "infinite": _pictures(1, 64, 64, 3, value=_INF), "5 axes": _pictures(1, 1, 64, 64, 3),
+        "65 pictures": _pictures(65, 64, 64, 3),
         "a long line": _pictures(1, 1, 200_000, 3), "complex": lambda: torch.ones(1, 64, 64, 3, dtype=torch.complex64),
         **ANYTHING,
     },

@@ -31,6 +31,12 @@ def test_bad_inputs_are_refused_in_words(campaign_server: ComfyServer) -> None:
     assert sum(outcome.startswith("refused") for _, outcome, _ in results) > len(results) / 2
 
 
+def test_too_many_photos_are_refused_before_they_are_converted(campaign_server: ComfyServer) -> None:
+    name = "MagicMirrorExtractFaceEmbedding.image_2: connected, 65 pictures"
+    ((_, outcome, text),) = run(campaign_server, [c for c in pack_cases(campaign_server) if c.name == name])
+    assert outcome == "refused by us" and "67 reference photos were given; use at most 64" in text
+
+
 def test_half_of_a_character_ends_no_server(campaign_server: ComfyServer) -> None:
     """A log in UTF-8 fails at an error that names it, and with that the thread that runs prompts."""
     name = "MagicMirrorLoader.base_model: connected, surrogate"

@@ -284,6 +284,8 @@ def test_damaged_features_are_refused(made: Path, tmp_path: Path) -> None:
     shard.write_bytes(b"\xff" * len(whole))
     with pytest.raises(CheckpointError, match="damaged"):
         Features.open(folder).sample(3)
-    (folder / INDEX).write_text("{")
-    with pytest.raises(CheckpointError, match="damaged"):
-        Features.open(folder)
+    index = json.loads((folder / INDEX).read_text())
+    for wrong in ("{", "[" * 10**5, json.dumps(index | {"samples": [{"shard": "../x", "row": 0}]}), '{"shards": 1}'):
+        (folder / INDEX).write_text(wrong)
+        with pytest.raises(CheckpointError, match="damaged"):
+            Features.open(folder)

@@ -27,7 +27,7 @@ from lab.people.render import render_clip
 from lab.people.scene import COLOURS, ClipDescription, sample_clip
 from lab.people.shards import RenderSettings, read_clips, render_dataset
 from lab.people.traits import HELD_OUT, PersonTraits, sample_traits
-from mm_core.errors import SettingError
+from mm_core.errors import CheckpointError, SettingError
 from mm_core.faces.analysis import Face, FaceAnalyzer, select_face
 
 SMALL = 32
@@ -344,6 +344,9 @@ def test_a_folder_holds_one_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             render_dataset(tmp_path, dataclasses.replace(settings, **change), 1)
     with pytest.raises(SettingError, match="holds no rendered people"):
         next(read_clips(tmp_path / "elsewhere"))
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"settings.json is damaged"):
+        render_dataset(tmp_path, settings, 1)
 
 
 @pytest.mark.parametrize(
