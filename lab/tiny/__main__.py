@@ -215,11 +215,11 @@ class Recipe:
     def features(self) -> None:
         from mm_core.data.precompute import precompute
         from mm_core.training.__main__ import STAGES, progress
-        from mm_core.training.sources import features_of, source_of
+        from mm_core.training.sources import feature_settings, features_of
 
         for stage in STAGES:
             with progress() as on_progress:
-                precompute(source_of(self.config, stage), features_of(self.config, stage), on_progress)
+                precompute(feature_settings(self.config, stage), features_of(self.config, stage), on_progress)
 
     def adapter(self, stage: str) -> Path:
         from mm_core.training.__main__ import train_stage

@@ -11,17 +11,8 @@ import av
 import numpy as np
 
 from ..errors import MagicMirrorError, PromptError, SampleError
-from .manifest import (
-    VIDEOS,
-    Sample,
-    Source,
-    check_length,
-    check_size,
-    manifest_path,
-    parse_manifest,
-    read_media,
-    read_picture,
-)
+from .framing import check_size
+from .manifest import VIDEOS, Sample, Source, check_length, manifest_path, parse_manifest, read_media, read_picture
 
 SHOWN = 5
 
@@ -37,7 +28,7 @@ class Report:
     problems: dict[str, list[str]] = field(default_factory=dict)
     """Reasons by kind, one for each sample, line or reference that cannot be used."""
     scaled: list[str] = field(default_factory=list)
-    """Media that are larger than the training size: scaled to cover it, the centre is used."""
+    """Media of another size than the one that is trained: cropped around the head, or padded."""
 
     def add(self, kind: str, reason: str) -> None:
         self.problems.setdefault(kind, []).append(reason)
@@ -45,7 +36,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{len(self.usable)} of {self.samples} samples can be used"]
         if self.scaled:
-            lines.append(f"{len(self.scaled)} are larger than wanted: they are scaled, and the centre is used")
+            lines.append(f"{len(self.scaled)} are of another size: they are cropped around the head, or padded")
         for kind, reasons in sorted(self.problems.items()):
             lines += [f"{kind}: {len(reasons)}", *(f"  {reason}" for reason in reasons[:SHOWN])]
             if len(reasons) > SHOWN:

@@ -1,16 +1,18 @@
 """Precomputed features of a data set, as training reads them.
 
-A folder holds an index, written last, the features of the empty prompt, and two kinds of shards: references, with each
-distinct picture of a person once, and samples.
+A folder holds an index, written last, and three kinds of shards: prompts and references, with each distinct caption
+and each distinct picture of a person once, and samples.
 """
 
-# index.json, empty.safetensors, and (F frames make F' latent ones):
+# index.json and (F frames make F' latent ones):
+# prompts-NNNNN.safetensors
+#     prompt_embeds (n, T, Dtxt) float16 of a prompt with room for the identity, slots (n, N) int64 where that is. The
+#     first is the empty prompt. Whole: T5 sees its padding, and makes of it what no constant could restore.
 # references-NNNNN.safetensors
 #     id_tokens (n, N, c), structure_tokens (n, S, clip) float16; embedding (n, 512) float32, raw ArcFace.
 # samples-NNNNN.safetensors
-#     latents (n, F', C, H', W') float16, times the VAE's scaling factor; prompt_embeds (n, T, Dtxt) float16 of the
-#     prompt with room for the identity, slots (n, N) int64 where that is; boxes (n, F, 4), landmarks (n, F, 5, 2)
-#     float32, the face in pixels of the frame.
+#     latents (n, F', C, H', W') float16, times the VAE's scaling factor; boxes (n, F, 4), landmarks (n, F, 5, 2)
+#     float32, the face in pixels of the frame; seen (n, F') bool, whether it was found in the frame that was looked at.
 
 from __future__ import annotations
 
@@ -27,10 +29,10 @@ from ..errors import CheckpointError
 from ..json_file import parse_object, read_object
 from ..limits import FEATURES_INDEX_BYTES
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "index.json"
 SETTINGS = "settings.json"
-EMPTY = "empty.safetensors"
+KINDS = ("prompts", "references", "samples")
 ROWS = "rows"
 """The one entry of a shard's header: JSON with the names of its rows, and what was left out."""
 IN_MEMORY = 4 * 10**9  # bytes; larger sets stay on disk, mapped
@@ -38,7 +40,7 @@ _OPEN_SHARDS = 256
 
 
 def shard_name(kind: str, number: int) -> str:
-    """kind: `references` or `samples`."""
+    """kind: one of KINDS."""
     return f"{kind}-{number:05d}.safetensors"
 
 
@@ -46,6 +48,12 @@ def header_of(path: Path) -> dict[str, Any]:
     """A shard's `rows` and `skipped`. Raises CheckpointError for a damaged file."""
     with _open(path) as file:
         return parse_object((file.metadata() or {}).get(ROWS, ""), f"`{ROWS}` of {path}")
+
+
+def seen_in(path: Path) -> Tensor:
+    """(n, F') bool, of a shard of samples."""
+    with _open(path) as file:
+        return file.get_tensor("seen")
 
 
 class Features:
@@ -61,7 +69,8 @@ class Features:
         self._references: list[dict[str, Any]] = index["references"]
         self._kept = None if in_memory else _OPEN_SHARDS
         self._shards: OrderedDict[str, Any] = OrderedDict()
-        self.empty: Tensor = self._shard(EMPTY).get_tensor("prompt_embeds")
+        self._prompts: list[dict[str, Any]] = index["prompts"]
+        self.empty: Tensor = self._row("prompts", self._prompts[0])["prompt_embeds"][None]
         """(1, T, Dtxt) float16, the empty prompt."""
 
     @classmethod
@@ -102,7 +111,8 @@ class Features:
     def sample(self, number: int) -> dict[str, Any]:
         """One sample's tensors by name, without the first axis, and `references`, a list of numbers."""
         entry = self.entries[number]
-        return self._row("samples", entry) | {"references": entry["references"]}
+        prompt = self._row("prompts", self._prompts[entry["prompt"]])
+        return self._row("samples", entry) | prompt | {"references": entry["references"]}
 
     def reference(self, number: int) -> dict[str, Tensor]:
         """One picture's tensors by name, without the first axis."""

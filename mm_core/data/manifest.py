@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ..errors import CheckpointError, MagicMirrorError, SampleError, SettingError
 from ..faces.references import read_image
@@ -175,32 +174,6 @@ def read_picture(folder: Path, path: str) -> np.ndarray:
     if not Source.parse(path).is_picture:
         raise SampleError("no picture", f"{path} is a clip; name a frame of it, such as {path}@0")
     return read_media(folder, path)[0]
-
-
-def fit(frames: np.ndarray, width: int, height: int, name: str) -> np.ndarray:
-    """Scale (F, H, W, 3) uint8 down until it just covers width x height, and cut out the centre.
-
-    Raises SampleError "too small": nothing is ever enlarged.
-    """
-    source_height, source_width = frames.shape[1:3]
-    check_size(source_width, source_height, width, height, name)
-    if (source_width, source_height) == (width, height):
-        return frames
-    scale = min(source_width / width, source_height / height)
-    left, top = (source_width - scale * width) / 2, (source_height - scale * height) / 2
-    box = (left, top, left + scale * width, top + scale * height)
-    resized = [Image.fromarray(f).resize((width, height), Image.Resampling.LANCZOS, box=box) for f in frames]
-    return np.stack([np.asarray(frame) for frame in resized])
-
-
-def check_size(width: int, height: int, wanted_width: int, wanted_height: int, name: str) -> None:
-    """Raises SampleError "too small"."""
-    if width < wanted_width or height < wanted_height:
-        raise SampleError(
-            "too small",
-            f"{name} is {width} x {height} px, less than the {wanted_width} x {wanted_height} that are trained; "
-            "use a larger one, or train smaller",
-        )
 
 
 def check_length(frames: int, wanted: int, name: str) -> None:

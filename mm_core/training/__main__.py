@@ -12,7 +12,9 @@ Interrupted commands go on where they stopped when they are given again.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,14 +69,19 @@ def check(config: TrainingConfig, args: argparse.Namespace) -> int:
 
 
 def precompute(config: TrainingConfig, args: argparse.Namespace) -> None:
-    """Write the features of one stage, or of both."""
+    """Write the features of one stage, or of both; with several processes, this one's share of them."""
+    from ..data.features import Features
     from ..data.precompute import precompute as make_features
-    from .sources import features_of, source_of
+    from .sources import feature_settings, features_of
 
     for stage in args.stage or STAGES:
-        with progress() as on_progress:
-            make_features(source_of(config, stage), features_of(config, stage), on_progress)
-        print(features_of(config, stage))
+        folder = features_of(config, stage)
+        with progress(quiet=args.rank > 0) as on_progress:
+            whole = make_features(
+                feature_settings(config, stage), folder, on_progress, rank=args.rank, world_size=args.world_size
+            )
+        if whole:
+            print(folder, json.dumps(Features.open(folder).counts))
 
 
 def train(config: TrainingConfig, args: argparse.Namespace) -> None:
@@ -106,12 +113,12 @@ def train_stage(
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
+def progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     """A function that shows what is being made, how many of it are done, and of how many, as a bar each."""
     bars: dict[str, tqdm] = {}
 
     def show(what: str, done: int, of: int) -> None:
-        bar = bars.setdefault(what, tqdm(desc=what, total=of, disable=None))
+        bar = bars.setdefault(what, tqdm(desc=what, total=of, disable=quiet or None))
         bar.update(done - bar.n)
 
     try:
@@ -141,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="replace settings")
         if run in (check, precompute):
             command.add_argument("--stage", nargs="*", choices=STAGES, help="default: both")
+        if run is precompute:  # torchrun tells them, and what starts processes otherwise gives them
+            command.add_argument("--rank", type=int, default=int(os.environ.get("RANK", 0)), help="of this process")
+            command.add_argument("--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", 1)), help="of all")
         if run is train:
             command.add_argument("--start", type=Path, help="adapter to begin with")
     return parser

@@ -188,8 +188,13 @@ class AdapterTask:
             "structure_tokens": torch.stack([r["structure_tokens"] for r in references]).float(),
             "target": torch.stack([r["embedding"] for r in references]).mean(dim=0),
             "landmarks": sample["landmarks"],
-            "judged_frame": torch.randint(self.padding, frames, (), generator=generator),
+            "judged_frame": self._shown(sample["seen"], generator),
         }
+
+    def _shown(self, seen: Tensor, generator: torch.Generator) -> Tensor:
+        """(), one of the latent frames in which a face was found."""
+        frames = seen.nonzero()[:, 0]
+        return self.padding + frames[torch.randint(len(frames), (), generator=generator)]
 
     def _padded(self, frames: Tensor) -> Tensor:
         return torch.cat([frames[:1].expand(self.padding, -1, -1, -1), frames])

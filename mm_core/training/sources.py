@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..checkpoints.photomaker import FILE_NAME, REPO
 from ..data.check import Report, check_dataset
-from ..data.precompute import Source
+from ..data.precompute import FeatureSettings
 from ..errors import CheckpointError
 from ..files import write_json
 from ..pipelines import tiny
@@ -33,10 +33,10 @@ def id_encoder_of(config: TrainingConfig) -> Path:
     raise CheckpointError(f"id_encoder is not set: give the path of {FILE_NAME}, of https://huggingface.co/{REPO}.")
 
 
-def source_of(config: TrainingConfig, stage: str) -> Source:
+def feature_settings(config: TrainingConfig, stage: str) -> FeatureSettings:
     """What `precompute` takes, of a stage. Raises CheckpointError."""
     settings = config.stage(stage)
-    return Source(
+    return FeatureSettings(
         data=Path(settings.data).expanduser(),
         width=config.width,
         height=config.height,
@@ -60,13 +60,13 @@ def check(
 
     on_progress(done, samples). Raises SettingError if there is no manifest.
     """
-    source, output = source_of(config, stage), Path(config.output).expanduser()
+    settings, output = feature_settings(config, stage), Path(config.output).expanduser()
     report = check_dataset(
-        source.data,
-        width=source.width,
-        height=source.height,
-        frames=source.frames,
-        check_caption=source.tokens,
+        settings.data,
+        width=settings.width,
+        height=settings.height,
+        frames=settings.frames,
+        check_caption=settings.tokens,
         on_progress=on_progress,
     )
     output.mkdir(parents=True, exist_ok=True)

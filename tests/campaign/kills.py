@@ -30,7 +30,7 @@ from mm_core.training.config import StageConfig, TrainingConfig
 from mm_core.training.loop import train
 from mm_core.training.loop_config import LoopConfig
 from mm_core.training.runs import METRICS, SETTINGS, checkpoints
-from mm_core.training.sources import source_of
+from mm_core.training.sources import feature_settings
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "training")]
 from test_loop import RegressionTask, config, losses  # noqa: E402
@@ -142,7 +142,7 @@ def main() -> int:
         made = precompute_config(root / "data", args.insightface_root)
 
         def precompute(folder: Path) -> None:
-            precomputing.precompute(source_of(made, "video"), folder)
+            precomputing.precompute(feature_settings(made, "video"), folder)
 
         for name, run, read, result in (
             ("training: checkpoints, settings, metrics", training, read_run, losses),

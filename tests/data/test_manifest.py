@@ -12,7 +12,8 @@ from PIL import Image
 from lab.people.__main__ import main
 from lab.people.shards import RenderSettings, render_dataset
 from mm_core.data.check import Report, check_dataset
-from mm_core.data.manifest import MANIFEST, fit, read_manifest, read_media, read_picture
+from mm_core.data.framing import place
+from mm_core.data.manifest import MANIFEST, read_manifest, read_media, read_picture
 from mm_core.errors import SampleError, SettingError
 from mm_core.pipelines.prompt import mark_identity
 from mm_core.video import write_video
@@ -114,20 +115,43 @@ def test_media_of_every_kind(tmp_path: Path, people: Path) -> None:
         assert caught.value.kind == kind
 
 
-def test_larger_media_are_scaled_to_cover_and_cut_in_the_middle() -> None:
-    fitted = fit(gradient(2, 128, 256), 64, 64, "clip").astype(int)
-    assert fitted.shape == (2, 64, 64, 3)
-    columns = fitted[0, 32, :, 0]  # the middle half of the width, all of the height
-    assert abs(columns[0] - 64) < 4 and abs(columns[-1] - 191) < 4
-    assert fitted[0, 0, 0, 1] < 4 and fitted[0, -1, 0, 1] > 251
-    with pytest.raises(SampleError, match="64 x 63 px, less than the 64 x 64"):
-        fit(gradient(1, 63, 64), 64, 64, "clip")
+@pytest.mark.parametrize(
+    ("size", "face", "columns", "rows"),
+    [
+        ((256, 128), (118, 50, 138, 80), (64, 191), (0, 255)),  # the head is in the middle half: that is what is left
+        ((256, 128), (200, 50, 220, 80), (98, 225), (0, 255)),  # the crop goes along, as far as the ear needs it
+        ((256, 128), (236, 50, 256, 80), (128, 255), (0, 255)),  # and not beyond the picture
+        ((64, 256), (2, 20, 62, 90), (0, 255), (0, 255)),  # the head is taller than the crop: all of it, padded
+    ],
+)
+def test_other_sizes_are_cropped_around_the_head_or_padded(
+    size: tuple[int, int], face: tuple[int, ...], columns: tuple[int, int], rows: tuple[int, int]
+) -> None:
+    """What is seen of a gradient, which is 0 to 255 from left to right in red and from top to bottom in green."""
+    frames, boxes = gradient(2, size[1], size[0]), np.array([face], float)
+    placement = place(size, (64, 64), boxes, "clip")
+    placed = placement.applied(frames, 64, 64).astype(int)
+    seen = placed[0][:, placed[0].any(axis=(0, 2))]
+    assert placed.shape == (2, 64, 64, 3) and seen.shape[1] == (16 if size[0] == 64 else 64)
+    assert np.allclose(seen[32, [0, -1], 0], columns, atol=9) and np.allclose(seen[[0, -1], 8, 1], rows, atol=4)
+    middle = placement.moved(boxes.reshape(2, 2)).mean(axis=0).round().astype(int)  # the same colour, where it went
+    there = [(face[0] + face[2]) * 255 / 2 / size[0], (face[1] + face[3]) * 255 / 2 / size[1]]
+    assert np.allclose(placed[0, middle[1], middle[0], :2], there, atol=12)
+
+
+def test_a_square_portrait_keeps_hair_and_chin() -> None:
+    """1024 px of which the face is half, to the size that CogVideoX makes: its centre crop would have 683 rows."""
+    placement = place((1024, 1024), (720, 480), np.array([[256, 300, 768, 900]]), "portrait.png")
+    assert (placement.scale, placement.left, placement.top) == (480 / 1024, 120.0, 0.0)
+    with pytest.raises(SampleError, match="63 x 63 px, less than the 64 x 64"):
+        place((63, 63), (64, 64), np.zeros((1, 4)), "small.png")
+    assert place((63, 64), (64, 64), np.array([[20, 20, 40, 40]]), "narrow.png").scale == 1
 
 
 def test_everything_wrong_is_counted(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     picture(tmp_path / "large.png", 100, 150)
-    picture(tmp_path / "small.png", 32, 150)
+    picture(tmp_path / "small.png", 32, 50)
     whole = (tmp_path / "large.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "cut.mp4").write_bytes(b"no video")

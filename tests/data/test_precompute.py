@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import signal
+import time
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from lab.people.manifest import repeats_of, write_manifest
 from lab.people.scene import sample_clip
@@ -20,8 +24,8 @@ from lab.people.shards import RenderSettings, render_dataset
 from mm_core.data import features as features_module
 from mm_core.data import precompute as module
 from mm_core.data.features import INDEX, SETTINGS, Features
+from mm_core.data.frozen import between
 from mm_core.data.manifest import MANIFEST, read_media, read_picture
-from mm_core.data.precompute import Progress, between
 from mm_core.errors import CheckpointError, MagicMirrorError, SettingError
 from mm_core.faces.analysis import FaceAnalyzer
 from mm_core.faces.references import analyse_references
@@ -33,7 +37,7 @@ from mm_core.pipelines.control import AdapterSettings
 from mm_core.pipelines.magic_mirror import MagicMirror
 from mm_core.training.config import StageConfig, TrainingConfig
 from mm_core.training.loop_config import LoopConfig
-from mm_core.training.sources import check, features_of, source_of
+from mm_core.training.sources import check, feature_settings, features_of
 from mm_core.video import write_video
 
 SHARD = "people-00000000-00000002.npz"
@@ -52,7 +56,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_video(folder / "wide.mp4", np.pad(clip.repeat(2, 1).repeat(2, 2), ((0, 0), (0, 0), (40, 40), (0, 0))), 8)
     write_video(folder / "flat.mp4", np.full((9, 64, 64, 3), 90, np.uint8), 8)
     write_video(folder / "short.mp4", clip[:5], 8)
-    write_video(folder / "small.mp4", clip[:, :48], 8)
+    write_video(folder / "small.mp4", clip[:, :48, :48], 8)
+    turned, gone = clip.copy(), clip.copy()
+    turned[2:7], gone[2:] = 90, 90  # of the frames 0, 4 and 8 that are looked at, one and two are without a face
+    write_video(folder / "turned.mp4", turned, 8)
+    write_video(folder / "gone.mp4", gone, 8)
     Image.new("RGB", (64, 64), "grey").save(folder / "flat.png")
     (folder / "cut.png").write_bytes((folder / "flat.png").read_bytes()[:60])
     (folder / "cut.mp4").write_bytes(b"no video")
@@ -66,6 +74,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         last | {"id": "uncaptioned", "caption": ""},
         last | {"id": "nobody", "caption": "A house."},
         last | {"id": "no face", "references": ["flat.png"]},
+        last | {"id": "turned", "media": "turned.mp4"},
+        last | {"id": "gone", "media": "gone.mp4"},
     ]
     (folder / MANIFEST).write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -87,10 +97,13 @@ def config_of(data: Path, output: Path, insightface_root: Path) -> TrainingConfi
 
 @pytest.fixture(scope="module", autouse=True)
 def small_shards() -> None:
-    """Shards of three, so that there are several."""
+    """Shards of three, so that there are several; one thread, whose sums a forked process makes in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "SAMPLES_PER_SHARD", 3)
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +122,9 @@ def features(made: Path) -> Features:
     return Features.open(made)
 
 
-def precompute(config: TrainingConfig, stage: str, on_progress: Progress = lambda what, done, of: None) -> Path:
+def precompute(config: TrainingConfig, stage: str) -> Path:
     folder = features_of(config, stage)
-    module.precompute(source_of(config, stage), folder, on_progress)
+    assert module.precompute(feature_settings(config, stage), folder)
     return folder
 
 
@@ -120,14 +133,17 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_what_cannot_be_used_is_left_out_and_counted(features: Features) -> None:
-    assert [entry["id"] for entry in features.entries] == ["0-0", "0-1", "1-0", "1-1", "wide"]
+    assert [entry["id"] for entry in features.entries] == ["0-0", "0-1", "1-0", "1-1", "wide", "turned"]
     assert features.counts == {
-        "samples": 5,
+        "samples": 6,
         "references": 4,
+        "frames looked at": 21,
+        "frames with a face": 20,
         "skipped": {
             "references": {"no face in a reference": 1, "corrupt file": 1},
             "samples": {
                 "no face in the clip": 1,
+                "face seen too rarely": 1,
                 "too few frames": 1,
                 "too small": 1,
                 "corrupt file": 1,
@@ -137,14 +153,14 @@ def test_what_cannot_be_used_is_left_out_and_counted(features: Features) -> None
             },
         },
     }
-    assert [entry["person"] for entry in features.entries] == ["0", "0", "1", "1", "1"]
+    assert [entry["person"] for entry in features.entries] == ["0", "0", "1", "1", "1", "1"]
     rendered = [repeats_of(sample_clip(person, clip)) for person, clip in ((0, 0), (0, 1), (1, 0), (1, 1))]
-    assert [entry["repeat"] for entry in features.entries] == [*rendered, 7]
+    assert [entry["repeat"] for entry in features.entries] == [*rendered, 7, rendered[-1]]
 
 
 def test_the_check_finds_the_same_without_looking_for_faces(config: TrainingConfig) -> None:
     report = check(config, "video")
-    assert report.usable == ["0-0", "0-1", "1-0", "1-1", "wide", "faceless", "no face"]
+    assert report.usable == ["0-0", "0-1", "1-0", "1-1", "wide", "faceless", "no face", "turned", "gone"]
     assert json.loads((Path(config.output) / "check-video.json").read_text()) == report.to_json()
 
 
@@ -195,26 +211,62 @@ def test_faces_are_linear_between_the_frames_looked_at(features: Features, data:
     assert between(np.array([[1.0]]), range(0, 1, 4), 1).tolist() == [[1.0]]
 
 
-def test_a_killed_run_goes_on_to_the_same_files(
-    config: TrainingConfig, made: Path, tmp_path: Path, data: Path, insightface_root: Path
+def test_a_gap_is_bridged(features: Features) -> None:
+    """A frame without a face has what is between its neighbours', and says so."""
+    turned, whole = features.sample(5), features.sample(3)
+    assert turned["seen"].tolist() == [True, False, True] and whole["seen"].all()
+    assert torch.equal(turned["boxes"][4], (turned["boxes"][0] + turned["boxes"][8]) / 2)
+    assert (turned["boxes"][[0, 8]] - whole["boxes"][[0, 8]]).abs().max() < 3
+
+
+def test_each_prompt_is_stored_once_and_whole(made: Path, data: Path) -> None:
+    """T5 reads its padding, as CogVideoX has it: what it makes of that differs by prompt, and from place to place."""
+    captions = [json.loads(line)["caption"] for line in (data / MANIFEST).read_text().splitlines()]
+    shards = sorted(made.glob("prompts-*"))
+    stored = [name for shard in shards for name in features_module.header_of(shard)["rows"]]
+    assert stored == list(dict.fromkeys(["", *(caption for caption in captions if caption != "A house.")]))
+    _, one, other = load_file(shards[0])["prompt_embeds"].float()
+    assert not torch.equal(one[-1], other[-1]) and not torch.equal(one[-1], one[-2])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a fresh Python for each process would take a minute")
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_killed_processes_go_on_to_the_same_files(
+    processes: int, config: TrainingConfig, made: Path, tmp_path: Path
 ) -> None:
-    """Stopped after the first shard of references, and in the middle of writing the first of samples."""
-    again = config_of(data, tmp_path, insightface_root)
-    folder = Path(again.video.features)
+    """SIGKILL to all as soon as a few shards are there, then the same again, the first one last. The folder is that of
+    one process that nothing disturbed; what was made before the kill is not made again."""
+    folder = tmp_path / "features"
 
-    def stop(what: str, done: int, of: int) -> None:
-        raise KeyboardInterrupt
+    def start(rank: int) -> int:
+        number = os.fork()
+        if not number:
+            status = 1
+            try:
+                module.precompute(feature_settings(config, "video"), folder, rank=rank, world_size=processes)
+                status = 0
+            finally:
+                os._exit(status)
+        return number
 
-    with pytest.raises(KeyboardInterrupt):
-        precompute(again, "video", stop)
+    def ends(number: int) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+
+    killed = [start(rank) for rank in range(processes)]
+    while len(list(folder.glob("[!.]*.safetensors"))) < 3:
+        time.sleep(0.01)
+    for number in killed:
+        os.kill(number, signal.SIGKILL)
+    assert -signal.SIGKILL in [ends(number) for number in killed]
     (folder / f".samples-00000.safetensors.1{PARTIAL}").write_bytes(b"half")
-    assert not (folder / INDEX).is_file()
     with pytest.raises(CheckpointError, match="not finished"):
         Features.open(folder)
-    kept = (folder / "references-00000.safetensors").stat().st_mtime_ns
-    assert precompute(again, "video") == folder
-    assert (folder / "references-00000.safetensors").stat().st_mtime_ns == kept
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("[!.]*.safetensors")}
+    others = [start(rank) for rank in range(1, processes)]
+    assert not any(ends(number) for number in others) and not (folder / INDEX).is_file()
+    assert ends(start(0)) == 0
     assert contents(folder) == contents(made)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
 def test_another_config_in_the_folder_is_refused(config: TrainingConfig, made: Path) -> None:
@@ -226,8 +278,10 @@ def test_another_config_in_the_folder_is_refused(config: TrainingConfig, made: P
     try:
         changed = json.loads(settings)
         (made / SETTINGS).write_text(json.dumps(changed | {"weights": "others"}))
+        shard = (made / "samples-00000.safetensors").rename(made / "aside")
         with pytest.raises(SettingError, match="another weights"):
             precompute(config, "video")
+        shard.rename(made / "samples-00000.safetensors")
     finally:
         (made / SETTINGS).write_text(settings)
 
@@ -239,7 +293,7 @@ def test_a_full_disk_is_told(
     with monkeypatch.context() as patch:
         usage = namedtuple("usage", "total used free")(10**9, 10**9, 1000)
         patch.setattr(shutil, "disk_usage", lambda path: usage)
-        with pytest.raises(MagicMirrorError, match="12 samples and 6 references need about"):
+        with pytest.raises(MagicMirrorError, match=r"samples need about"):
             precompute(config, "video")
 
     def full(path: Path, content: bytes) -> None:
@@ -279,7 +333,7 @@ def test_damaged_features_are_refused(made: Path, tmp_path: Path) -> None:
     shard = folder / "samples-00001.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
-    with pytest.raises(CheckpointError, match=r"samples-00001.safetensors \(1 of 7 files\)"):
+    with pytest.raises(CheckpointError, match=r"samples-00001.safetensors \(1 of 9 files\)"):
         Features.open(folder)
     shard.write_bytes(b"\xff" * len(whole))
     with pytest.raises(CheckpointError, match="damaged"):

@@ -25,7 +25,7 @@ from lab.tiny.judges import (
     people_of,
     pose_of,
 )
-from mm_core.data.features import EMPTY, FORMAT, INDEX, ROWS, Features, shard_name
+from mm_core.data.features import FORMAT, INDEX, ROWS, Features, shard_name
 from mm_core.faces.analysis import FaceAnalyzer
 from mm_core.pipelines import tiny
 from mm_core.pipelines.base import TinyBase
@@ -57,16 +57,17 @@ def features(tmp_path_factory: pytest.TempPathFactory, insightface_root: Path) -
         count + 1, tiny.TEXT_TOKENS, tiny.TRANSFORMER["text_embed_dim"], generator=torch.Generator().manual_seed(0)
     )
     tensors = {
-        "latents": torch.stack(latents).half().contiguous(), "prompt_embeds": noise[:count].half().contiguous(),
-        "slots": torch.zeros(count, 2, dtype=torch.long), "boxes": torch.zeros(count, 9, 4),
+        "latents": torch.stack(latents).half().contiguous(), "boxes": torch.zeros(count, 9, 4),
         "landmarks": torch.from_numpy(np.stack(landmarks)).float(),
     }  # fmt: skip
     save_file(tensors, folder / shard_name("samples", 0), {ROWS: json.dumps({"rows": [], "skipped": {}})})
-    save_file({"prompt_embeds": noise[count:].half().contiguous()}, folder / EMPTY, {ROWS: "{}"})
+    prompts = {"prompt_embeds": noise.half(), "slots": torch.zeros(count + 1, 2, dtype=torch.long)}
+    save_file(prompts, folder / shard_name("prompts", 0), {ROWS: "{}"})
     shards = [{"file": path.name, "bytes": path.stat().st_size} for path in folder.iterdir()]
     index = {
         "settings": {"format": FORMAT}, "counts": {}, "shards": shards, "references": [],
-        "samples": [sample | {"row": row} for row, sample in enumerate(samples)],
+        "prompts": [{"shard": 0, "row": row} for row in range(count + 1)],
+        "samples": [sample | {"row": row, "prompt": row + 1} for row, sample in enumerate(samples)],
     }  # fmt: skip
     (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
     return Features.open(folder)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_models import ADAPTER_SIZES, FRAMES, HEIGHT, PROMPT_TOKENS, WIDTH, noise
 
-from mm_core.data.features import EMPTY, FORMAT, INDEX, ROWS, shard_name
+from mm_core.data.features import FORMAT, INDEX, ROWS, shard_name
 
 TEXT_DIM, IMAGE_TOKENS, PIXEL_FRAMES = 14, 5, 4 * (FRAMES - 1) + 1
 
@@ -19,7 +19,12 @@ def write_features(folder: Path, *, samples: int = 12, people: int = 4, pictures
     folder.mkdir(parents=True)
     frames, pixel_frames = (1, 1) if pictures else (FRAMES, PIXEL_FRAMES)
     references = 2 * people
+    empty, prompts = (noise(n, PROMPT_TOKENS, TEXT_DIM, seed=seed).half() for n, seed in ((1, 6), (samples, 5)))
     tables = {
+        "prompts": {
+            "prompt_embeds": torch.cat([empty, prompts]),
+            "slots": torch.tensor([[0, 0], *([1 + i % 3, 2 + i % 3] for i in range(samples))]),
+        },
         "references": {
             "id_tokens": noise(references, 2, ADAPTER_SIZES["id_token_dim"], seed=1).half(),
             "structure_tokens": noise(references, IMAGE_TOKENS, ADAPTER_SIZES["clip_hidden_size"], seed=2).half(),
@@ -27,8 +32,7 @@ def write_features(folder: Path, *, samples: int = 12, people: int = 4, pictures
         },
         "samples": {
             "latents": noise(samples, frames, 4, HEIGHT, WIDTH, seed=4).half(),
-            "prompt_embeds": noise(samples, PROMPT_TOKENS, TEXT_DIM, seed=5).half(),
-            "slots": torch.tensor([[1 + i % 3, 2 + i % 3] for i in range(samples)]),
+            "seen": torch.ones(samples, frames, dtype=torch.bool),
             "boxes": torch.tensor([[8.0, 8.0, 24.0, 24.0]]).expand(samples, pixel_frames, 4).contiguous(),
             "landmarks": (torch.tensor([[12, 12], [20, 12], [16, 16], [13, 20], [19, 20]]).float())
             .expand(samples, pixel_frames, 5, 2)
@@ -40,15 +44,15 @@ def write_features(folder: Path, *, samples: int = 12, people: int = 4, pictures
         path = folder / shard_name(kind, 0)
         save_file(tensors, path, {ROWS: json.dumps({"rows": [], "skipped": {}})})
         shards.append({"file": path.name, "bytes": path.stat().st_size})
-    save_file({"prompt_embeds": noise(1, PROMPT_TOKENS, TEXT_DIM, seed=6).half()}, folder / EMPTY, {ROWS: "{}"})
     index = {
         "settings": {"format": FORMAT},
         "counts": {"samples": samples, "references": references, "skipped": {}},
-        "shards": [*shards, {"file": EMPTY, "bytes": (folder / EMPTY).stat().st_size}],
+        "shards": shards,
+        "prompts": [{"shard": 0, "row": i} for i in range(samples + 1)],
         "references": [{"path": f"{i}.jpg", "shard": 0, "row": i} for i in range(references)],
         "samples": [
             {"id": str(i), "person": f"p{i % people}", "references": [2 * (i % people), 2 * (i % people) + 1],
-             "shard": 0, "row": i}
+             "prompt": i + 1, "shard": 0, "row": i}
             for i in range(samples)
         ],
     }  # fmt: skip
