@@ -21,6 +21,8 @@ _DATE_PART = re.compile(r"dd?|MM?|hh?|mm?|ss?|yyy?y?")
 _DATE_PARTS = {"d": "day", "M": "month", "h": "hour", "m": "minute", "s": "second"}
 _FORBIDDEN = re.compile(r'[?<>\\:*|"\x00-\x1F\x7F]')
 """In a name on Windows, beside the slash that separates folders."""
+_HALF = re.compile(r"[\uD800-\uDFFF]")
+"""Of a character that UTF-16 writes in two."""
 _RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)
 _LONGEST = 255  # bytes of a name on most file systems
 _ROOM_FOR_NUMBER = 32
@@ -42,7 +44,7 @@ def expand(
     `%date:yyyy-MM-dd%` and `%Node.widget%` are what ComfyUI's page replaces, for its own savers only; node is the "Node
     name for S&R" of a node's properties, or its title. %width%, %height%, %year%, %month%, %day%, %hour%, %minute% and
     %second% are what its server replaces. What is not found stays as it is; a character that no file name may have
-    becomes _ in what replaces a token.
+    becomes _ in what replaces a token, and a folder's name that none may have is changed: the clip is made by then.
 
     Args:
         prompt: the graph in API format; None before it is known: each widget then counts as a short word.
@@ -71,7 +73,10 @@ def expand(
     expanded = _TOKEN.sub(replacement, prefix)
     for name, value in values.items():
         expanded = expanded.replace(f"%{name}%", str(value))
-    return expanded
+    if expanded == prefix:
+        return expanded
+    *folders, name = expanded.split("/")
+    return "/".join([*map(_tidied, folders), name])
 
 
 def locate(prefix: str, root: Path, suffix: str) -> tuple[Path, str]:
@@ -130,7 +135,15 @@ def _cut(name: str) -> str:
 
 
 def _safe(text: str) -> str:
-    return _FORBIDDEN.sub("_", text)
+    return _HALF.sub("_", _FORBIDDEN.sub("_", text))
+
+
+def _tidied(folder: str) -> str:
+    """A folder's name with words of a graph in it, as `_check_name` wants it."""
+    if folder in (os.curdir, os.pardir):
+        return folder
+    folder = _cut(folder).rstrip(" .")
+    return f"{folder}_" if _RESERVED.fullmatch(folder) else folder
 
 
 def _date(pattern: str, now: datetime) -> str:
@@ -149,7 +162,7 @@ def _as_text(value: object) -> str:
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return str(value)
+    return str(value)[:NAME_LENGTH]
 
 
 def _widget(prompt: Graph, nodes: list[tuple[str, Graph]], node: str, widget: str) -> object | None:
@@ -157,28 +170,31 @@ def _widget(prompt: Graph, nodes: list[tuple[str, Graph]], node: str, widget: st
     named = [key for key, known in nodes if _object(known.get("properties")).get("Node name for S&R") == node]
     if not named:
         titles = [(key, known.get("title")) for key, known in nodes]
-        titles += [(key, _object(known.get("_meta")).get("title")) for key, known in prompt.items()]
+        titles += [(key, _object(_object(known).get("_meta")).get("title")) for key, known in prompt.items()]
         named = [key for key, title in titles if title == node]
     if not named:  # from an API client, whose graph has no names for replacing but the types that they default to
-        named = [key for key, known in prompt.items() if known["class_type"] == node]
+        named = [key for key, known in prompt.items() if _object(known).get("class_type") == node]
     value = _inputs(prompt, named[0]).get(widget) if named else None
     if isinstance(value, list):  # it comes from another node, which may hold just this value
-        value = _inputs(prompt, value[0]).get("value")
+        value = _inputs(prompt, value[0] if value else None).get("value")
     return None if isinstance(value, list | dict) else value
 
 
-def _inputs(prompt: Graph, key: str) -> Graph:
-    return prompt[key]["inputs"] if key in prompt else {}
+def _inputs(prompt: Graph, key: object) -> Graph:
+    return _object(_object(prompt.get(key) if isinstance(key, str) else None).get("inputs"))
 
 
 def _nodes(workflow: Graph) -> Iterator[tuple[str, Graph]]:
     """(key in the prompt, node), those of a subgraph before the node that stands for it, as the page collects them."""
-    definitions = {made.get("id"): made for made in _objects(_object(workflow.get("definitions")).get("subgraphs"))}
+    subgraphs = _objects(_object(workflow.get("definitions")).get("subgraphs"))
+    definitions = {made["id"]: made for made in subgraphs if isinstance(made.get("id"), str)}
 
     def below(graph: Graph, path: str, within: tuple[object, ...]) -> Iterator[tuple[str, Graph]]:
         for node in _objects(graph.get("nodes")):
-            key, kind = f"{path}{node.get('id')}", node.get("type")
-            if isinstance(kind, str) and kind in definitions and kind not in within:
+            number, kind = node.get("id"), node.get("type")
+            known = isinstance(number, int | str) and len(path) + len(str(number)) < NAME_LENGTH  # bounds the depth too
+            key = f"{path}{number}" if known else ""
+            if known and isinstance(kind, str) and kind in definitions and kind not in within:
                 yield from below(definitions[kind], f"{key}:", (*within, kind))
             yield key, node
 

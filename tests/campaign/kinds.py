@@ -18,14 +18,19 @@ from mm_core.checkpoints.photomaker import load_id_encoder
 from mm_core.checkpoints.safetensors_file import open_safetensors, read_tensors
 from mm_core.data.manifest import parse_manifest, read_media
 from mm_core.doctor import find_models, report
+from mm_core.errors import SettingError
 from mm_core.faces.references import read_image
+from mm_core.filenames import expand, locate
+from mm_core.files import Numbered
 from mm_core.folders import Folders
+from mm_core.json_file import read_object
 from mm_core.pipelines import tiny
 from mm_core.pipelines.base import FolderBase
 from mm_core.pipelines.identity_file import load_identity
 from mm_core.pipelines.prompt import explain_prompt
 from mm_core.pipelines.tokenizer import load_tokenizer
 from mm_core.training.config import load_config
+from mm_core.video import write_video
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ("transformer/config.json", "vae/config.json", "text_encoder/config.json", "model_index.json")
@@ -118,6 +123,40 @@ def _use_prompt(path: Path) -> None:
         explain_prompt(tokenizer, text, num_slots=slots, max_length=48)
 
 
+_PREFIX = "%Saved.name%/%date:yyyy-MM-dd%_%Face.seed%_%Sampler.text%"
+
+
+def _workflow(folder: Path) -> Path:
+    """What the page posts: a graph in API format, and the page's own with a subgraph in a subgraph."""
+    prompt = {
+        "1": {"class_type": "Saved", "inputs": {"images": ["2:5:6", 0], "name": "clip", "filename_prefix": _PREFIX}},
+        "2:5:6": {"class_type": "Sampler", "inputs": {"text": ["3", 0], "seed": 7}, "_meta": {"title": "Face"}},
+        "3": {"class_type": "PrimitiveString", "inputs": {"value": "a man img"}},
+    }
+    below = [
+        {"id": "inner", "nodes": [{"id": 6, "type": "Sampler", "properties": {"Node name for S&R": "Sampler"}}]},
+        {"id": "outer", "nodes": [{"id": 5, "type": "inner", "title": "Inner"}]},
+    ]
+    nodes = [{"id": 1, "type": "Saved", "title": "Saved"}, {"id": 2, "type": "outer"}, {"id": 3, "type": "Primitive"}]
+    posted = {"prompt": prompt, "workflow": {"nodes": nodes, "definitions": {"subgraphs": below}}}
+    (folder / "posted.json").write_text(json.dumps(posted))
+    return folder / "posted.json"
+
+
+def _use_workflow(path: Path) -> None:
+    """As a save does it: name and metadata. ComfyUI itself refuses what is no JSON and nodes without a class."""
+    posted = read_object(path)
+    prompt, nodes = posted.get("prompt"), []
+    if isinstance(prompt, dict):
+        nodes = list(prompt.values())
+    if not nodes or not all(isinstance(node, dict) and "class_type" in node for node in nodes):
+        raise SettingError("ComfyUI takes no such prompt")
+    prefix = expand(_PREFIX, prompt=prompt, workflow=posted.get("workflow"), width=8, height=8)
+    file = Numbered(*locate(prefix, path.parent / "output", ".webp"), ".webp")
+    metadata = {name: json.dumps(value) for name, value in posted.items()}
+    write_video(file, torch.zeros(1, 8, 8, 3), 8.0, format="webp", metadata=metadata)
+
+
 KINDS: dict[str, Kind] = {
     "adapter": Kind(partial(_copy, tiny.WEIGHTS / "adapter.safetensors"), load_adapter),
     "id encoder": Kind(partial(_copy, tiny.WEIGHTS / "id_encoder.safetensors"), load_id_encoder),
@@ -131,5 +170,6 @@ KINDS: dict[str, Kind] = {
     "shard": Kind(_shard, lambda path: read_media(path.parent, "clips.npz#1", frames=2)),
     "yaml": Kind(partial(_copy, ROOT / "mm_core" / "training" / "configs" / "tiny.yaml"), load_config),
     **{f"picture: {suffix}": Kind(partial(_picture, suffix), read_image) for suffix in (".png", ".jpg", ".webp")},
+    "workflow": Kind(_workflow, _use_workflow),
     "prompt": Kind(_prompt, _use_prompt),
 }
