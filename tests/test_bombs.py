@@ -49,7 +49,7 @@ def test_yaml_that_is_none(tmp_path: Path, text: str) -> None:
 
 @pytest.mark.parametrize("value", ["[" * 50_000, "&a [*a]", ".inf"])
 def test_a_setting_of_the_command_line(value: str) -> None:
-    config = Path(__file__).parents[1] / "mm_core" / "training" / "configs" / "tiny.yaml"
+    config = Path(__file__).parents[1] / "lab" / "tiny" / "tiny.yaml"
     with pytest.raises(SettingError, match=r"learning_rate"):
         load_config(config, {"video.loop.learning_rate": value})
 
@@ -57,7 +57,7 @@ def test_a_setting_of_the_command_line(value: str) -> None:
 @pytest.mark.parametrize("name", ["video.identity_timesteps", "video.loop.betas"])
 def test_a_pair_that_is_none(name: str) -> None:
     """Found by the campaign: --only yaml --seed 0 --first 220."""
-    config = Path(__file__).parents[1] / "mm_core" / "training" / "configs" / "tiny.yaml"
+    config = Path(__file__).parents[1] / "lab" / "tiny" / "tiny.yaml"
     with pytest.raises(SettingError, match=r"it must be two numbers"):
         load_config(config, {name: "[0]"})
 

@@ -2,7 +2,8 @@
 
 Each batch runs in a process of its own, which may not start programs, open sockets, or touch files elsewhere. A file
 may be read or refused in words; everything else is a finding: another exception, a dead process, more than TIME
-seconds, more than GROWTH bytes. A finding is repeated by `--only "KIND" --seed SEED --first NUMBER --inputs 1`.
+seconds of computing, more than GROWTH bytes. A finding is repeated by
+`--only "KIND" --seed SEED --first NUMBER --inputs 1`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .mutate import damaged
 ROOT = Path(__file__).parents[2]
 TIME, GROWTH = 10, 2**30
 _BATCH = 50
+_WAIT = 10  # times TIME by the clock: it waits for something
 _SLOW = 6  # folders take so many times longer than single files: they get that part of the inputs
 _EVENTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "socket.getaddrinfo")
 
@@ -86,7 +88,7 @@ def _batch(
     if status == 0:
         return first + inputs
     number = first + len(results)
-    outcome = "hang" if status == -signal.SIGALRM else "dead process"
+    outcome = "hang" if status in (-signal.SIGPROF, -signal.SIGALRM) else "dead process"
     counts[outcome] += 1
     findings.append({"kind": kind, "number": number, "outcome": outcome, "what": f"exit status {status}"})
     return number + 1
@@ -127,7 +129,8 @@ def _try(
 ) -> dict[str, object]:
     path.write_bytes(damaged(good, seed, mutations))
     before, watch.seen = _peak(), []
-    signal.alarm(TIME)
+    signal.setitimer(signal.ITIMER_PROF, TIME)  # of this process, however busy the machine is
+    signal.alarm(_WAIT * TIME)
     outcome, what = "read", ""
     try:
         read(path)
@@ -137,6 +140,7 @@ def _try(
         place = traceback.extract_tb(error.__traceback__)[-1]
         outcome, what = "raw error", f"{type(error).__name__} at {place.filename}:{place.lineno}: {error}"[:300]
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
     if watch.seen:
         outcome, what = "reached out", str(watch.seen[:3])

@@ -43,7 +43,7 @@ def commands(folder: Path, insightface_root: Path) -> Iterator[Command]:
     }  # fmt: skip
     yield from _of_parser(generating, "generate", good, files)
     yield from _of_parser(generating, "doctor", {}, files)
-    config = {"--config": str(ROOT / "mm_core" / "training" / "configs" / "tiny.yaml")}
+    config = {"--config": str(ROOT / "lab" / "tiny" / "tiny.yaml")}
     yield from _of_parser(training, "plan", config, files)
     for name in _setting_names():
         for value in _SETTINGS:
@@ -103,7 +103,7 @@ def _setting_names() -> list[str]:
                 yield from names(value, f"{before}{item.name}.")
             yield before + item.name
 
-    return list(names(load_config(ROOT / "mm_core" / "training" / "configs" / "tiny.yaml"), ""))
+    return list(names(load_config(ROOT / "lab" / "tiny" / "tiny.yaml"), ""))
 
 
 def answer(command: Command) -> tuple[str, str]:

@@ -168,7 +168,7 @@ KINDS: dict[str, Kind] = {
     "folder: VAE": Kind(partial(_base, "vae/diffusion_pytorch_model.safetensors"), _use_base),
     "manifest": Kind(_manifest, _use_manifest),
     "shard": Kind(_shard, lambda path: read_media(path.parent, "clips.npz#1", frames=2)),
-    "yaml": Kind(partial(_copy, ROOT / "mm_core" / "training" / "configs" / "tiny.yaml"), load_config),
+    "yaml": Kind(partial(_copy, ROOT / "lab" / "tiny" / "tiny.yaml"), load_config),
     **{f"picture: {suffix}": Kind(partial(_picture, suffix), read_image) for suffix in (".png", ".jpg", ".webp")},
     "workflow": Kind(_workflow, _use_workflow),
     "prompt": Kind(_prompt, _use_prompt),
