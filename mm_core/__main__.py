@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .pipelines.clip import ClipSettings
     from .pipelines.lora import Lora
 
-DOWNLOADS = Path.home() / ".cache" / "magic-mirror-models"
+from .files import DOWNLOADS
+
 FACES = Path.home() / ".insightface"
 
 

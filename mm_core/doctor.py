@@ -5,13 +5,13 @@ Only `convert` writes anything.
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
+from .checkpoints.published import PUBLISHED_SHA256, sha256_of
 from .choices import TINY
 from .errors import CheckpointError
 from .folders import Folders, find_face_packs, find_folder, hub_folder, onnx_files, other_folders, walk
@@ -20,19 +20,6 @@ from .pipelines.presets import HUB_ADDRESS, PRESETS
 
 FOUND, MISSING, PROBLEM = "found", "missing", "problem"
 
-_CHUNK = 2**23  # bytes read at a time for a hash
-_OF_5B = "THUDM/CogVideoX-5b/transformer"
-# Only what the publishers' own pages on the hub name: by repository and file, or by the name of a single file.
-_PUBLISHED_SHA256 = {
-    f"{_OF_5B}/diffusion_pytorch_model-00001-of-00002.safetensors": (
-        "b7101be7e75631130cdf4a63ad798452bdce29716aaa47829e882dd384c398bf"
-    ),
-    f"{_OF_5B}/diffusion_pytorch_model-00002-of-00002.safetensors": (
-        "ebe6c0e34a52c89f8ea8032a3a8a278a9ff1880dc70e1e6f3b840bcfd0396647"
-    ),
-    "t5xxl_fp16.safetensors": "6e480b09fae049a72d2a8c5fbccb8d3e92febeb233bbe9dfe7256958a9167635",
-    "t5xxl_fp8_e4m3fn.safetensors": "7d330da4816157540d6bb7838bf63a0f02f573fc48ca4d8de34bb0cbfd514f09",
-}
 _COGVIDEOX_LICENCE = "the CogVideoX licence: commercial use needs registration"
 _BASE_LICENCES = {"THUDM/CogVideoX-2b": "Apache-2.0"}
 _FACE_LICENCE = "InsightFace: for non-commercial research only"
@@ -115,14 +102,12 @@ def add_hashes(findings: Sequence[Finding], on_bytes: Callable[[int], None] = la
     done = 0
 
     def hashed(file: ModelFile) -> ModelFile:
-        nonlocal done
-        digest = hashlib.sha256()
-        with file.path.open("rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
-                done += len(chunk)
-                on_bytes(done)
-        return replace(file, sha256=digest.hexdigest())
+        def read(count: int) -> None:
+            nonlocal done
+            done += count
+            on_bytes(done)
+
+        return replace(file, sha256=sha256_of(file.path, read))
 
     return [replace(finding, files=tuple(hashed(file) for file in finding.files)) for finding in findings]
 
@@ -341,8 +326,8 @@ def _face_packs(roots: Sequence[Path]) -> Iterator[Finding]:
         if len(files) == 1:
             problem = f"It holds {files[0].name} only; detection and recognition are two files. Unzip the pack again."
         yield Finding(
-            kind="face pack", name=name, path=folder, files=_describe(files), problem=problem, link=_FACE_LINK,
-            licence=_FACE_LICENCE,
+            kind="face pack", name=name, path=folder, files=_describe(files, folder, name), problem=problem,
+            link=_FACE_LINK, licence=_FACE_LICENCE,
         )  # fmt: skip
 
 
@@ -359,7 +344,7 @@ def _describe(files: Sequence[Path], folder: Path | None = None, repo: str = "")
     """folder, repo: of a published model, whose files are known by their place in it."""
     keys = [path.name if folder is None else f"{repo}/{path.relative_to(folder).as_posix()}" for path in files]
     return tuple(
-        ModelFile(path=path, size=path.stat().st_size, published=_PUBLISHED_SHA256.get(key))
+        ModelFile(path=path, size=path.stat().st_size, published=PUBLISHED_SHA256.get(key))
         for path, key in zip(files, keys)
     )
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from .errors import MagicMirrorError
 
+DOWNLOADS = Path.home() / ".cache" / "magic-mirror-models"
+"""Where commands put the models that they fetch."""
 PARTIAL = ".partial"
 """How the name of an unfinished file ends; a killed process may leave one behind."""
 STALE_SECONDS = 24 * 3600

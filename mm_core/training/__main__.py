@@ -1,6 +1,7 @@
 """`python -m mm_core.training`: from a folder of clips and a config to an adapter.
 
     plan         what a run needs: parameters, FLOPs, memory, GPU hours
+    fetch        base model, ID encoder and face pack, with your consent
     check        what is wrong with a stage's dataset
     precompute   what the frozen models make of it, once
     image        stage 1, on single pictures
@@ -53,6 +54,14 @@ def plan(config: TrainingConfig, args: argparse.Namespace) -> None:
     from .plan import plan as make_plan
 
     print(make_plan(config))
+
+
+def fetch(config: TrainingConfig, args: argparse.Namespace) -> None:
+    """Fetch base model, ID encoder and face pack, as far as they are missing."""
+    from .fetch import fetch as fetch_parts
+
+    for path in fetch_parts(config, args.accept_licences):
+        print(path)
 
 
 def check(config: TrainingConfig, args: argparse.Namespace) -> int:
@@ -140,17 +149,19 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m mm_core.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    runs = {"plan": plan, "check": check, "precompute": precompute, "image": train, "video": train}
+    runs = {"plan": plan, "fetch": fetch, "check": check, "precompute": precompute, "image": train, "video": train}
     for name, run in runs.items():
         command = commands.add_parser(name, help=run.__doc__.splitlines()[0])
         command.set_defaults(run=run)
         command.add_argument("--config", type=Path, required=True, help="a YAML file, see mm_core/training/configs")
         command.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="replace settings")
+        if run is fetch:
+            command.add_argument("--accept-licences", action="store_true", help="of what is fetched")
         if run in (check, precompute):
             command.add_argument("--stage", nargs="*", choices=STAGES, help="default: both")
         if run is precompute:  # torchrun tells them, and what starts processes otherwise gives them
-            command.add_argument("--rank", type=int, default=int(os.environ.get("RANK", 0)), help="of this process")
-            command.add_argument("--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", 1)), help="of all")
+            command.add_argument("--rank", type=int, default=int(os.getenv("RANK", 0)), help="of this process")
+            command.add_argument("--world-size", type=int, default=int(os.getenv("WORLD_SIZE", 1)), help="of all")
         if run is train:
             command.add_argument("--start", type=Path, help="adapter to begin with")
     return parser
