@@ -1,15 +1,18 @@
-"""Where weights rest while they are not needed: named policies over what diffusers and accelerate offer."""
+"""Where weights rest while they are not needed: whoever decides it, and named policies over what diffusers and
+accelerate offer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import psutil
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
-from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from torch import nn
 
@@ -24,6 +27,74 @@ ACTIVATION_BYTES = 6 * 2**30
 _STORED = torch.float8_e4m3fn
 _STREAMING = ("cuda", "xpu")
 """Kinds of devices that copy weights while they compute."""
+
+
+class Part(Protocol):
+    """Weights that come to a device for their turn."""
+
+    device: torch.device
+    """Where they compute."""
+
+    def ready(self, beside: int = 0) -> AbstractContextManager[None]:
+        """In the block the weights can compute. beside: bytes of the device that the block wants for itself."""
+
+    def changing(self) -> AbstractContextManager[None]:
+        """In the block layers may be added and taken away, as LoRAs are."""
+
+
+class Residence(Protocol):
+    """Who decides where a model's weights rest, and where and in which type they compute: `Offloading` here, ComfyUI's
+    own model management in its nodes. Kinds of weights: text_encoder, transformer, vae, id_encoder.
+
+    Equal ones share a text encoder.
+    """
+
+    policy: str
+    """Its name for messages."""
+
+    def device(self, kind: str) -> torch.device: ...
+
+    def dtype(self, kind: str, precision: str) -> torch.dtype:
+        """What to compute in. Raises SettingError: see `compute_dtype`."""
+
+    def memory(self, kind: str) -> tuple[int, int] | None:
+        """Bytes of the kind's device: free now, and all. None where nobody can tell."""
+
+    def part(self, kind: str, modules: Sequence[nn.Module], together: Sequence[nn.Module] = ()) -> Part:
+        """Take charge of weights that rest on the CPU, the first module being the largest.
+
+        together: blocks whose layers come at once where layers come one by one, since each is called twice.
+        """
+
+    def settled(self, sizes: Sequence[int]) -> Residence:
+        """The same with `auto` decided. sizes: bytes of each part that takes its turn."""
+
+
+@dataclass(frozen=True)
+class Offloading:
+    """diffusers' and accelerate's offloading on one device."""
+
+    policy: str
+    """One of `choices.OFFLOADING`."""
+    where: torch.device
+
+    def device(self, kind: str) -> torch.device:
+        return self.where
+
+    def dtype(self, kind: str, precision: str) -> torch.dtype:
+        return compute_dtype(precision, self.where)
+
+    def memory(self, kind: str) -> tuple[int, int] | None:
+        return device_memory(self.where)
+
+    def part(self, kind: str, modules: Sequence[nn.Module], together: Sequence[nn.Module] = ()) -> Part:
+        policy = choose_policy(self.policy, [sum(map(size_in_bytes, modules))], self.where, activations=2**30)
+        if kind == "id_encoder" or (policy, self.policy) == ("none", "auto"):
+            policy = "model"  # what it needs now, others need later
+        return _OffloadedPart(kind, modules, together, policy, self.where)
+
+    def settled(self, sizes: Sequence[int]) -> Offloading:
+        return Offloading(choose_policy(self.policy, sizes, self.where), self.where)
 
 
 def default_device() -> torch.device:
@@ -48,11 +119,11 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     else:
         dtype = torch.bfloat16
     if precision == "fp8":
-        _check_fp8(device, dtype)
+        check_fp8(device, dtype)
     return dtype
 
 
-def _check_fp8(device: torch.device, dtype: torch.dtype) -> None:
+def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     """Try what storing in fp8 does. Raises SettingError where the device cannot."""
     try:
         torch.ones(1, dtype=dtype, device=device).to(_STORED).to(dtype)
@@ -88,48 +159,83 @@ def choose_policy(
         return "none"
     if policy != "auto":
         return policy
-    if device.type != "cuda":
+    known = device_memory(device)
+    if known is None:
         return "model"
-    free, _ = torch.cuda.mem_get_info(device)
+    free, _ = known
     if sum(sizes) + activations < free:
         return "none"
     return "model" if max(sizes) + activations < free else "group"
+
+
+def device_memory(device: torch.device) -> tuple[int, int] | None:
+    """Bytes of a device that this process can still have, and all of them; None where torch does not tell."""
+    if device.type == "cpu":
+        memory = psutil.virtual_memory()
+        return memory.available, memory.total
+    module = torch.get_device_module(device)
+    if not hasattr(module, "mem_get_info"):
+        return None
+    free, total = module.mem_get_info(device)
+    cached = module.memory_reserved(device) - module.memory_allocated(device)
+    return free + cached, total
 
 
 def size_in_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in [*module.parameters(), *module.buffers()])
 
 
-def needed_bytes(policy: str, pipe: CogVideoXPipeline) -> int:
-    """Free device memory that a run wants, beside the weights that rest there under the policy."""
-    largest = max(size_in_bytes(part) for part in (pipe.transformer, pipe.vae))
-    return ACTIVATION_BYTES + (largest if policy == "model" else 0)
+class _OffloadedPart:
+    """Weights under one policy."""
 
+    def __init__(
+        self, kind: str, modules: Sequence[nn.Module], together: Sequence[nn.Module], policy: str, device: torch.device
+    ) -> None:
+        self.device = device
+        self._modules, self._together, self._policy = modules, together, policy
+        # A prefetching group needs the layers of a whole model in a known order, time and pinned memory to be set up;
+        # for the one forward pass of a text encoder `group` means layer by layer too.
+        self._grouped = policy == "group" and kind != "text_encoder"
+        if self._grouped:
+            stream = dict(onload_device=device, use_stream=device.type in _STREAMING)
+            # Blocks, not layers, of the transformer: a prefetching layer hook expects the layers in the order of a
+            # whole forward, and `precompute_factors` asks single ones.
+            level = dict(offload_type="leaf_level")
+            if kind == "transformer":
+                level = dict(offload_type="block_level", num_blocks_per_group=1)
+            apply_group_offloading(modules[0], **level, **stream)
+        self._hook()
 
-def apply_policy(
-    policy: str, pipe: CogVideoXPipeline, adapter: MagicMirrorAdapter | None, device: torch.device
-) -> None:
-    """Set a policy up for transformer and VAE, after the adapter was attached; for the adapter's large layers once. The
-    adapter itself rests on the CPU under every policy, and the text encoder visits the device by `lent`."""
-    if policy == "none":
-        pipe.to(device)
-    elif policy == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif policy == "group":
-        stream = dict(onload_device=device, use_stream=device.type in _STREAMING)
-        # Blocks, not layers, of the transformer: a prefetching layer hook expects the layers in the order of a whole
-        # forward, and `precompute_factors` asks single ones.
-        apply_group_offloading(pipe.transformer, offload_type="block_level", num_blocks_per_group=1, **stream)
-        apply_group_offloading(pipe.vae, offload_type="leaf_level", **stream)
-    else:
-        pipe.enable_sequential_cpu_offload(device=device)
-        for layer in adapter.config.adapted_layers if adapter is not None else []:
-            add_hook_to_module(pipe.transformer.transformer_blocks[layer], _LayersTogether())
-    if adapter is not None and policy in ("group", "sequential"):
-        # The large layers that every step needs come layer by layer, like the base's.
-        for layer in keys_and_values(adapter):
-            if not _is_hooked(layer):
-                cpu_offload(layer, execution_device=device)
+    def _hook(self) -> None:
+        if self._policy == "none":
+            for module in self._modules:
+                module.to(self.device)
+        elif self._policy != "model":
+            for module in self._modules[1 if self._grouped else 0 :]:
+                cpu_offload(module, execution_device=self.device)
+            for block in [] if self._grouped else self._together:
+                add_hook_to_module(block, _LayersTogether())
+
+    @contextmanager
+    def ready(self, beside: int = 0) -> Iterator[None]:
+        lent = on_device(self._modules, self.device) if self._policy == "model" else nullcontext()
+        with lent:
+            try:
+                yield
+            finally:
+                let_go(*self._modules)
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        if self._grouped or self._policy in ("none", "model"):  # diffusers puts groups right
+            yield
+            return
+        for module in self._modules:
+            remove_hook_from_module(module, recurse=True)
+        try:
+            yield
+        finally:
+            self._hook()
 
 
 class _LayersTogether(ModelHook):
@@ -161,32 +267,9 @@ def let_go(*modules: nn.Module) -> None:
         if isinstance(hook, AlignDevicesHook) and hook.weights_map is not None and not all(w.is_meta for w in weights):
             hook.offload = True
             hook.post_forward(part, None)
-        group = part._diffusers_hook.get_hook("group_offloading") if hasattr(part, "_diffusers_hook") else None
+        group = _group_hook(part)
         if group is not None:
             group.group.offload_()
-
-
-@contextmanager
-def lent(module: nn.Module, policy: str, device: torch.device) -> Iterator[None]:
-    """Let one model run on the device as a policy has it: to stay there, for the block, or layer by layer.
-
-    A prefetching group needs the layers of a whole model in a known order, time and pinned memory to be set up; for the
-    one forward pass of a text encoder `group` means layer by layer too.
-    """
-    if policy == "none":
-        module.to(device)
-        yield
-        return
-    module.to("cpu")  # under another policy it may have stayed on the device
-    if policy == "model":
-        with on_device([module], device):
-            yield
-    else:
-        cpu_offload(module, execution_device=device)
-        try:
-            yield
-        finally:
-            remove_hook_from_module(module, recurse=True)
 
 
 @contextmanager
@@ -216,7 +299,12 @@ def on_device(modules: Iterable[nn.Module], device: torch.device) -> Iterator[No
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return any(hasattr(part, "_hf_hook") for part in module.modules())
+    return any(hasattr(part, "_hf_hook") or _group_hook(part) is not None for part in module.modules())
+
+
+def _group_hook(module: nn.Module) -> ModelHook | None:
+    """diffusers' hook that brings a group of layers."""
+    return module._diffusers_hook.get_hook("group_offloading") if hasattr(module, "_diffusers_hook") else None
 
 
 def keys_and_values(adapter: MagicMirrorAdapter) -> list[nn.Module]:

@@ -78,6 +78,7 @@ class MagicMirrorLoader(io.ComfyNode):
         vae: str = catalog.NONE,
     ) -> io.NodeOutput:
         from ..mm_core.pipelines.magic_mirror import MagicMirror
+        from .runtime_memory import ComfyUI
 
         catalog.check_base(base_model)
         adapter_file = catalog.find_adapter(adapter, base_model)
@@ -93,9 +94,7 @@ class MagicMirrorLoader(io.ComfyNode):
             adapter=adapter_file,
             id_encoder=encoder_file,
             precision=precision,
-            offload=offload,
-            device=runtime.device(),
-            make_room=runtime.make_room,
+            residence=ComfyUI(offload),
         )
         _open[key] = mirror
         return io.NodeOutput(Model(mirror=mirror, face_pack=face_pack), mirror.status, ui=runtime.show(mirror.status))
@@ -148,8 +147,9 @@ def _memory_inputs() -> list[io.Input]:
             "offload",
             options=list(OFFLOADING),
             default="auto",
-            tooltip="Where weights rest. none: all on the GPU. model: one model at a time. group: a block at a time. "
-            "sequential: a layer at a time, the slowest and smallest. auto: by the memory that is free.",
+            tooltip="Where weights rest while they are not needed. auto, model: as ComfyUI decides, which unloads and "
+            "shows them as its own models. none: never a transformer in part. group, sequential: as much in main "
+            "memory as ComfyUI can, the slowest and smallest.",
         ),
         io.Boolean.Input(
             "allow_download",

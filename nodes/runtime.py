@@ -155,11 +155,6 @@ def face_device() -> str:
     return "cpu" if device().type == "cpu" else "auto"
 
 
-def make_room(size: int) -> None:
-    """Let as many of ComfyUI's own models leave the device as it takes to have `size` bytes free."""
-    comfy.model_management.free_memory(size, device())
-
-
 def retire_others(mirror: MagicMirror) -> None:
     """Before a model samples, drop the weights of the one of this pack that was used before.
 

@@ -108,7 +108,6 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
         report = "\n".join([*cautions, mirror.status, clip.summary])
         warn = bool(cautions) or _untrained(mirror)
         shown = runtime.show_card(report, warn=True) if warn else runtime.show(report)
-        runtime.retire_others(mirror)
         try:
             result = mirror.generate(clip, model.identity, settings, runtime.step_callback(clip.steps), model.loras)
         except DecodeError as error:

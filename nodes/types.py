@@ -31,6 +31,12 @@ class Model:
     settings: AdapterSettings | None = None
     loras: tuple[Lora, ...] = ()
 
+    @property
+    def patcher(self) -> object | None:
+        """What core looks for in a node's output: where main memory is short, older ones with weights go first."""
+        loaded = vars(self.mirror).get("loaded")
+        return None if loaded is None else getattr(loaded.transformer, "patcher", None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Person:

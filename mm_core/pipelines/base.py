@@ -18,7 +18,6 @@ from diffusers import (
     AutoencoderKLCogVideoX,
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
-    CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
 from torch import Tensor
@@ -30,7 +29,7 @@ from ..json_file import read_object
 from ..limits import INDEX_BYTES, SHARDS
 from . import part_configs, tiny
 from .part_configs import check_positions, checked
-from .parts import build_scheduler, load_text_encoder, load_transformer, load_vae
+from .parts import Pipeline, build_scheduler, load_text_encoder, load_transformer, load_vae
 from .presets import PRESETS, T5_XXL, ClipLimits, Preset, Sampling
 from .preview import LATENT_RGB, load_latent_rgb
 from .single_file import model_of
@@ -96,7 +95,7 @@ class BaseModel(Protocol):
     def load_vae(self, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
         """The VAE alone, on the CPU."""
 
-    def load(self, dtype: torch.dtype, *, text_encoder: bool = True) -> CogVideoXPipeline:
+    def load(self, dtype: torch.dtype, *, text_encoder: bool = True) -> Pipeline:
         """The pipeline with all weights, on the CPU; with no text encoder, half as large, where none is wanted."""
 
 
@@ -175,10 +174,10 @@ class FolderBase:
             )
         return tokenizer
 
-    def load(self, dtype: torch.dtype, *, text_encoder: bool = True) -> CogVideoXPipeline:
+    def load(self, dtype: torch.dtype, *, text_encoder: bool = True) -> Pipeline:
         self.check_complete()
         try:
-            return CogVideoXPipeline(
+            return Pipeline(
                 tokenizer=self.tokenizer,
                 text_encoder=self.load_text_encoder(dtype) if text_encoder else None,
                 vae=self.load_vae(dtype),
@@ -350,8 +349,8 @@ class FileBase:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.tokenizer_folder)
 
-    def load(self, dtype: torch.dtype, *, text_encoder: bool = True) -> CogVideoXPipeline:
-        return CogVideoXPipeline(
+    def load(self, dtype: torch.dtype, *, text_encoder: bool = True) -> Pipeline:
+        return Pipeline(
             tokenizer=self.tokenizer,
             text_encoder=self.load_text_encoder(dtype) if text_encoder else None,
             vae=self.load_vae(dtype),

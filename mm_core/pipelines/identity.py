@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checkpoints.photomaker import FILE_NAME, REPO, load_id_encoder, read_fingerprint
 from ..errors import CheckpointError
 from ..faces.references import Reference
-from ..memory import on_device
+from ..memory import Part, Residence
 from ..models.id_encoder import FaceFeatures, IDEncoder
 
 
@@ -67,13 +67,12 @@ class Identity:
 
 @torch.no_grad()
 def encode_identity(references: Sequence[Reference], encoder: IDEncoder, device: torch.device) -> Identity:
-    """Run the frozen encoder on the device and bring the result, and the encoder, back."""
+    """Run the frozen encoder, which is on the device, and bring the result back."""
     crops = np.stack([reference.crop for reference in references])
     pixels = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255  # (R, 3, 224, 224)
     embeddings = torch.from_numpy(np.stack([reference.face.embedding for reference in references]))
-    with on_device([encoder], device):
-        features = encoder(pixels.to(device), embeddings.to(device))
-        features = FaceFeatures(*(tensor.float().cpu() for tensor in features))
+    features = encoder(pixels.to(device), embeddings.to(device))
+    features = FaceFeatures(*(tensor.float().cpu() for tensor in features))
     return Identity(features=features, references=tuple(references))
 
 
@@ -83,13 +82,17 @@ class IdentityEncoder:
     path: its file; None where none was chosen, which is an error only when it is needed.
     """
 
-    def __init__(self, path: Path | None, dtype: torch.dtype, device: torch.device) -> None:
-        self._path, self._dtype, self._device = path, dtype, device
+    def __init__(self, path: Path | None, dtype: torch.dtype, residence: Residence) -> None:
+        self._path, self._dtype, self._residence = path, dtype, residence
 
     @cached_property
     def module(self) -> IDEncoder:
-        """The encoder on the CPU. Raises CheckpointError without a file."""
+        """The encoder. Raises CheckpointError without a file."""
         return load_id_encoder(self._chosen(), dtype=self._dtype)
+
+    @cached_property
+    def _part(self) -> Part:
+        return self._residence.part("id_encoder", [self.module])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -101,11 +104,13 @@ class IdentityEncoder:
 
         face_pack: the name of the face models that found them; an identity file tells it.
         """
-        identity = encode_identity(references, self.module, self._device)
+        with self._part.ready():
+            identity = encode_identity(references, self.module, self._part.device)
         return replace(identity, encoder=self.fingerprint, face_pack=face_pack)
 
     def unload(self) -> None:
         """Let go of the weights."""
+        vars(self).pop("_part", None)
         vars(self).pop("module", None)
 
     def _chosen(self) -> Path:

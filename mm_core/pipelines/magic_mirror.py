@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from diffusers import CogVideoXPipeline
 from torch import Tensor
 
 from ..checkpoints.adapter_file import AdapterHeader, load_adapter, read_header
 from ..faces.references import Reference
-from ..memory import compute_dtype, default_device
+from ..memory import Offloading, Residence, default_device
 from ..models.adapter import MagicMirrorAdapter
 from .base import BaseModel, TinyBase
 from .checks import Checks
@@ -22,6 +21,7 @@ from .decode import decode
 from .identity import Identity, IdentityEncoder
 from .loaded import LoadedBase, load_base, vae_of
 from .lora import Lora
+from .parts import Pipeline
 from .prompt import IdentityTokens
 from .sampling import sample
 from .text import prompt_encoder, token_ids
@@ -37,8 +37,7 @@ class MagicMirror:
         precision: auto, bf16, fp16, fp32, or fp8 (storage of the transformer).
         offload: auto, none, model, group, sequential.
         device: where to compute; the accelerator by default.
-        make_room: called with a number of bytes before they are needed on the device; a host such as ComfyUI then lets
-            other models go.
+        residence: who decides both of these instead, such as ComfyUI.
 
     Raises:
         CheckpointError: the adapter file is damaged or was made for a base of other sizes. Weights are not read yet.
@@ -54,16 +53,16 @@ class MagicMirror:
         precision: str = "auto",
         offload: str = "auto",
         device: torch.device | None = None,
-        make_room: Callable[[int], None] = lambda size: None,
+        residence: Residence | None = None,
     ) -> None:
-        self.base, self.device = base, device or default_device()
-        self.dtype = compute_dtype(precision, self.device)
-        self._fp8, self._offload, self._make_room = precision == "fp8", offload, make_room
+        self.base, self.residence = base, residence or Offloading(offload, device or default_device())
+        self.dtype = self.residence.dtype("transformer", precision)
+        self._vae_dtype, self._fp8 = self.residence.dtype("vae", precision), precision == "fp8"
         if isinstance(base, TinyBase):
             adapter, id_encoder = adapter or base.adapter, id_encoder or base.id_encoder
         self.adapter_path = adapter
-        self.id_encoder = IdentityEncoder(id_encoder, self.dtype, self.device)
-        self.text = prompt_encoder(base, self.dtype, self.device)
+        self.id_encoder = IdentityEncoder(id_encoder, self.dtype, self.residence)
+        self.text = prompt_encoder(base, self.dtype, self.residence)
         self.header: AdapterHeader | None = None if adapter is None else read_header(adapter)
         if self.header is not None:
             self.header.check_fits(base.transformer_config, adapter=adapter.name, base=base.name)
@@ -80,14 +79,14 @@ class MagicMirror:
 
     @cached_property
     def loaded(self) -> LoadedBase:
-        """Transformer and VAE with the adapter on them, where the offloading has them."""
+        """Transformer and VAE with the adapter on them, in their residence's charge."""
         return load_base(
-            self.base, self.adapter, dtype=self.dtype, fp8=self._fp8, offload=self._offload, device=self.device,
-            make_room=self._make_room, text_bytes=self.text.size,
+            self.base, self.adapter, dtype=self.dtype, vae_dtype=self._vae_dtype, fp8=self._fp8,
+            residence=self.residence, text_bytes=self.text.size,
         )  # fmt: skip
 
     @property
-    def pipeline(self) -> CogVideoXPipeline:
+    def pipeline(self) -> Pipeline:
         """diffusers' pipeline of `loaded`; it has no text encoder."""
         return self.loaded.pipe
 
@@ -120,14 +119,13 @@ class MagicMirror:
         settings = settings or AdapterSettings()
         tokens, loaded = self.check(clip, identity, settings), self.loaded
         loaded.set_loras(loras)
-        self._make_room(loaded.needed_bytes)
-        encode = partial(self.encode_text, offload=loaded.policy)
+        encode = partial(self.encode_text, residence=loaded.residence)
         return sample(loaded, encode, clip, None if settings.off else identity, tokens, settings, on_step)
 
     def decode(self, latents: Tensor) -> Clip:
         """Decode sampled latents. Raises DecodeError, which carries them, when that fails."""
-        with vae_of(vars(self).get("loaded"), self.base, self.dtype, self.device) as vae:
-            return Clip(frames=decode(vae, latents, self.device), latents=latents, fps=self.base.limits.fps)
+        with vae_of(vars(self).get("loaded"), self.base, self._vae_dtype, self.residence) as (vae, device):
+            return Clip(frames=decode(vae, latents, device), latents=latents, fps=self.base.limits.fps)
 
     def generate(
         self,
@@ -140,9 +138,7 @@ class MagicMirror:
         """`sample`, then `decode`."""
         return self.decode(self.sample(clip, identity, settings, on_step, loras))
 
-    def encode_text(self, text: str | Sequence[int], offload: str | None = None) -> Tensor:
+    def encode_text(self, text: str | Sequence[int], residence: Residence | None = None) -> Tensor:
         """T5 embeddings of a prompt or of token ids, (1, T, Dtxt) on the CPU, without the rest of the base model."""
-        # By itself the text encoder does not stay on the device: a host has its own models there.
-        offload = offload or ("model" if self._offload == "none" else self._offload)
         ids = token_ids(self.base, text) if isinstance(text, str) else text
-        return self.text.encode(ids, offload, self._make_room)
+        return self.text.encode(ids, residence or self.residence)

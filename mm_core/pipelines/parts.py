@@ -11,7 +11,13 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
@@ -25,6 +31,17 @@ _TIED = {"encoder.embed_tokens.weight": "shared.weight"}
 _FLOAT32_IN_HALF = ".wo.weight"
 """T5's feed-forward ends in values beyond float16: transformers keeps these weights in float32 there, as is done here.
 """
+
+
+class Pipeline(CogVideoXPipeline):
+    """diffusers' pipeline that is told where it computes. It would take the device of the first weight, which may rest
+    elsewhere."""
+
+    execution_device: torch.device | None = None
+
+    @property
+    def _execution_device(self) -> torch.device:
+        return self.execution_device or super()._execution_device
 
 
 def load_transformer(

@@ -27,19 +27,17 @@ class LatentPreview:
     Args:
         vae: may be offloaded.
         device: where to fit.
-        lend: the VAE rests on the CPU and has to be brought to the device; False where it is there, or hooks bring it.
         known: (C + 1, 3), a map that was fitted before.
     """
 
-    def __init__(
-        self, vae: AutoencoderKLCogVideoX, device: torch.device, *, lend: bool = False, known: Tensor | None = None
-    ) -> None:
-        self._vae, self._device, self._lend, self._map = vae, device, lend, known
+    def __init__(self, vae: AutoencoderKLCogVideoX, device: torch.device, *, known: Tensor | None = None) -> None:
+        self._vae, self._device, self._map = vae, device, known
 
     def draw(self, latents: Tensor) -> Image.Image:
         """The middle frame of (1, F, C, H, W) latents as a small picture, one pixel for each latent."""
         if self._map is None:
-            with on_device([self._vae.encoder] if self._lend else [], self._device):
+            # Not as a part in its turn: the transformer is in the middle of its own.
+            with on_device([self._vae.encoder], self._device):
                 self._map = fit_latent_rgb(self._vae, self._device)
         return preview_image(latents, self._map)
 

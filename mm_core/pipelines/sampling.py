@@ -14,7 +14,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from torch import Tensor
 
 from ..errors import OutOfMemoryError
-from ..memory import on_device, sampling_parts
+from ..memory import ACTIVATION_BYTES
 from ..numerics import FiniteWatch, precision_name
 from ..out_of_memory import out_of_memory_as
 from .clip import ClipSettings, StepCallback
@@ -62,16 +62,14 @@ def sample(
         prompt = encode(without_trigger(clip.prompt)).to(device)
         negative = encode(clip.negative_prompt).to(device) if clip.guidance_scale > 1 else None
         marked = prompt if tokens is None else encode(tokens.ids).to(device)
-        with out_of_memory_as(partial(_does_not_fit, clip, loaded)):
+        with out_of_memory_as(partial(_does_not_fit, clip, loaded)), loaded.transformer.ready(ACTIVATION_BYTES):
             face = None
             if identity is not None:
                 face = _condition(loaded, clip, identity, tokens, settings, marked)
-            with on_device(sampling_parts(loaded.adapter) if face else [], device):
-                latents = denoise(pipe, clip, prompt, negative, face, report)
+            latents = denoise(pipe, clip, prompt, negative, face, report)
     finally:
         pipe.scheduler = scheduler
         watch.clear()  # latents on the device
-        loaded.let_go()
     return latents.permute(0, 2, 1, 3, 4).cpu()
 
 
@@ -122,6 +120,6 @@ def _does_not_fit(clip: ClipSettings, loaded: LoadedBase, reason: str) -> OutOfM
         "Not enough memory to sample {frames} frames of {width} x {height} (offload {policy}, {precision}). Try a "
         "stronger offload (model, group, sequential), fp8 as precision, or a smaller or shorter clip; close what else "
         "uses the memory. ({reason})",
-        key="out_of_memory", frames=clip.num_frames, width=clip.width, height=clip.height, policy=loaded.policy,
-        precision=precision_name(loaded.dtype), reason=reason,
+        key="out_of_memory", frames=clip.num_frames, width=clip.width, height=clip.height,
+        policy=loaded.residence.policy, precision=precision_name(loaded.dtype), reason=reason,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checkpoints.safetensors_file import tensor_shapes
 from ..errors import NumericsError, OutOfMemoryError
-from ..memory import choose_policy, lent
+from ..memory import Part, Residence
 from ..numerics import precision_name, remedy
 from ..out_of_memory import out_of_memory_as
 from .parts import stored_dtype
@@ -33,14 +33,14 @@ _ACTIVATION_BYTES = 2**30  # of one prompt in T5-XXL, generously
 _shared: WeakValueDictionary[tuple[object, ...], PromptEncoder] = WeakValueDictionary()
 
 
-def prompt_encoder(base: BaseModel, dtype: torch.dtype, device: torch.device) -> PromptEncoder:
+def prompt_encoder(base: BaseModel, dtype: torch.dtype, residence: Residence) -> PromptEncoder:
     """The text encoder of a base model in this type. Nothing is loaded yet."""
     files = [path.resolve() for path in base.text_encoder_files if path.is_file()]
     versions = [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in files]
-    key = (dtype, device, *(versions or [base]))
+    key = (dtype, residence, *(versions or [base]))
     encoder = _shared.get(key)
     if encoder is None:
-        encoder = _shared[key] = PromptEncoder(base, dtype, device)
+        encoder = _shared[key] = PromptEncoder(base, dtype)
     return encoder
 
 
@@ -52,11 +52,12 @@ def token_ids(base: BaseModel, text: str) -> tuple[int, ...]:
 
 
 class PromptEncoder:
-    """A base model's text encoder and the embeddings of the last prompts; the weights rest on the CPU."""
+    """A base model's text encoder and the embeddings of the last prompts."""
 
-    def __init__(self, base: BaseModel, dtype: torch.dtype, device: torch.device) -> None:
-        self._base, self._dtype, self._device = base, dtype, device
+    def __init__(self, base: BaseModel, dtype: torch.dtype) -> None:
+        self._base, self._dtype = base, dtype
         self._module: T5EncoderModel | None = None
+        self._part: Part | None = None
         self._embeds: dict[tuple[int, ...], Tensor] = {}
 
     @property
@@ -73,19 +74,17 @@ class PromptEncoder:
         shapes = [item for path in self._base.text_encoder_files for item in tensor_shapes(path).items()]
         return sum(math.prod(shape) * stored_dtype(key, self._dtype).itemsize for key, shape in shapes)
 
-    def encode(self, ids: Sequence[int], offload: str, make_room: Callable[[int], None]) -> Tensor:
+    def encode(self, ids: Sequence[int], residence: Residence) -> Tensor:
         """Embeddings of a prompt's tokens, as CogVideoXPipeline makes them: (1, T, Dtxt) on the CPU.
 
-        Args:
-            offload: how the encoder visits the device: auto, or a policy.
-            make_room: called with the bytes that will be needed on the device.
+        residence: of the encoder; that of the first call stands.
 
         Raises:
             NumericsError: embeddings that are not finite. OutOfMemoryError: the encoder does not fit.
         """
         ids = tuple(ids)
         if ids not in self._embeds:
-            embeds = self._run(ids, offload, make_room)
+            embeds = self._run(ids, residence)
             if len(self._embeds) == _KEPT:
                 del self._embeds[next(iter(self._embeds))]
             self._embeds[ids] = embeds
@@ -93,17 +92,16 @@ class PromptEncoder:
 
     def unload(self) -> None:
         """Let go of the weights and of all embeddings."""
-        self._module = None
+        self._module = self._part = None
         self._embeds.clear()
 
     @torch.no_grad()
-    def _run(self, ids: tuple[int, ...], offload: str, make_room: Callable[[int], None]) -> Tensor:
-        make_room(_ACTIVATION_BYTES + (0 if offload in ("group", "sequential") else self.size))
-        policy = choose_policy(offload, [self.size], self._device, activations=_ACTIVATION_BYTES)
-        if (policy, offload) == ("none", "auto"):
-            policy = "model"  # what it needs now, others need later
-        with out_of_memory_as(_does_not_fit), lent(self.module, policy, self._device):
-            embeds = self.module(torch.tensor([ids], device=self._device))[0].to("cpu", self._dtype)
+    def _run(self, ids: tuple[int, ...], residence: Residence) -> Tensor:
+        with out_of_memory_as(_does_not_fit):
+            if self._part is None:
+                self._part = residence.part("text_encoder", [self.module])
+            with self._part.ready(_ACTIVATION_BYTES):
+                embeds = self.module(torch.tensor([ids], device=self._part.device))[0].to("cpu", self._dtype)
         if not embeds.isfinite().all():
             raise NumericsError(
                 f"The text encoder's embeddings of the prompt are not finite (NaN or infinity), in "

@@ -95,7 +95,7 @@ def test_on_a_device_it_is_fitted_there(folders: dict[str, Path], lend: bool, dt
             vae.to(device)
         seen = []
         vae.encoder.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[0].device, inputs[0].dtype)))
-        found = np.array(LatentPreview(vae, device, lend=lend).draw(latents.to(device)), dtype=int)
+        found = np.array(LatentPreview(vae, device).draw(latents.to(device)), dtype=int)
         assert seen == [(device, dtype)] * 2
         assert {parameter.device for parameter in vae.parameters()} == {CPU if lend else device}
     assert np.abs(found - expected).mean() < (1 if dtype == torch.float32 else 40)
