@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "mm_core.doctor": {"mm_core.checkpoints", "mm_core.folders", "mm_core.pipelines"},
     "mm_core.training": {
         *("mm_core.models", "mm_core.checkpoints", "mm_core.data", "mm_core.pipelines", "mm_core.faces"),
-        *("mm_core.files", "mm_core.hosts", "mm_core.memory", "mm_core.video"),
+        *("mm_core.files", "mm_core.hosts", "mm_core.memory", "mm_core.video", "mm_core.evaluation"),
     },
     "nodes": {
         *("mm_core.doctor", "mm_core.folders"),

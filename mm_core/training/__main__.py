@@ -6,6 +6,7 @@
     precompute   what the frozen models make of it, once
     image        stage 1, on single pictures
     video        stage 2, on clips, from the result of stage 1
+    train        all of it, then an adapter to publish and its scores
 
 Interrupted commands go on where they stopped when they are given again.
 """
@@ -98,6 +99,13 @@ def train(config: TrainingConfig, args: argparse.Namespace) -> None:
     print(train_stage(config, args.command, args.start))
 
 
+def whole(config: TrainingConfig, args: argparse.Namespace) -> None:
+    """Check, precompute, train both stages, export and score: what is finished is skipped."""
+    from .whole import train_whole
+
+    print(train_whole(config, train_stage, args.rank, args.world_size))
+
+
 def train_stage(
     config: TrainingConfig, stage: str, start: Path | None = None, clip_judge: ClipJudge | None = None
 ) -> Path:
@@ -149,7 +157,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m mm_core.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    runs = {"plan": plan, "fetch": fetch, "check": check, "precompute": precompute, "image": train, "video": train}
+    runs = {
+        "plan": plan, "fetch": fetch, "check": check, "precompute": precompute, "image": train, "video": train,
+        "train": whole,
+    }  # fmt: skip
     for name, run in runs.items():
         command = commands.add_parser(name, help=run.__doc__.splitlines()[0])
         command.set_defaults(run=run)
@@ -159,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--accept-licences", action="store_true", help="of what is fetched")
         if run in (check, precompute):
             command.add_argument("--stage", nargs="*", choices=STAGES, help="default: both")
-        if run is precompute:  # torchrun tells them, and what starts processes otherwise gives them
+        if run in (precompute, whole):  # torchrun tells them, and what starts processes otherwise gives them
             command.add_argument("--rank", type=int, default=int(os.getenv("RANK", 0)), help="of this process")
             command.add_argument("--world-size", type=int, default=int(os.getenv("WORLD_SIZE", 1)), help="of all")
         if run is train:

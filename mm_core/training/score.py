@@ -1,0 +1,100 @@
+"""What an exported adapter can do: clips of the people left out of training, by the whole pipeline, measured."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from PIL import Image
+
+from ..checkpoints.adapter_file import read_header
+from ..data.features import Features
+from ..data.manifest import manifest_path, read_manifest, read_picture
+from ..errors import SettingError
+from ..evaluation.report import write_report
+from ..evaluation.run import evaluate
+from ..faces.analysis import FaceAnalyzer
+from ..faces.references import MIN_SAME_PERSON, analyse_references
+from ..files import atomic_write
+from ..pipelines.clip import ClipSettings
+from ..pipelines.control import AdapterSettings
+from ..pipelines.magic_mirror import MagicMirror
+from ..video import write_video
+from .adapter_task import split_people
+from .config import ABLATIONS, TrainingConfig
+from .sources import base_of, features_of, id_encoder_of
+
+_log = logging.getLogger(__name__)
+
+
+REPORT = "report.html"
+
+
+def scores_of(config: TrainingConfig, adapter: Path) -> Path:
+    """The folder of an exported adapter's scores, and of what they are of."""
+    trained = read_header(adapter).trained
+    return Path(config.output).expanduser() / "scores" / f"{trained.stage}-{trained.steps:08d}"
+
+
+def _clips(config: TrainingConfig, adapter: Path) -> dict[Path, int]:
+    """The clip of each person left out, and the row of the features that it is made of. Raises SettingError."""
+    features = Features.open(features_of(config, "video"))
+    entries = {row: features.entries[row] for row in split_people(features, config.validation_people)[1].tolist()}
+    people = {entry["person"] or entry["id"]: row for row, entry in entries.items()}
+    if not people:
+        raise SettingError("Nobody is left out of training, so that nobody can be scored: set validation_people.")
+    folder = scores_of(config, adapter) / "videos"
+    return {folder / f"person{number:03d}.mp4": row for number, row in enumerate(people.values())}
+
+
+def missing_clips(config: TrainingConfig, adapter: Path) -> list[Path]:
+    """Those that no process has made yet."""
+    return [clip for clip in _clips(config, adapter) if not clip.is_file()]
+
+
+def make_clips(config: TrainingConfig, adapter: Path, rank: int, world_size: int) -> None:
+    """A process's share of the clips, one of each person left out."""
+    mine = dict(list(_clips(config, adapter).items())[rank::world_size])
+    wanted = {clip: row for clip, row in mine.items() if not clip.is_file()}
+    if not wanted:
+        return
+    features = Features.open(features_of(config, "video"))
+    analyzer = FaceAnalyzer(Path(config.insightface_root).expanduser(), config.face_pack)
+    mirror = MagicMirror(base_of(config), adapter=adapter, id_encoder=id_encoder_of(config))
+    for clip, row in wanted.items():
+        _make(config, mirror, analyzer, features, row, clip)
+    mirror.unload()
+
+
+def write_scores(config: TrainingConfig, adapter: Path) -> Path:
+    """Measure the clips; the page of the scores, which is kept if it is there."""
+    folder = scores_of(config, adapter)
+    if not (folder / REPORT).is_file():
+        analyzer = FaceAnalyzer(Path(config.insightface_root).expanduser(), config.face_pack)
+        evaluation = evaluate(analyzer, folder / "videos", folder / "references", threshold=MIN_SAME_PERSON)
+        trained = str(read_header(adapter).trained)
+        settings = {"face_pack": config.face_pack, "threshold": MIN_SAME_PERSON, "adapter": trained}
+        write_report(folder, evaluation, settings)
+    return folder / REPORT
+
+
+def _make(
+    config: TrainingConfig, mirror: MagicMirror, analyzer: FaceAnalyzer, features: Features, row: int, clip: Path
+) -> None:
+    """A clip from a sample's own caption and photos, which are copied beside it."""
+    data = manifest_path(Path(config.video.data).expanduser())
+    entry = features.entries[row]
+    caption = next(sample.caption for sample in read_manifest(data) if sample.id == entry["id"])
+    photos = [read_picture(data.parent, features.references[number]) for number in entry["references"]]
+    for number, photo in enumerate(photos):
+        with atomic_write(clip.parents[1] / "references" / clip.stem / f"{number}.png") as temporary:
+            Image.fromarray(photo).save(temporary, format="png")
+    identity = mirror.identity(analyse_references(analyzer, photos), config.face_pack)
+    wanted = ClipSettings.of_model(
+        mirror.base.limits, mirror.base.sampling, prompt=caption, width=config.width, height=config.height,
+        num_frames=config.video.frames,
+    )  # fmt: skip
+    made = mirror.generate(wanted, identity, AdapterSettings(**ABLATIONS[config.ablation]))
+    clip.parent.mkdir(parents=True, exist_ok=True)
+    write_video(clip, made.frames, made.fps)
+    _log.info("%s", clip)

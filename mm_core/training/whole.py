@@ -1,0 +1,65 @@
+"""The whole way from a data set to an adapter that can be published; what is finished is skipped."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..data.features import INDEX
+from ..data.precompute import precompute
+from .config import TrainingConfig
+from .publish import export, exported, write_card
+from .runs import is_finished
+from .score import REPORT, make_clips, missing_clips, scores_of, write_scores
+from .sources import check, feature_settings, features_of
+
+_log = logging.getLogger(__name__)
+_POLL = 2.0  # seconds
+
+
+def train_whole(
+    config: TrainingConfig, train_stage: Callable[[TrainingConfig, str], object], rank: int = 0, world_size: int = 1
+) -> Path:
+    """Check, precompute, train both stages, export, score; returns the page of the scores.
+
+    train_stage: trains a stage, or the rest of it, together with the other processes. rank, world_size: of this
+    process, which does its share of everything.
+
+    Raises MagicMirrorError as the parts do.
+    """
+    stages = ("video",) if config.ablation == "G" else ("image", "video")
+    for stage in stages:
+        features = features_of(config, stage)
+        if not (features / INDEX).is_file():
+            if rank == 0:
+                _log.info("%s: %s", stage, check(config, stage))
+            precompute(feature_settings(config, stage), features, rank=rank, world_size=world_size)
+            _wait((features / INDEX).is_file)
+    output = Path(config.output).expanduser()
+    for stage in stages:
+        if not is_finished(output / stage, config.stage(stage).loop.steps):
+            train_stage(config, stage)
+            gc.collect()  # its models, before those that make the clips
+            if torch.accelerator.is_available():
+                torch.get_device_module().empty_cache()
+    if rank == 0:
+        export(config)
+    _wait(lambda: exported(config)[1])
+    adapter, _ = exported(config)
+    make_clips(config, adapter, rank, world_size)
+    _wait(lambda: not missing_clips(config, adapter))
+    if rank == 0:
+        report = write_scores(config, adapter)
+        write_card(config, adapter, report.with_name("results.json"))
+    return scores_of(config, adapter) / REPORT
+
+
+def _wait(done: Callable[[], bool]) -> None:
+    """Until the other processes have done it; without a limit, since who starts them ends all when one fails."""
+    while not done():
+        time.sleep(_POLL)
