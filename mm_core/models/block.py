@@ -96,8 +96,8 @@ def adapted_block(
     m = base.modulation(temb) + factors.can.unflatten(1, (-1, 6))  # Eq. 7: m = phi(t, l) + m_hat, (n, streams, 6, D)
     (vid1, vid2), (txt1, txt2), (face1, face2) = halves(m[:, 0]), halves(m[:, -1]), halves(factors.face)
 
-    n_face = face1(adapter.face_norm1(face))  # (n, Q, D)
-    full = torch.cat([txt1(base.norm1(text)), n_face, vid1(base.norm1(video))], dim=1)  # (n, T + Q + S, D)
+    n_face = face1.modulate(adapter.face_norm1(face))  # (n, Q, D); full: (n, T + Q + S, D)
+    full = torch.cat([txt1.modulate(base.norm1(text)), n_face, vid1.modulate(base.norm1(video))], dim=1)
     q, k, v = base.qkv(full)  # (n, heads, T + Q + S, d) each
     out = base.attention(_turned(base, q, lengths), _turned(base, k, lengths), v)
     if face.shape[1]:  # Eq. 8: T_SA(W_qkv x_full) + T_CA(W_q x_full, W_kv' x_face)
@@ -107,8 +107,8 @@ def adapted_block(
     text, face = txt1.residual(text, a_text), face1.residual(face, a_face)
     video = base.cross_attention(vid1.residual(video, a_video))
 
-    n_face = face2(adapter.face_norm2(face))
-    full = torch.cat([txt2(base.norm2(text)), n_face, vid2(base.norm2(video))], dim=1)
+    n_face = face2.modulate(adapter.face_norm2(face))
+    full = torch.cat([txt2.modulate(base.norm2(text)), n_face, vid2.modulate(base.norm2(video))], dim=1)
     f_text, f_face, f_video = base.feed_forward(full).split(lengths, dim=1)
     return vid2.residual(video, f_video), txt2.residual(text, f_text), face2.residual(face, f_face)
 

@@ -20,7 +20,7 @@ class Modulation(NamedTuple):
     scale: Tensor
     gate: Tensor
 
-    def __call__(self, normed: Tensor) -> Tensor:
+    def modulate(self, normed: Tensor) -> Tensor:
         """`x * (1 + scale) + shift`: (B, S, D), normalised, to the same, in one pass over the tokens."""
         return torch.addcmul(self.shift[:, None], normed, (1 + self.scale)[:, None])
 
