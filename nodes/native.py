@@ -113,7 +113,7 @@ class MagicMirrorApplyNative(io.ComfyNode):
         tokens = mirror.checks.tokens(prompt, settings)
         text, slots = (plain(), ()) if tokens is None else (_encode(mirror, clip, tokens.ids), tokens.slots)
         adapter = native_model.adapter_of(mirror, native_sampling.compute_dtype(model))
-        person = native_model.encode_native(adapter, identity.identity, text, slots, settings)
+        person = native_model.encode_native(adapter.adapter, identity.identity, text, slots, settings)
         if tokens is None:
             positive = _conditioning(person.prompt)
         else:

@@ -1,7 +1,7 @@
 """The adapter on ComfyUI's own CogVideoX: its model patcher, wrappers and sampling. For core with `comfy.ldm.cogvideo`.
 
-Nothing of the model is changed for good: each adapted block's forward is an object patch of a clone, the adapter comes
-along as an additional model, and a wrapper hands over the identity in each forward pass.
+Nothing of the model is changed for good: each adapted block's forward is an object patch of a clone, what every step
+needs of the adapter comes along as an additional model, and wrappers hand over the identity in each forward pass.
 """
 
 from __future__ import annotations
@@ -9,23 +9,29 @@ from __future__ import annotations
 import functools
 import uuid
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import comfy.ldm.cogvideo.model
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.patcher_extension
 import comfy.supported_models
 import comfy.utils
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_patcher import ModelPatcher
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..mm_core.errors import OutOfMemoryError
+from ..mm_core.out_of_memory import out_of_memory_as
 from .native_base import transformer_of
+from .native_factors import Factors
 
 if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
+
     from ..mm_core.hosts.cogvideox_comfyui import ComfyCogVideoX
     from ..mm_core.models.adapter import MagicMirrorAdapter
     from ..mm_core.models.block import FaceState
@@ -42,7 +48,23 @@ _CONFIG = (
     "patch_bias",
 )  # fmt: skip
 
-_adapters: weakref.WeakKeyDictionary[MagicMirror, dict[torch.dtype, ModelPatcher]] = weakref.WeakKeyDictionary()
+_adapters: weakref.WeakKeyDictionary[MagicMirror, dict[torch.dtype, NativeAdapter]] = weakref.WeakKeyDictionary()
+
+
+class FaceAttention(nn.ModuleList):
+    """The layers of the adapter that every step runs, under a name to be read in core's log."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NativeAdapter:
+    """An adapter that rests in main memory, all of its layers of a class that brings the weights to where it computes.
+
+    So everything that is done before the first step visits the device layer by layer.
+    """
+
+    adapter: MagicMirrorAdapter
+    patcher: ModelPatcher
+    """Of its `FaceAttention`, for core to load, in part if need be, beside the model."""
 
 
 def core_model(mirror: MagicMirror) -> ModelPatcher:
@@ -80,18 +102,31 @@ def core_model(mirror: MagicMirror) -> ModelPatcher:
     return patcher
 
 
-def adapter_of(mirror: MagicMirror, dtype: torch.dtype) -> ModelPatcher:
-    """The mirror's adapter for ComfyUI to load and offload: read once, shared by all models that it is put on."""
+def adapter_of(mirror: MagicMirror, dtype: torch.dtype) -> NativeAdapter:
+    """The mirror's adapter, read once, shared by all models that it is put on."""
     from ..mm_core.checkpoints.adapter_file import load_adapter
+    from ..mm_core.memory import sampling_parts
 
     loaded = _adapters.setdefault(mirror, {})
     if dtype not in loaded:
-        loaded[dtype] = ModelPatcher(
-            load_adapter(mirror.adapter_path, dtype=dtype)[0],
+        adapter = with_cores_layers(load_adapter(mirror.adapter_path, dtype=dtype)[0])
+        # Looked up now: core replaces this class as it starts.
+        patcher = comfy.model_patcher.CoreModelPatcher(
+            FaceAttention(sampling_parts(adapter)),
             load_device=comfy.model_management.get_torch_device(),
             offload_device=comfy.model_management.unet_offload_device(),
         )
+        loaded[dtype] = NativeAdapter(adapter=adapter, patcher=patcher)
     return loaded[dtype]
+
+
+def with_cores_layers(adapter: MagicMirrorAdapter) -> MagicMirrorAdapter:
+    """Make every layer with weights one of core's, which adds a way to compute and no state. Where a layer's weights
+    are not on the device, or of another type, it casts them for the call."""
+    for layer in adapter.modules():
+        if isinstance(layer, (nn.Linear, nn.LayerNorm)):
+            layer.__class__ = getattr(comfy.ops.manual_cast, type(layer).__name__)
+    return adapter
 
 
 @functools.cache
@@ -118,70 +153,110 @@ class NativeIdentity:
 
 @torch.no_grad()
 def encode_native(
-    adapter_patcher: ModelPatcher, identity: Identity, prompt: Tensor, slots: tuple[int, ...], settings: AdapterSettings
+    adapter: MagicMirrorAdapter, identity: Identity, prompt: Tensor, slots: tuple[int, ...], settings: AdapterSettings
 ) -> NativeIdentity:
     """Run the parts of the adapter that depend on the person and the prompt only. prompt: (1, T, Dtxt)."""
     from ..mm_core.models.id_fusion import fuse_slots
 
-    comfy.model_management.load_models_gpu([adapter_patcher])
-    adapter: MagicMirrorAdapter = adapter_patcher.model
-    device, dtype = adapter.id_proj.weight.device, adapter.id_proj.weight.dtype
-    features = type(identity.features)(*(tensor.to(device, dtype) for tensor in identity.features))
-    id_tokens = identity.id_tokens.to(device, dtype)
-    if not settings.id_branch:
-        id_tokens = torch.zeros_like(id_tokens)
-    if slots:
-        text = prompt.to(device, dtype)
-        fused = adapter.id_fusion(text[:, slots, :], id_tokens)
-        prompt = fuse_slots(text, fused, slots, settings.identity_scale).to(prompt.device, prompt.dtype)
-    face = adapter.face_tokens(features, identity.weights).cpu() if settings.structure_branch else None
-    return NativeIdentity(id_embedding=adapter.id_embedding(id_tokens).cpu(), face_tokens=face, prompt=prompt)
+    device, dtype = comfy.model_management.get_torch_device(), adapter.id_proj.weight.dtype
+    if not comfy.model_management.is_device_cpu(device):
+        comfy.model_management.free_memory(comfy.model_management.minimum_inference_memory(), device)
+    with out_of_memory_as(_does_not_fit):
+        features = type(identity.features)(*(tensor.to(device, dtype) for tensor in identity.features))
+        id_tokens = identity.id_tokens.to(device, dtype)
+        if not settings.id_branch:
+            id_tokens = torch.zeros_like(id_tokens)
+        if slots:
+            text = prompt.to(device, dtype)
+            fused = adapter.id_fusion(text[:, slots, :], id_tokens)
+            prompt = fuse_slots(text, fused, slots, settings.identity_scale).to(prompt.device, prompt.dtype)
+        face = adapter.face_tokens(features, identity.weights).cpu() if settings.structure_branch else None
+        return NativeIdentity(id_embedding=adapter.id_embedding(id_tokens).cpu(), face_tokens=face, prompt=prompt)
 
 
 def with_identity(
-    model: ModelPatcher, adapter_patcher: ModelPatcher, identity: NativeIdentity, settings: AdapterSettings
+    model: ModelPatcher, native: NativeAdapter, identity: NativeIdentity, settings: AdapterSettings
 ) -> ModelPatcher:
     """A clone of the model that makes this person; the model stays as it is."""
-    transformer, adapter, binding = transformer_of(model), adapter_patcher.model, host()
+    transformer, adapter, binding = transformer_of(model), native.adapter, host()
     model = model.clone()
     key = f"{ADDITIONAL}.{uuid.uuid4()}"  # a later Apply finds no state of an earlier one
-    for position, layer in enumerate(adapter.config.adapted_layers):
+    positions = torch.arange(len(adapter.config.adapted_layers), device=model.load_device).split(1)
+    for where, layer in zip(positions, adapter.config.adapted_layers):
         name = f"diffusion_model.blocks.{layer}.forward"
-        where = torch.tensor([position], device=model.load_device)
         block, adapter_block = transformer.blocks[layer], adapter.blocks[str(layer)]
         forward = binding.adapted_forward(block, adapter_block, where, model.get_model_object(name), key)
         model.add_object_patch(name, forward)
-    model.set_additional_models(ADDITIONAL, [adapter_patcher])
+    model.set_additional_models(ADDITIONAL, [native.patcher])
     sampling = model.get_model_object("model_sampling")
     wrapper = _Identity(
         key=key,
-        host=binding,
         adapter=adapter,
         identity=identity,
         settings=settings,
         sigmas={window: tuple(map(sampling.percent_to_sigma, window)) for window in settings.windows},
     )
-    kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
-    model.remove_wrappers_with_key(kind, ADDITIONAL)
-    model.add_wrapper_with_key(kind, ADDITIONAL, wrapper)
+    kinds = comfy.patcher_extension.WrappersMP
+    for kind, around in ((kinds.PREDICT_NOISE, wrapper.step), (kinds.DIFFUSION_MODEL, wrapper.forward)):
+        model.remove_wrappers_with_key(kind, ADDITIONAL)
+        model.add_wrapper_with_key(kind, ADDITIONAL, around)
     return model
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class _Run:
+    """What is made for a run and goes with it: core keeps it in the options that the run has for itself."""
+
+    factors: Factors
+    face_tokens: Tensor | None
+    """(1, Q, D), on the device."""
+    ip_scale: Tensor
+    """(), on the device."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Step:
+    """The identity at one noise level, for both halves of guidance and every window of the clip; on the device."""
+
+    run: _Run
+    acting: Acting
+    packed: Tensor
+
+    def state(self, rows: int) -> FaceState:
+        from ..mm_core.models.block import FaceState
+
+        face = self.run.face_tokens if self.acting.face else None
+        scales = dict(can_scale=self.acting.can_scale, ip_scale=self.run.ip_scale)
+        return FaceState.of_step(self.packed, face, rows=rows, **scales)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Identity:
-    """Around the transformer: puts the rows that carry the identity last, and hands over the state."""
+    """What core calls around each step, and around the transformer in it. Nothing of a run stays here."""
 
     key: str
-    host: ComfyCogVideoX
+    """Of the step in core's options, then of the state that the blocks find there."""
     adapter: MagicMirrorAdapter
     identity: NativeIdentity
     settings: AdapterSettings
     sigmas: dict[Window, tuple[float, float]]
     """The noise levels between which each window lies, from the larger."""
-    copies: dict[tuple[int, torch.device, torch.dtype], Tensor] = field(default_factory=dict)
-    """Of the identity's tensors, less than a megabyte, where a step wants them."""
 
-    def __call__(
+    def step(self, executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: Any) -> Tensor:
+        """Around all that is computed at one noise level. timestep: (B,) noise levels, which are the same."""
+        options = model_options["transformer_options"]
+        sigma = float(timestep[0])
+        acting = self._acting(sigma)
+        with out_of_memory_as(_does_not_fit):
+            if acting.in_blocks:
+                if ADDITIONAL not in options:
+                    options[ADDITIONAL] = self._run(executor.class_obj.inner_model, options["sample_sigmas"], x.device)
+                run: _Run = options[ADDITIONAL]
+                step = _Step(run=run, acting=acting, packed=run.factors.at(sigma))
+                model_options = model_options | {"transformer_options": options | {self.key: step}}
+            return executor(x, timestep, model_options, seed)
+
+    def forward(
         self,
         executor: Any,
         x: Tensor,
@@ -191,53 +266,56 @@ class _Identity:
         transformer_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        """Around the transformer: puts the rows that carry the identity last, and hands over the state."""
         options = dict(transformer_options or {})
-        acting, halves = self._acting(options), options["cond_or_uncond"]
+        step: _Step | None = options.pop(self.key, None)
+        halves = options["cond_or_uncond"]
         carry = [number for number, half in enumerate(halves) if half == 0 or self.settings.in_negative]
-        if not carry or not acting.in_blocks:
+        if not carry or step is None:
             return executor(x, timestep, context, ofs, options, **kwargs)
         order = [number for number in range(len(halves)) if number not in carry] + carry
         ofs = _halves(ofs, order) if ofs is not None and len(ofs) == len(x) else ofs
         x, timestep, context = (_halves(tensor, order) for tensor in (x, timestep, context))
-        rows = len(x) // len(halves) * len(carry)
-        options[self.key] = self._state(acting, executor.class_obj, timestep[-rows:], x)
+        options[self.key] = step.state(rows=len(x) // len(halves) * len(carry))
         result = executor(x, timestep, context, ofs, options, **kwargs)
         return _halves(result, [order.index(number) for number in range(len(halves))])
 
-    def _acting(self, options: dict[str, Any]) -> Acting:
-        if set(self.sigmas) == {(0.0, 1.0)}:  # at every step: the noise level need not be read from the device
-            return self.settings.acting(lambda window: True)
-        sigma = float(options["sigmas"].max())
-
+    def _acting(self, sigma: float) -> Acting:
         def inside(window: Window) -> bool:
             first, last = self.sigmas[window]
             return last < sigma <= first
 
         return self.settings.acting(inside)
 
-    def _state(self, acting: Acting, transformer: Any, timestep: Tensor, x: Tensor) -> FaceState:
-        from ..mm_core.pipelines.conditioning import ablate
-
-        def spread(tensor: Tensor) -> Tensor:
-            key = id(tensor), x.device, x.dtype
-            if key not in self.copies:
-                self.copies[key] = tensor.to(x.device, x.dtype)
-            return self.copies[key].expand(len(timestep), *tensor.shape[1:])
-
-        state = self.host.face_state(
-            transformer,
-            self.adapter,
-            id_embedding=spread(self.identity.id_embedding),
-            face_tokens=spread(self.identity.face_tokens) if acting.face else None,
-            timestep=timestep,
-            can_scale=acting.can_scale,
-            ip_scale=self.settings.ip_scale,
+    def _run(self, model: BaseModel, schedule: Tensor, device: torch.device) -> _Run:
+        """model: loaded, as it samples. schedule: (steps + 1,) noise levels."""
+        dtype, face = model.get_dtype_inference(), self.identity.face_tokens
+        return _Run(
+            factors=Factors(
+                model,
+                host(),
+                self.adapter,
+                self.identity.id_embedding.to(device, dtype),
+                self.settings,
+                [sigma for sigma in schedule.tolist() if self._acting(sigma).in_blocks],
+            ),
+            face_tokens=None if face is None else face.to(device, dtype),
+            ip_scale=torch.full((), self.settings.ip_scale, device=device, dtype=dtype),
         )
-        state.factors = ablate(state.factors, self.settings)
-        return state
+
+
 def _halves(batch: Tensor, order: list[int]) -> Tensor:
     """The equal parts of a batch, positive and negative prompts', in another order; without indices on the device."""
     parts = batch.chunk(len(order))
     return batch if order == sorted(order) else torch.cat([parts[number] for number in order])
 
 
+class _DoesNotFit(OutOfMemoryError, torch.OutOfMemoryError):
+    """Core unloads all models at what is torch's error too."""
+
+
+def _does_not_fit(reason: str) -> OutOfMemoryError:
+    return _DoesNotFit(
+        "There is not enough memory on the device to make this clip. Start ComfyUI with --lowvram or --novram, make "
+        f"the clip shorter or smaller, or close what else uses the device. ({reason})"
+    )

@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "nodes": {
         *("mm_core.doctor", "mm_core.folders"),
         *("mm_core.pipelines", "mm_core.faces", "mm_core.checkpoints", "mm_core.memory", "mm_core.video"),
-        *("mm_core.evaluation", "mm_core.hosts", "mm_core.models", "mm_core.numerics"),
+        *("mm_core.evaluation", "mm_core.hosts", "mm_core.models", "mm_core.numerics", "mm_core.out_of_memory"),
         *("mm_core.filenames", "mm_core.files", "mm_core.playback"),
     },
     # Beside the product, which knows nothing of it.

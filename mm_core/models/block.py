@@ -145,6 +145,20 @@ class FaceState:
         streams = torch.cat([face[None], face.new_zeros(blocks, *face.shape)])
         return cls(factors=factors, streams=streams, ip_scale=ip_scale)
 
+    @classmethod
+    def of_step(
+        cls, packed: Tensor, face: Tensor | None, *, rows: int, can_scale: float, ip_scale: Tensor
+    ) -> FaceState:
+        """As `entering`, for as many rows of one person, from the factors of a step that were computed before.
+
+        Args:
+            packed: (A, 6 + 6 * streams, D), see `BlockFactors.packed`.
+            face: (1, Q, D) tokens; None for no structure branch.
+        """
+        factors = BlockFactors.unpacked(packed[:, None].expand(-1, rows, -1, -1))
+        factors = factors._replace(can=can_scale * factors.can)
+        return cls.entering(None if face is None else face.expand(rows, -1, -1), factors, ip_scale)
+
 
 def run_block(
     base: BlockParts,

@@ -43,6 +43,15 @@ class BlockFactors(NamedTuple):
     can: Tensor
     """(n, 6 * streams, D): CAN's residuals (Eq. 7), the same six for each modulated stream: video, then text."""
 
+    def packed(self) -> Tensor:
+        """Both as one tensor, (.., 6 + 6 * streams, D), to be copied at once."""
+        return torch.cat(self, dim=-2)
+
+    @classmethod
+    def unpacked(cls, packed: Tensor) -> BlockFactors:
+        """What `packed` made one."""
+        return cls(face=packed[..., :6, :], can=packed[..., 6:, :])
+
 
 class FaceModulation(nn.Module):
     """`phi_face(t, l)` (Eq. 6): the face stream's factors."""

@@ -96,5 +96,6 @@ class FacePerceiver(nn.Module):
 
         weights: (S,) above 0, as if each image token were there so many times.
         """
-        queries = self.query_tokens.expand(image_tokens.shape[0], -1, -1)
+        # In ComfyUI the weights rest elsewhere than they compute; its layers cast theirs, and this is in none.
+        queries = self.query_tokens.to(image_tokens.device).expand(image_tokens.shape[0], -1, -1)
         return queries + self.perceiver_resampler(queries, image_tokens, weights)  # Eq. 4: x_face = tau_face(q_face, f)

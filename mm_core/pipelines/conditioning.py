@@ -36,7 +36,7 @@ class FaceConditioning:
     @property
     def factors(self) -> BlockFactors:
         """`packed` taken apart: face (steps, A, 6, D) and CAN (steps, A, 12, D)."""
-        return _unpack(self.packed)
+        return BlockFactors.unpacked(self.packed)
 
     def acting(self, step: int) -> Acting:
         """What acts at a step."""
@@ -48,12 +48,14 @@ class FaceConditioning:
         acting = self.acting(step)
         if not acting.in_blocks:
             return None
-        rows = 2 if self.settings.in_negative else 1
-        of_step = self.packed[step].to(self.ip_scale.device)[:, None]  # (A, 1, 18, D)
-        face, can = _unpack(of_step.expand(-1, rows, -1, -1))
-        tokens = self.face_tokens.expand(rows, -1, -1) if acting.face else None
-        factors = BlockFactors(face=face, can=acting.can_scale * can)
-        return self.attached.ready(FaceState.entering(tokens, factors, self.ip_scale))
+        state = FaceState.of_step(
+            self.packed[step].to(self.ip_scale.device),
+            self.face_tokens if acting.face else None,
+            rows=2 if self.settings.in_negative else 1,
+            can_scale=acting.can_scale,
+            ip_scale=self.ip_scale,
+        )
+        return self.attached.ready(state)
 
 
 @torch.no_grad()
@@ -89,7 +91,7 @@ def condition(
     return FaceConditioning(
         prompt_embeds=prompt_embeds,
         face_tokens=face_tokens,
-        packed=torch.cat(ablate(factors, settings), dim=2),
+        packed=ablate(factors, settings).packed(),
         ip_scale=torch.tensor(settings.ip_scale, dtype=dtype, device=device),
         settings=settings,
         attached=attached,
@@ -114,13 +116,8 @@ def precompute_factors(
         block, base = adapter.blocks[str(layer)], transformer.transformer_blocks[layer]
         with on_device([block.can, block.face_modulation, base.norm1.linear], device):
             shift = HOST.parts(base).video_shift(temb)
-            found.append(torch.cat(block.factors(id_embedding, temb, shift), dim=1).cpu())
-    return _unpack(torch.stack(found, dim=1))
-
-
-def _unpack(packed: Tensor) -> BlockFactors:
-    """(.., 6 + 12, D) to face (.., 6, D) and CAN (.., 12, D)."""
-    return BlockFactors(face=packed[..., :6, :], can=packed[..., 6:, :])
+            found.append(block.factors(id_embedding, temb, shift).packed().cpu())
+    return BlockFactors.unpacked(torch.stack(found, dim=1))
 
 
 def ablate(factors: BlockFactors, settings: AdapterSettings) -> BlockFactors:
