@@ -4,8 +4,10 @@ without, after each of six clips: two people with guidance, without, and with it
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
+from pathlib import Path
 
 sys.argv = ["main.py", "--cpu", "--use-pytorch-cross-attention"]  # core's attention for CPUs reads /proc in the graph
 import comfy.options
@@ -15,12 +17,15 @@ comfy.options.enable_args_parsing()
 import comfy.ldm.cogvideo.model as core
 import comfy.ops
 import torch
-from comfy.ldm.modules.attention import optimized_attention
 from tiny_models import TRANSFORMERS, build_adapter, build_transformer, fill_with_noise, noise
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
-from mm_core.hosts.cogvideox_comfyui import ComfyCogVideoX
+PACK = Path(__file__).resolve().parents[2]
+spec = importlib.util.spec_from_file_location("pack", PACK / "__init__.py", submodule_search_locations=[str(PACK)])
+sys.modules["pack"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["pack"])
+native_model = importlib.import_module("pack.nodes.native_model")
 
 
 def graphs(*, adapted: bool, whole: bool) -> list[int]:
@@ -29,8 +34,8 @@ def graphs(*, adapted: bool, whole: bool) -> list[int]:
         **TRANSFORMERS["5b"], dtype=torch.float32, operations=comfy.ops.disable_weight_init
     )
     fill_with_noise(transformer).requires_grad_(False)
-    adapter = build_adapter(build_transformer("5b")).requires_grad_(False)
-    host = ComfyCogVideoX(attention=optimized_attention, timestep_embedding=core.get_timestep_embedding)
+    adapter = native_model.with_cores_layers(build_adapter(build_transformer("5b")).requires_grad_(False))
+    host = native_model.host()
     if adapted:
         for position, layer in enumerate(adapter.config.adapted_layers):
             block, ours = transformer.blocks[layer], adapter.blocks[str(layer)]

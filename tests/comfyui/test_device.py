@@ -56,13 +56,15 @@ def test_native(
     portrait: Callable[[str], Path],
     kind: str,
 ) -> None:
-    """Two people's clips are the CPU's; a step with identity copies and reads no more than core's own."""
+    """Two people's clips are the CPU's; a step with identity copies its factors once, and reads which noise level it
+    has."""
     for person in ("person_b_2", "person_a_2"):
         graph = native_graph(accelerated, kind, portrait(person))
         found = sampled(accelerated, graph)
         expected = sampled(server, native_graph(server, kind, portrait(person)))
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    assert (per_step(accelerated, graph) <= per_step(accelerated, plain(graph))).all()
+    more = per_step(accelerated, graph) - per_step(accelerated, plain(graph))
+    assert (more <= np.array([1, 0, 1])).all()
 
 
 def test_diffusers(
