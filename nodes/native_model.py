@@ -244,7 +244,7 @@ class _Identity:
 
     def step(self, executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: Any) -> Tensor:
         """Around all that is computed at one noise level. timestep: (B,) noise levels, which are the same."""
-        options = model_options["transformer_options"]
+        options = model_options["transformer_options"]  # the run's own, the same at every step
         sigma = float(timestep[0])
         acting = self._acting(sigma)
         with out_of_memory_as(_does_not_fit):
@@ -252,9 +252,11 @@ class _Identity:
                 if ADDITIONAL not in options:
                     options[ADDITIONAL] = self._run(executor.class_obj.inner_model, options["sample_sigmas"], x.device)
                 run: _Run = options[ADDITIONAL]
-                step = _Step(run=run, acting=acting, packed=run.factors.at(sigma))
-                model_options = model_options | {"transformer_options": options | {self.key: step}}
-            return executor(x, timestep, model_options, seed)
+                options[self.key] = _Step(run=run, acting=acting, packed=run.factors.at(sigma))
+            try:
+                return executor(x, timestep, model_options, seed)
+            finally:
+                options.pop(self.key, None)
 
     def forward(
         self,
