@@ -59,10 +59,9 @@ class Factors:
         if not sigmas:
             return {}
         transformer, embedding = self._model.diffusion_model, self._id_embedding
+        timesteps = self._model.model_sampling.timestep(torch.tensor(sigmas, device=embedding.device)).float()
         # Row by row: of many rows at once, a matrix product gives each other bits than alone.
-        tembs = [
-            self._host.time_embedding(transformer, self._timestep(sigma), embedding.dtype) for sigma in sigmas
-        ]
+        tembs = [self._host.time_embedding(transformer, row, embedding.dtype) for row in timesteps.split(1)]
         of_blocks = []
         for layer in self._adapter.config.adapted_layers:
             block, base = self._adapter.blocks[str(layer)], self._host.parts(transformer.blocks[layer])
@@ -70,7 +69,3 @@ class Factors:
                 rows = [block.factors(embedding, temb, base.video_shift(temb)) for temb in tembs]
             of_blocks.append(torch.cat([ablate(row, self._settings).packed() for row in rows]).cpu())
         return dict(zip(sigmas, torch.stack(of_blocks, dim=1)))  # each (A, 18, D)
-
-    def _timestep(self, sigma: float) -> Tensor:
-        """(1,), what the transformer gets at a noise level."""
-        return self._model.model_sampling.timestep(torch.full((1,), sigma, device=self._id_embedding.device)).float()

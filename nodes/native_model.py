@@ -159,8 +159,7 @@ def encode_native(
     from ..mm_core.models.id_fusion import fuse_slots
 
     device, dtype = comfy.model_management.get_torch_device(), adapter.id_proj.weight.dtype
-    if not comfy.model_management.is_device_cpu(device):
-        comfy.model_management.free_memory(comfy.model_management.minimum_inference_memory(), device)
+    comfy.model_management.free_memory(comfy.model_management.minimum_inference_memory(), device)
     with out_of_memory_as(_does_not_fit):
         features = type(identity.features)(*(tensor.to(device, dtype) for tensor in identity.features))
         id_tokens = identity.id_tokens.to(device, dtype)
