@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from comfy_api.latest import io
 
-from ..mm_core.errors import CheckpointError, SettingError
+from ..mm_core.errors import CheckpointError, DecodeError, SettingError
 from . import native_base, native_lora, native_model, native_sampling, runtime
 from .control import adapter_inputs, adapter_settings, control_inputs
+from .sampling import rescued
 from .types import CATEGORY, IdentitySocket, Model, ModelSocket, Person, with_aliases
 
 if TYPE_CHECKING:
@@ -227,6 +228,7 @@ class MagicMirrorDecode(io.ComfyNode):
                 io.Latent.Input("samples", tooltip="From a sampler."),
             ],
             outputs=[io.Image.Output(display_name="images")],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -244,6 +246,8 @@ class MagicMirrorDecode(io.ComfyNode):
             latents = latents[:, :, 1:]
         try:
             frames = mirror.decode(latents * mirror.base.vae_config["scaling_factor"]).frames
+        except DecodeError as error:
+            raise rescued(error, samples, cls.hidden) from error
         finally:
             runtime.release_memory()
         return io.NodeOutput(frames)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -111,8 +110,7 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
         try:
             result = mirror.generate(clip, model.identity, settings, runtime.step_callback(clip.steps), model.loras)
         except DecodeError as error:
-            path = cls._save_latent(latent_from_samples(error.latents, _scaling_factor(mirror)))
-            raise DecodeError(f"{error} They are in {path}.", error.latents) from error
+            raise rescued(error, latent_from_samples(error.latents, _scaling_factor(mirror)), cls.hidden) from error
         finally:
             runtime.release_memory()
         return io.NodeOutput(
@@ -125,14 +123,14 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
             ui=shown,
         )
 
-    @classmethod
-    def _save_latent(cls, latent: dict[str, Tensor]) -> Path:
-        """A file that core's Load Latent reads."""
-        file = runtime.output_file("latents/magic_mirror", ".latent")
-        tensors = {"latent_tensor": latent["samples"].contiguous(), "latent_format_version_0": torch.tensor([])}
-        with atomic_write(file) as temporary:
-            temporary.write_bytes(save(tensors, metadata=runtime.workflow_metadata(cls.hidden)))
-        return file.path
+
+def rescued(error: DecodeError, latent: dict[str, Tensor], hidden: io.HiddenHolder) -> DecodeError:
+    """A failed decode, with the sampled latents in a file that core's Load Latent reads."""
+    file = runtime.output_file("latents/magic_mirror", ".latent")
+    tensors = {"latent_tensor": latent["samples"].contiguous(), "latent_format_version_0": torch.tensor([])}
+    with atomic_write(file) as temporary:
+        temporary.write_bytes(save(tensors, metadata=runtime.workflow_metadata(hidden)))
+    return DecodeError(f"{error} They are in {file.path}.", error.latents)
 
 
 def _scaling_factor(mirror: MagicMirror) -> float:

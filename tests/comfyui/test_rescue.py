@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import stat
 import sys
@@ -14,6 +15,7 @@ import pytest
 from comfy_server import ComfyServer, ExecutionFailed
 
 SAMPLER = "MagicMirrorCogVideoXSampler"
+NATIVE = Path(__file__).resolve().parents[2] / "workflows" / "api" / "native.json"
 
 # A node that makes the pack's decode run out of memory, whatever module name ComfyUI has given the pack.
 BREAK = """
@@ -55,7 +57,8 @@ def breakable(
 
 
 def test_the_latents_of_a_failed_decode(breakable: ComfyServer, make_graph: Callable[..., Any]) -> None:
-    """Twice: the second file has a number of its own. The usual mode, no temporary file, and what Load Latent reads."""
+    """Twice, then on core's own CogVideoX: each file has a number of its own. The usual mode, no temporary file, and
+    what Load Latent reads."""
     graph = make_graph(breakable)
     graph.bypass_apply()
     breakable.run(graph)  # the pack's modules are there now
@@ -64,9 +67,13 @@ def test_the_latents_of_a_failed_decode(breakable: ComfyServer, make_graph: Call
         graph.inputs(SAMPLER)["seed"] = seed
         with pytest.raises(ExecutionFailed, match=rf"DecodeError: .*They are in .*magic_mirror_0000{seed}_\.latent"):
             breakable.run(graph)
+    native = type(graph)(json.loads(NATIVE.read_text(encoding="utf-8")))
+    native.inputs("MagicMirrorNativeSampling")["steps"] = 1
+    with pytest.raises(ExecutionFailed, match=r"DecodeError: .*They are in .*magic_mirror_00003_\.latent"):
+        breakable.run(native)
     folder = breakable.base / "output" / "latents"
     files = sorted(folder.iterdir())
-    assert [path.name for path in files] == ["magic_mirror_00001_.latent", "magic_mirror_00002_.latent"]
+    assert [path.name for path in files] == [f"magic_mirror_0000{number}_.latent" for number in (1, 2, 3)]
     usual = stat.S_IMODE((breakable.base / "comfyui.log").stat().st_mode)
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {usual}
     shutil.copy(files[0], breakable.base / "input")
