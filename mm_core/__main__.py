@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .choices import AS_MODEL, OFFLOADING, PRECISIONS, SCHEDULERS, TINY, VIDEO_FORMATS
+from .choices import AS_MODEL, OFFLOADING, PRECISIONS, SCHEDULERS, STEP_CACHES, TINY, VIDEO_FORMATS
 from .errors import MagicMirrorError, packages
 from .files import atomic_write
 
@@ -120,6 +120,7 @@ def _clip_settings(args: argparse.Namespace, base: BaseModel) -> ClipSettings:
         guidance_scale=args.guidance,
         dynamic_guidance=args.scheduler == "dpm",
         scheduler=args.scheduler,
+        step_cache=args.step_cache,
         seed=args.seed,
     )
 
@@ -271,6 +272,7 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=0, help=own)
     add("--guidance", type=float, default=0.0, help=f"classifier-free guidance, 1 is off, {own}")
     add("--scheduler", default=AS_MODEL, choices=(AS_MODEL, *SCHEDULERS), help=own)
+    add("--step-cache", default=STEP_CACHES[0], choices=STEP_CACHES, help="reuse much of a step in the next one")
     add("--seed", type=int, default=0)
     add("--identity-scale", type=float, default=1.0, help="strength of the text fusion, 0 to 3")
     add("--can-scale", type=float, default=1.0, help="strength of CAN, 0 to 3")

@@ -23,5 +23,8 @@ SCHEDULERS = ("dpm", "ddim")
 AS_MODEL = "as the model"
 """A choice, as 0 is a number, that leaves the value to the base model."""
 
+STEP_CACHES = ("off", "balanced", "fast")
+"""How readily a step reuses the step before instead of being computed."""
+
 VIDEO_FORMATS = ("mp4", "webm", "webp", "gif")
 """By their file endings."""

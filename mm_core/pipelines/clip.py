@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
-from ..choices import AS_MODEL, SCHEDULERS
+from ..choices import AS_MODEL, SCHEDULERS, STEP_CACHES
 from ..errors import SettingError
 from .presets import ClipLimits, Sampling
 from .prompt import check_text
@@ -38,6 +38,8 @@ class ClipSettings:
     """Let the guidance grow along the schedule, as diffusers' `use_dynamic_cfg`; goes with `dpm`."""
     scheduler: str = "dpm"
     """`ddim` or `dpm`, CogVideoX's own."""
+    step_cache: str = "off"
+    """One of `STEP_CACHES`; `off` computes every step."""
     seed: int = 0
     """The same seed gives the same noise on every device."""
 
@@ -76,8 +78,9 @@ class ClipSettings:
     def summary(self) -> str:
         """One line, to show to the user."""
         guidance = f"{'dynamic ' if self.dynamic_guidance else ''}guidance {self.guidance_scale:g}"
+        cached = f", step cache {self.step_cache}" * (self.step_cache != "off")
         size = f"{self.width} x {self.height} px, {self.num_frames} frame{'s' * (self.num_frames > 1)}"
-        return f"{size}, {self.steps} {self.scheduler} steps, {guidance}, seed {self.seed}"
+        return f"{size}, {self.steps} {self.scheduler} steps{cached}, {guidance}, seed {self.seed}"
 
     def __post_init__(self) -> None:
         check_text(self.prompt)
@@ -90,6 +93,8 @@ class ClipSettings:
             raise SettingError(f"guidance_scale is {self.guidance_scale}; it must be a number from 1 (off) to 30.")
         if self.scheduler not in SCHEDULERS:
             raise SettingError(f"The scheduler is {self.scheduler!r}; choose one of {', '.join(SCHEDULERS)}.")
+        if self.step_cache not in STEP_CACHES:
+            raise SettingError(f"step_cache is {self.step_cache!r}; choose one of {', '.join(STEP_CACHES)}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import CogVideoXPipeline
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers.hooks import FirstBlockCacheConfig
 from torch import Tensor
 
 from ..hosts.cogvideox_diffusers import STATE
 from .clip import ClipSettings
 from .conditioning import FaceConditioning
+
+# How much the first block's change of the video may differ between two steps, relative to it, for the later step to
+# reuse what the other blocks added. `dpm` adds noise in each step, which changes it more. docs/reference.md says what
+# they cost and save.
+_THRESHOLDS = {"ddim": {"balanced": 0.1, "fast": 0.22}, "dpm": {"balanced": 0.25, "fast": 0.4}}
+
+
+@contextmanager
+def cached_steps(transformer: CogVideoXTransformer3DModel, clip: ClipSettings) -> Iterator[None]:
+    """diffusers' First Block Cache for the steps of one clip; nothing of it is left for the next one's."""
+    if clip.step_cache == "off":
+        yield
+        return
+    transformer.enable_cache(FirstBlockCacheConfig(threshold=_THRESHOLDS[clip.scheduler][clip.step_cache]))
+    try:
+        yield
+    finally:
+        transformer.disable_cache()
 
 
 def denoise(
@@ -51,20 +71,21 @@ def denoise(
         return {"prompt_embeds": embeds if negative is None else torch.cat([negative, embeds])}
 
     try:
-        latents = pipe(
-            prompt_embeds=prepare(0),
-            negative_prompt_embeds=negative,
-            width=clip.width,
-            height=clip.height,
-            num_frames=clip.num_frames,
-            num_inference_steps=clip.steps,
-            guidance_scale=clip.guidance_scale,
-            use_dynamic_cfg=clip.dynamic_guidance,
-            generator=torch.Generator("cpu").manual_seed(clip.seed),
-            attention_kwargs=attention_kwargs,
-            callback_on_step_end=on_step_end,
-            output_type="latent",
-        ).frames
+        with cached_steps(pipe.transformer, clip):
+            latents = pipe(
+                prompt_embeds=prepare(0),
+                negative_prompt_embeds=negative,
+                width=clip.width,
+                height=clip.height,
+                num_frames=clip.num_frames,
+                num_inference_steps=clip.steps,
+                guidance_scale=clip.guidance_scale,
+                use_dynamic_cfg=clip.dynamic_guidance,
+                generator=torch.Generator("cpu").manual_seed(clip.seed),
+                attention_kwargs=attention_kwargs,
+                callback_on_step_end=on_step_end,
+                output_type="latent",
+            ).frames
     finally:
         attention_kwargs.clear()  # the pipeline keeps it after an error
     wanted = (clip.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
