@@ -121,7 +121,8 @@ def check_names(info: dict, required: str, optional: str, outputs: list[str]) ->
 @pytest.mark.parametrize(("node", "name"), COMBOS)
 def test_choices(any_server: ComfyServer, node: str, name: str) -> None:
     """Further choices are what the machine's folders hold."""
-    options = any_server.object_info(node)["input"]["required"][name][1]["options"]
+    inputs = any_server.object_info(node)["input"]
+    options = (inputs["required"] | inputs.get("optional", {}))[name][1]["options"]
     choices = COMBOS[node, name]
     assert options[: len(choices)] == choices
 
