@@ -63,7 +63,7 @@ def test_fewer_blocks_and_nearly_the_same_clip(mirror: MagicMirror, calls: list[
     assert ran["off"] == CLIP.steps > ran["balanced"] > ran["fast"] > 1
     off = latents["off"]
     errors = [float((latents[kind] - off).norm() / off.norm()) for kind in STEP_CACHES]
-    assert errors[0] == 0 < errors[1] < errors[2] < 0.3
+    assert errors[0] == 0 < errors[1] < errors[2] < 0.6
 
 
 def test_nothing_is_left_for_the_next_clip(mirror: MagicMirror) -> None:
