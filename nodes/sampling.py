@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..mm_core.choices import AS_MODEL, SCHEDULERS, STEP_CACHES
-from ..mm_core.errors import DecodeError, SettingError
+from ..mm_core.errors import DecodeError, MagicMirrorError, SettingError
 from ..mm_core.files import atomic_write
 from ..mm_core.pipelines.control import AdapterSettings
 from ..mm_core.pipelines.presets import PRESETS, ClipLimits
@@ -110,9 +110,11 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
         warn = bool(cautions) or _untrained(mirror)
         shown = runtime.show_card(report, warn=True) if warn else runtime.show(report)
         try:
-            result = mirror.generate(clip, model.identity, settings, runtime.step_callback(clip.steps), model.loras)
-        except DecodeError as error:
-            raise rescued(error, latent_from_samples(error.latents, _scaling_factor(mirror)), cls.hidden) from error
+            latents = mirror.sample(clip, model.identity, settings, runtime.step_callback(clip.steps), model.loras)
+            try:
+                result = mirror.decode(latents)
+            except Exception as error:  # whatever it is, the sampled clip must not go with it
+                raise rescued(error, latent_from_samples(latents, _scaling_factor(mirror)), cls.hidden) from error
         finally:
             runtime.release_memory()
         return io.NodeOutput(
@@ -126,13 +128,14 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
         )
 
 
-def rescued(error: DecodeError, latent: dict[str, Tensor], hidden: io.HiddenHolder) -> DecodeError:
+def rescued(error: Exception, latent: dict[str, Tensor], hidden: io.HiddenHolder) -> DecodeError:
     """A failed decode, with the sampled latents in a file that core's Load Latent reads."""
     file = runtime.output_file("latents/magic_mirror", ".latent")
     tensors = {"latent_tensor": latent["samples"].contiguous(), "latent_format_version_0": torch.tensor([])}
     with atomic_write(file) as temporary:
         temporary.write_bytes(save(tensors, metadata=runtime.workflow_metadata(hidden)))
-    return DecodeError(f"{error} They are in {file.path}.", error.latents)
+    told = str(error) if isinstance(error, MagicMirrorError) else f"{type(error).__name__}: {error}."
+    return DecodeError(f"{told} The sampled clip is kept, as latents, in {file.path}.", latent["samples"])
 
 
 def _scaling_factor(mirror: MagicMirror) -> float:

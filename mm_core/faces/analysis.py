@@ -230,7 +230,8 @@ def _starts(length: int) -> list[int]:
 def shared_analyzer(root: Path, pack: str, device: str = "auto") -> FaceAnalyzer:
     """A FaceAnalyzer that the next call takes over while the pack's files stay what they are; errors as there.
 
-    One is kept, on the processor only: on CUDA it would hold memory that the video model needs.
+    Two are kept, the last ones used, on the processor only: on CUDA they would hold memory that the video model needs
+    and ComfyUI cannot see.
     """
     files = tuple((file.name, file.stat().st_mtime_ns) for file in sorted(_pack_folder(root, pack).glob("*.onnx")))
     analyzer = _kept(root, pack, device, files)
@@ -239,7 +240,7 @@ def shared_analyzer(root: Path, pack: str, device: str = "auto") -> FaceAnalyzer
     return analyzer
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def _kept(root: Path, pack: str, device: str, files: tuple[tuple[str, int], ...]) -> FaceAnalyzer:
     return FaceAnalyzer(root, pack, device)
 

@@ -53,15 +53,15 @@ class LoadedBase:
 
 @contextmanager
 def vae_of(
-    loaded: LoadedBase | None, base: BaseModel, dtype: torch.dtype, residence: Residence
+    loaded: LoadedBase | None, base: BaseModel, dtype: torch.dtype, residence: Residence, beside: int
 ) -> Iterator[tuple[AutoencoderKLCogVideoX, torch.device]]:
-    """The VAE for a while, ready to decode, and where; if nothing is loaded, it alone is read."""
+    """The VAE for a while, ready to decode, and where; if nothing is loaded, it alone is read. beside: bytes."""
     if loaded is None:
         vae = base.load_vae(dtype)
         part = residence.part("vae", [vae])
     else:
         vae, part = loaded.pipe.vae, loaded.vae
-    with part.ready():
+    with part.ready(beside):
         yield vae, part.device
 
 

@@ -17,7 +17,7 @@ from .base import BaseModel, TinyBase
 from .checks import Checks
 from .clip import Clip, ClipSettings, StepCallback
 from .control import AdapterSettings
-from .decode import decode
+from .decode import choose_tiles, decode, decode_bytes
 from .identity import Identity, IdentityEncoder
 from .loaded import LoadedBase, load_base, vae_of
 from .lora import Lora
@@ -124,8 +124,16 @@ class MagicMirror:
 
     def decode(self, latents: Tensor) -> Clip:
         """Decode sampled latents. Raises DecodeError, which carries them, when that fails."""
-        with vae_of(vars(self).get("loaded"), self.base, self._vae_dtype, self.residence) as (vae, device):
-            return Clip(frames=decode(vae, latents, device), latents=latents, fps=self.base.limits.fps)
+        memory, config = self.residence.memory("vae"), self.base.vae_config
+        beside = 0
+        if memory is not None:  # the largest tiles that the device allows at all
+            tiles = choose_tiles(config, self._vae_dtype, latents.shape, memory[1] * 9 // 10)
+            beside = decode_bytes(config, self._vae_dtype, latents.shape, tiles)
+        loaded = vars(self).get("loaded")
+        with vae_of(loaded, self.base, self._vae_dtype, self.residence, beside) as (vae, device):
+            memory = self.residence.memory("vae")
+            frames = decode(vae, latents, device, None if memory is None else memory[0])
+        return Clip(frames=frames, latents=latents, fps=self.base.limits.fps)
 
     def generate(
         self,

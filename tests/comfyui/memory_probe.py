@@ -13,8 +13,8 @@ _decode = AutoencoderKLCogVideoX.decode
 
 
 def decode(self, *args, **kwargs):
-    if SWITCH.exists():
-        raise torch.OutOfMemoryError("no memory is left")
+    if SWITCH.exists() and self.device.type != "meta":  # there what it will need is counted
+        raise (KeyError if SWITCH.read_text() else torch.OutOfMemoryError)("no memory is left")
     return _decode(self, *args, **kwargs)
 
 

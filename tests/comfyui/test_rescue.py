@@ -65,7 +65,7 @@ def test_the_latents_of_a_failed_decode(breakable: ComfyServer, make_graph: Call
     breakable.run({"1": {"class_type": "BreakDecode", "inputs": {"broken": True}}})
     for seed in (1, 2):
         graph.inputs(SAMPLER)["seed"] = seed
-        with pytest.raises(ExecutionFailed, match=rf"DecodeError: .*They are in .*magic_mirror_0000{seed}_\.latent"):
+        with pytest.raises(ExecutionFailed, match=rf"DecodeError: .*as latents, in .*magic_mirror_0000{seed}_\.latent"):
             breakable.run(graph)
     native = type(graph)(json.loads(NATIVE.read_text(encoding="utf-8")))
     native.inputs("MagicMirrorNativeSampling")["steps"] = 1

@@ -1,6 +1,7 @@
 """Real SCRFD and ArcFace models on real photographs of four people: person_a and person_b twice, two others once."""
 
 import functools
+import operator
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image, ImageColor, ImageFilter
 
 from mm_core.errors import CheckpointError, FaceChoiceError, MagicMirrorError, NoFaceError, SettingError
-from mm_core.faces.analysis import Face, FaceAnalyzer, estimate_pose, select_face
+from mm_core.faces.analysis import Face, FaceAnalyzer, estimate_pose, select_face, shared_analyzer
 from mm_core.faces.crop import square_crop, whole_image
 from mm_core.faces.drawing import TAKEN, draw_faces
 from mm_core.faces.references import (
@@ -174,6 +175,13 @@ def test_device(insightface_root):
     assert FaceAnalyzer(insightface_root, PACK, device="cpu").device == "cpu"
     with pytest.raises(SettingError, match="'gpu'"):
         FaceAnalyzer(insightface_root, PACK, device="gpu")
+
+
+def test_two_packs_in_turn_are_read_once(insightface_root, tmp_path):
+    for pack in ("one", "two"):
+        copy_pack(insightface_root, tmp_path / "models" / pack)
+    first, second = ([shared_analyzer(tmp_path, pack, "cpu") for pack in ("one", "two")] for _ in range(2))
+    assert all(map(operator.is_, first, second)) and first[0] is not first[1]
 
 
 def test_loading_is_silent(insightface_root, monkeypatch, capfd):

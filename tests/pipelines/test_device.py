@@ -6,6 +6,7 @@ A simulated accelerator always; frames are also compared on a CUDA device where 
 from __future__ import annotations
 
 import gc
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +26,7 @@ from tiny_models import PROMPT_TOKENS, build_identity, noise
 from mm_core import memory
 from mm_core.choices import POLICIES
 from mm_core.errors import DecodeError, OutOfMemoryError
+from mm_core.pipelines import decode
 from mm_core.pipelines.base import FolderBase
 from mm_core.pipelines.clip import Clip, ClipSettings
 from mm_core.pipelines.magic_mirror import MagicMirror
@@ -260,3 +262,21 @@ def test_groups_with_prefetching(
     for person in (1, 0):
         assert torch.equal(mirror.generate(CLIP, build_identity(person)).frames, on_cpu("fp32", person).frames)
         assert kept(accelerator) == 0
+
+
+@pytest.mark.parametrize("frames", [1, 7])
+@pytest.mark.parametrize("part", [None, 1 / 2, 1 / 4])
+def test_decoding_needs_what_was_counted(
+    accelerator: Accelerator, folders: dict[str, Path], part: float | None, frames: int
+) -> None:
+    """Before the first try it is known what each size of tiles holds at once."""
+    vae, latents = FolderBase(folders["5b"]).load_vae(torch.float32).to(accelerator.device), noise(1, 4, frames, 18, 22)
+    expected = decode.decode_bytes(vae.config, vae.dtype, latents.shape, part)
+    needed = math.ceil(decode._MARGIN * expected)
+    assert decode.choose_tiles(vae.config, vae.dtype, latents.shape, needed) == part
+    assert decode.choose_tiles(vae.config, vae.dtype, latents.shape, needed - 1) == (part or 1) / 2
+    rest = accelerator.peak_bytes = accelerator.live_bytes
+    accelerator.limit_bytes = rest + needed
+    frames = decode.decode(vae, latents, accelerator.device, needed)
+    assert accelerator.peak_bytes - rest == pytest.approx(expected, rel=0.1)
+    assert frames.shape[1:] == (144, 176, 3)
