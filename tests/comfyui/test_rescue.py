@@ -69,7 +69,7 @@ def test_the_latents_of_a_failed_decode(breakable: ComfyServer, make_graph: Call
             breakable.run(graph)
     native = type(graph)(json.loads(NATIVE.read_text(encoding="utf-8")))
     native.inputs("MagicMirrorNativeSampling")["steps"] = 1
-    with pytest.raises(ExecutionFailed, match=r"DecodeError: .*They are in .*magic_mirror_00003_\.latent"):
+    with pytest.raises(ExecutionFailed, match=r"DecodeError: .*as latents, in .*magic_mirror_00003_\.latent"):
         breakable.run(native)
     folder = breakable.base / "output" / "latents"
     files = sorted(folder.iterdir())
