@@ -54,18 +54,18 @@ class Factors:
     @torch.no_grad()
     def _computed(self, sigmas: Sequence[float]) -> dict[float, Tensor]:
         from ..mm_core.memory import on_device
+        from ..mm_core.models.modulation import BlockFactors
         from ..mm_core.pipelines.conditioning import ablate
 
         if not sigmas:
             return {}
         transformer, embedding = self._model.diffusion_model, self._id_embedding
         timesteps = self._model.model_sampling.timestep(torch.tensor(sigmas, device=embedding.device)).float()
-        # Row by row: of many rows at once, a matrix product gives each other bits than alone.
-        tembs = [self._host.time_embedding(transformer, row, embedding.dtype) for row in timesteps.split(1)]
-        of_blocks = []
+        rows = [self._host.time_embedding(transformer, row, embedding.dtype) for row in timesteps.split(1)]
+        found = []
         for layer in self._adapter.config.adapted_layers:
-            block, base = self._adapter.blocks[str(layer)], self._host.parts(transformer.blocks[layer])
+            block = self._adapter.blocks[str(layer)]
             with on_device([block.can, block.face_modulation], embedding.device):
-                rows = [block.factors(embedding, temb, base.video_shift(temb)) for temb in tembs]
-            of_blocks.append(torch.cat([ablate(row, self._settings).packed() for row in rows]).cpu())
-        return dict(zip(sigmas, torch.stack(of_blocks, dim=1)))  # each (A, 18, D)
+                of_block = self._host.packed_factors(block, transformer.blocks[layer], embedding, rows)
+            found.append(ablate(BlockFactors.unpacked(of_block), self._settings).packed().cpu())
+        return dict(zip(sigmas, torch.stack(found, dim=1)))  # each (A, 18, D)

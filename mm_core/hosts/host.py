@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.adapter import MagicMirrorAdapter
-from ..models.block import VIDEO_AND_TEXT, BlockParts, FaceState
+from ..models.block import VIDEO_AND_TEXT, AdapterBlock, BlockParts, FaceState
 from ..models.modulation import BlockFactors
 
 
@@ -51,6 +51,22 @@ class Host(ABC):
             for layer in adapter.config.adapted_layers
         ]
         return BlockFactors(*map(torch.stack, zip(*found)))
+
+    def packed_factors(
+        self, adapter_block: AdapterBlock, block: nn.Module, id_embedding: Tensor, tembs: Sequence[Tensor]
+    ) -> Tensor:
+        """The same of one block, for a person at many timesteps: (timesteps, 6 + 6 * streams, D).
+
+        Row by row, with the bits of a timestep on its own: a matrix product of many rows gives each other ones.
+
+        Args:
+            block: the base's.
+            id_embedding: (1, c1).
+            tembs: (1, Dt) each.
+        """
+        base = self.parts(block)
+        rows = [adapter_block.factors(id_embedding, temb, base.video_shift(temb)).packed() for temb in tembs]
+        return torch.cat(rows)
 
     def face_state(
         self,

@@ -108,15 +108,14 @@ def precompute_factors(
     the adapter's weights, on the device: they visit it block by block, here.
     """
     transformer, adapter = attached.transformer, attached.adapter
+    rows = timesteps.to(device).split(1)
     with on_device([transformer.time_embedding], device):
-        temb = HOST.time_embedding(transformer, timesteps.to(device), id_embedding.dtype)
-    id_embedding = id_embedding.expand(len(timesteps), -1)
+        tembs = [HOST.time_embedding(transformer, row, id_embedding.dtype) for row in rows]
     found = []
     for layer in adapter.config.adapted_layers:
         block, base = adapter.blocks[str(layer)], transformer.transformer_blocks[layer]
         with on_device([block.can, block.face_modulation, base.norm1.linear], device):
-            shift = HOST.parts(base).video_shift(temb)
-            found.append(block.factors(id_embedding, temb, shift).packed().cpu())
+            found.append(HOST.packed_factors(block, base, id_embedding, tembs).cpu())
     return BlockFactors.unpacked(torch.stack(found, dim=1))
 
 
