@@ -177,8 +177,9 @@ def device_memory(device: torch.device) -> tuple[int, int] | None:
     if not hasattr(module, "mem_get_info"):
         return None
     free, total = module.mem_get_info(device)
-    cached = module.memory_reserved(device) - module.memory_allocated(device)
-    return free + cached, total
+    if hasattr(module, "memory_reserved"):  # what torch keeps of tensors that are gone
+        free += module.memory_reserved(device) - module.memory_allocated(device)
+    return free, total
 
 
 def size_in_bytes(module: nn.Module) -> int:
