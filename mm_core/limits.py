@@ -41,8 +41,6 @@ PIXELS = 100_000_000
 """Of one picture: 300 MB as RGB. The largest cameras have 100 to 150 megapixels, and a face needs 0.05."""
 REFERENCES = 64
 """Photos of a person: each has 257 structure tokens, which the face perceiver reads together."""
-SHARD_BYTES = 2 * GB
-"""An .npz shard once unpacked; 48 clips of 9 frames at 64 px have 5 MB."""
 
 # Sizes in configs, by their names in diffusers, transformers and the adapter's header.
 SIZES = {

@@ -39,7 +39,7 @@ DAY = 24 * 3600
 TEST_REQUIREMENTS = (
     *("pytest", "ruff", "playwright", "websocket-client", "scikit-image", "torchvision", "torchaudio"),
     *("numba", "scipy"),  # rendered people
-    *("onnx2torch", "tensorboard", "PyYAML"),  # training
+    *("onnx2torch", "tensorboard", "PyYAML", "pydantic"),  # training
     *("dlib-bin", "face-recognition-models"),  # judges of likeness
 )
 # Its weights are wanted for a judge of likeness, not the OpenCV it asks for, which overwrites the installed one.

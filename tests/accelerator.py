@@ -258,7 +258,10 @@ def _autocast(op: Any, dtype: torch.dtype | None, *args: Any, **kwargs: Any) -> 
 
 
 # Kernels of the CPU that make a tensor of the same device over the same storage.
-_VIEWS = ("view", "as_strided", "_reshape_alias", "unfold", "set_.source_Storage_storage_offset")
+_VIEWS = (
+    *("view", "as_strided", "_reshape_alias", "unfold"),
+    *("set_.source_Storage", "set_.source_Storage_storage_offset"),
+)
 # For a device without kernels of its own, torch has ones that refuse, or compute in another order.
 _OWN = ("convolution", "convolution_backward", "native_layer_norm", "native_group_norm", "mse_loss")
 # Autocast, as on CUDA: in the lower precision, and in fp32.

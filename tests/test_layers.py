@@ -54,7 +54,7 @@ MAY_IMPORT = {
     # Beside the product, which knows nothing of it.
     "lab": {
         *("mm_core.training", "mm_core.data", "mm_core.evaluation", "mm_core.pipelines", "mm_core.checkpoints"),
-        *("mm_core.models", "mm_core.faces", "mm_core.files"),
+        *("mm_core.models", "mm_core.faces", "mm_core.files", "mm_core.memory"),
     },
 }
 FOR_ALL = {f"mm_core.{name}" for name in ("errors", "choices", "limits", "names", "json_file")}

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import av
+import numpy as np
+
 from mm_core.errors import SettingError
+from mm_core.files import atomic_write
 from mm_core.json_file import read_lines, read_object
 
 from .captions import nod, smiles, tilt
+from .npz import read_frames_array
 from .scene import ClipDescription
 from .shards import SETTINGS_FILE, write_whole
 from .streams import stream
 
 PICTURES_PER_CLIP = 1
+FRAME_RATE = 8
 
 
 def repeats_of(clip: ClipDescription) -> int:
@@ -22,7 +28,7 @@ def repeats_of(clip: ClipDescription) -> int:
 
 
 def write_manifest(folder: Path, name: str, *, pictures: bool) -> int:
-    """Write a manifest of the finished shards into their folder; returns the number of samples.
+    """Write the clips of the finished shards, and a manifest of them, into their folder; returns the number of samples.
 
     The references of a clip are one frame of each of the person's other clips, so that no sample sees its own pixels.
     pictures: PICTURES_PER_CLIP single frames of each clip instead of the clip.
@@ -39,33 +45,51 @@ def write_manifest(folder: Path, name: str, *, pictures: bool) -> int:
     lines = []
     for shard in shards:
         clips = read_lines(shard.with_suffix(".jsonl"))
-        lines += _samples(shard.name, clips, found["frames"], pictures)
+        for frames, clip in zip(read_frames_array(shard), clips, strict=True):
+            path = folder / _file(clip)
+            if not path.is_file():
+                write_lossless(path, frames)
+        lines += _samples(clips, found["frames"], pictures)
     write_whole(folder / name, lambda file: file.write("".join(json.dumps(line) + "\n" for line in lines).encode()))
     return len(lines)
 
 
-def _samples(shard: str, clips: list[dict], frames: int, pictures: bool) -> list[dict]:
-    """Lines of a manifest for a shard with these clips; a person is all in one shard."""
+def write_lossless(path: Path, frames: np.ndarray) -> None:
+    """Frames, (F, H, W, 3) uint8 RGB, as a video that gives them back bit for bit."""
+    with atomic_write(path) as temporary, av.open(str(temporary), "w", format="matroska") as container:
+        video = container.add_stream("ffv1", rate=FRAME_RATE)
+        video.height, video.width = frames.shape[1:3]
+        video.pix_fmt = "bgr0"
+        for frame in frames:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(video.encode())
+
+
+def _file(clip: dict) -> str:
+    return f"clips/{clip['person']}-{clip['clip']}.mkv"
+
+
+def _samples(clips: list[dict], frames: int, pictures: bool) -> list[dict]:
+    """Lines of a manifest for these clips; a person is all in one shard."""
     photos: dict[int, dict[int, str]] = {}
-    for row, clip in enumerate(clips):
+    for clip in clips:
         person, number = clip["person"], clip["clip"]
         photo = stream("manifest photo", person, number).integers(frames)
-        photos.setdefault(person, {})[number] = f"{shard}#{row}@{photo}"
+        photos.setdefault(person, {})[number] = f"{_file(clip)}@{photo}"
     samples = []
-    for row, clip in enumerate(clips):
+    for clip in clips:
         person, number = clip["person"], clip["clip"]
         sample = {
             "id": f"{person}-{number}",
-            "media": f"{shard}#{row}",
+            "media": _file(clip),
             "caption": clip["caption"],
             "references": [photo for other, photo in photos[person].items() if other != number],
             "person": str(person),
-            "repeat": 1 if pictures else repeats_of(ClipDescription.from_json(clip["description"])),
         }
         if not pictures:
             samples.append(sample)
             continue
         chosen = stream("manifest pictures", person, number).choice(frames, PICTURES_PER_CLIP, replace=False)
         for frame in sorted(int(value) for value in chosen):
-            samples.append(sample | {"id": f"{person}-{number}-{frame}", "media": f"{shard}#{row}@{frame}"})
+            samples.append(sample | {"id": f"{person}-{number}-{frame}", "media": f"{_file(clip)}@{frame}"})
     return samples

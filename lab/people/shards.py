@@ -19,12 +19,12 @@ from typing import Any
 import cv2
 import numpy as np
 
-from mm_core.data.npz import read_frames_array
 from mm_core.errors import MagicMirrorError, SettingError
 from mm_core.files import PARTIAL, atomic_write
 from mm_core.json_file import read_lines, read_object
 
 from .captions import caption
+from .npz import read_frames_array
 from .person import Person
 from .render import render_clip
 from .scene import ClipDescription, sample_clip

@@ -14,8 +14,10 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from mm_core.errors import MagicMirrorError, SettingError
 from mm_core.training.config import SamplingConfig, TrainingConfig, load_config
@@ -23,38 +25,39 @@ from mm_core.training.loop import train
 from mm_core.training.loop_config import LoopConfig
 from mm_core.training.runs import is_finished, latest_checkpoint
 
-from .clips import EYES_AND_MOUTH
+from .sizes import Sizes
 
 CONFIG = Path(__file__).with_name("tiny.yaml")
 PEOPLE, CLIPS = 1600, 4
+STAGES = ("image", "video")
 
 # Single pictures first: most of what a VAE and a base model must learn is in them, at a fraction of the cost.
 VAE_PICTURES = LoopConfig(
-    steps=1100, batch_size=16, optimizer="muon", learning_rate=1.5e-3, final_learning_rate=1e-4, warmup_steps=40,
+    steps=1100, batch_size=16, learning_rate=1.5e-3, final_learning_rate=1e-4, warmup_steps=40,
     weight_decay=0, ema_decay=0.99, save_every=100, validate_every=500, log_every=20, compile=True,
 )  # fmt: skip
 VAE_CLIPS = LoopConfig(
-    steps=6000, batch_size=2, optimizer="muon", learning_rate=1e-3, final_learning_rate=3e-5, warmup_steps=20,
-    weight_decay=0, betas=(0.9, 0.99), ema_decay=0.995, save_every=100, validate_every=500, log_every=20, seed=1,
+    steps=6000, batch_size=2, learning_rate=1e-3, final_learning_rate=3e-5, warmup_steps=20,
+    weight_decay=0, ema_decay=0.995, save_every=100, validate_every=500, log_every=20, seed=1,
 )  # fmt: skip
 DECODER = LoopConfig(
-    steps=1200, batch_size=4, optimizer="muon", learning_rate=6e-4, final_learning_rate=3e-5, warmup_steps=20,
-    weight_decay=0, betas=(0.9, 0.99), ema_decay=0.99, save_every=100, validate_every=200, log_every=20, seed=3,
+    steps=1200, batch_size=4, learning_rate=6e-4, final_learning_rate=3e-5, warmup_steps=20,
+    weight_decay=0, ema_decay=0.99, save_every=100, validate_every=200, log_every=20, seed=3,
 )  # fmt: skip
 ENCODER = LoopConfig(
     steps=600, batch_size=64, learning_rate=1e-3, final_learning_rate=5e-5, warmup_steps=30, weight_decay=0.05,
     ema_decay=0.99, save_every=100, validate_every=100, log_every=10,
 )  # fmt: skip
 TEXT = LoopConfig(
-    steps=3000, batch_size=128, optimizer="muon", learning_rate=1.5e-3, final_learning_rate=2e-5, warmup_steps=50,
+    steps=3000, batch_size=128, learning_rate=1.5e-3, final_learning_rate=2e-5, warmup_steps=50,
     weight_decay=0, ema_decay=0.99, save_every=500, validate_every=500, log_every=50, seed=2,
 )  # fmt: skip
 BASE_PICTURES = LoopConfig(
-    steps=6000, batch_size=32, optimizer="muon", learning_rate=1e-3, final_learning_rate=5e-4, warmup_steps=100,
+    steps=6000, batch_size=32, learning_rate=1e-3, final_learning_rate=5e-4, warmup_steps=100,
     ema_decay=0.998, save_every=500, validate_every=1000, log_every=20, compile=True,
 )  # fmt: skip
 BASE_CLIPS = LoopConfig(
-    steps=6000, batch_size=16, optimizer="muon", learning_rate=7e-4, final_learning_rate=3e-5, warmup_steps=50,
+    steps=6000, batch_size=16, learning_rate=7e-4, final_learning_rate=3e-5, warmup_steps=50,
     ema_decay=0.998, save_every=250, validate_every=1000, log_every=20, compile=True, seed=1,
 )  # fmt: skip
 
@@ -69,13 +72,10 @@ FACES = LoopConfig(
 
 # After the two stages: what guidance makes of its clips, judged for likeness and for how the head is held at once.
 SAMPLED = {
-    "max_references": 1, "identity_weight": 8.0, "identity_timesteps": (0, 700), "identity_centred": True,
-    "motion_weight": 1.4, "motion_windows": EYES_AND_MOUTH,
-    "sampling": SamplingConfig(
-        clips=256, steps=12, guidance=3.0, clean_weight=3.0, motion_from=800, motion_below=0.6,
-    ),
+    "max_references": 1, "identity_weight": 8.0, "identity_timesteps": (0, 700),
+    "sampling": SamplingConfig(clips=256, steps=12, guidance=3.0),
     "loop": LoopConfig(
-        steps=5000, batch_size=8, optimizer="muon", learning_rate=4e-4, final_learning_rate=1e-5, warmup_steps=20,
+        steps=5000, batch_size=8, learning_rate=4e-4, final_learning_rate=1e-5, warmup_steps=20,
         ema_decay=0.98, log_every=20, save_every=50,
     ),
 }  # fmt: skip
@@ -85,13 +85,20 @@ class Recipe:
     """The parts in order; each names its folder and is skipped when that is finished.
 
     folder: of the run; the config's paths begin with `runs/tiny`, which becomes this folder.
-    vae: a VAE that the training of one begins with, the later phase only.
+    vae: a VAE that the training of one begins with, the later phase only. width: see `Sizes`, whose other numbers are
+    the config's. machine: settings of all loops that are the machine's, `precision` and `workers`.
     """
 
     def __init__(
-        self, folder: Path, insightface_root: Path, settings: Mapping[str, str], vae: Path | None = None
+        self,
+        folder: Path,
+        insightface_root: Path,
+        settings: Mapping[str, str],
+        vae: Path | None = None,
+        width: int = 1,
+        machine: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        self.folder, self.first_vae = folder, vae
+        self.folder, self.first_vae, self.machine = folder, vae, machine
         paths = {
             "base": folder / "base",
             "id_encoder": folder / "encoder" / "id_encoder.safetensors",
@@ -102,7 +109,10 @@ class Recipe:
             "video.data": folder / "people",
             "video.features": folder / "features" / "clips",
         }
-        self.config: TrainingConfig = load_config(CONFIG, {k: str(v) for k, v in paths.items()} | dict(settings))
+        loops = {f"{stage}.loop.{name}": value for stage in STAGES for name, value in machine.items()}
+        overrides = {name: str(value) for name, value in (paths | loops).items()} | dict(settings)
+        self.config: TrainingConfig = load_config(CONFIG, overrides)
+        self.sizes = Sizes(pixels=self.config.width, frames=self.config.video.frames, width=width)
 
     @property
     def parts(self) -> dict[str, Callable[[], object]]:
@@ -151,13 +161,13 @@ class Recipe:
         return FaceAnalyzer(Path(self.config.insightface_root).expanduser(), self.config.face_pack)
 
     def vae(self) -> Path:
-        from .vae import DecoderTask, VAETask
+        from .vae import DecoderTask
 
         folder, start = self.folder / "vae", self.first_vae
         if start is None:
             pictures = folder / "pictures"
-            start = self._run(pictures, VAE_PICTURES, lambda: VAETask(self.clips, 1, self.recogniser, 0)) / "vae"
-        last = self._run(folder / "clips", VAE_CLIPS, lambda: VAETask(self.clips, 9, self.recogniser, 1, start)) / "vae"
+            start = self._run(pictures, VAE_PICTURES, lambda: self._vae_task(1, 0)) / "vae"
+        last = self._run(folder / "clips", VAE_CLIPS, lambda: self._vae_task(self.sizes.frames, 1, start)) / "vae"
         return self._run(
             folder / "decoder",
             DECODER,
@@ -166,6 +176,11 @@ class Recipe:
             ),
         )
 
+    def _vae_task(self, frames: int, seed: int, start: Path | None = None) -> object:
+        from .vae import VAETask
+
+        return VAETask(self.clips, frames, self.recogniser, seed, start, self.sizes)
+
     def latents(self, vae: Path) -> object:
         """Of all clips, made once: the decoder's own training leaves the encoder as it is."""
         from diffusers import AutoencoderKLCogVideoX
@@ -173,7 +188,7 @@ class Recipe:
         from .base import Latents
 
         encoder = AutoencoderKLCogVideoX.from_pretrained(vae, local_files_only=True)
-        return Latents.encode(self.clips, encoder, 9, self.folder / "vae" / "latents.pt")
+        return Latents.encode(self.clips, encoder, self.sizes.frames, self.folder / "vae" / "latents.pt")
 
     def encoder(self) -> None:
         from .encoder import WEIGHTS, EncoderTask, Faces
@@ -199,22 +214,24 @@ class Recipe:
         vae = AutoencoderKLCogVideoX.from_pretrained(vae_folder, local_files_only=True).requires_grad_(False)
         folder = self.folder / "text-to-video"
         folder.mkdir(exist_ok=True)
-        text = self._run(folder / "text", TEXT, lambda: TextTask(TEXT.seed))
+        text = self._run(folder / "text", TEXT, lambda: TextTask(TEXT.seed, self.sizes.frames))
         pictures = Latents.encode(self.clips, vae, 1, folder / "pictures.pt")
         start = self._run(
             folder / "pictures",
             BASE_PICTURES,
-            lambda: BaseTask(self.clips.captions, pictures, vae, BASE_PICTURES.seed, text),
+            lambda: BaseTask(self.clips.captions, pictures, vae, BASE_PICTURES.seed, text, self.sizes),
         )
         clips = self.latents(vae_folder)
         last = self._run(
-            folder / "clips", BASE_CLIPS, lambda: BaseTask(self.clips.captions, clips, vae, BASE_CLIPS.seed, start)
+            folder / "clips",
+            BASE_CLIPS,
+            lambda: BaseTask(self.clips.captions, clips, vae, BASE_CLIPS.seed, start, self.sizes),
         )
         save_base(last, vae, self.folder / "base")
 
     def features(self) -> None:
         from mm_core.data.precompute import precompute
-        from mm_core.training.__main__ import STAGES, progress
+        from mm_core.training.__main__ import progress
         from mm_core.training.sources import feature_settings, features_of
 
         for stage in STAGES:
@@ -224,7 +241,9 @@ class Recipe:
     def adapter(self, stage: str) -> Path:
         from mm_core.training.__main__ import train_stage
 
-        return train_stage(self.config, stage)
+        from .adapter import TinyTask
+
+        return train_stage(self.config, stage, task=TinyTask)
 
     @cached_property
     def judge(self) -> object:
@@ -243,9 +262,11 @@ class Recipe:
     def sampled(self) -> Path:
         from mm_core.training.__main__ import train_stage
 
-        video = replace(self.config.video, **SAMPLED)
+        from .adapter import SampledTask
+
+        video = replace(self.config.video, **SAMPLED | {"loop": replace(SAMPLED["loop"], **self.machine)})
         config = replace(self.config, output=str(self.folder / "sampled"), video=video)
-        return train_stage(config, "video", self.adapter("video"), self.judge)
+        return train_stage(config, "video", self.adapter("video"), partial(SampledTask, judge=self.judge))
 
     def pack(self) -> object:
         from .pack import pack
@@ -254,7 +275,9 @@ class Recipe:
 
     def _run(self, folder: Path, loop: LoopConfig, task: Callable[[], object]) -> Path:
         """The folder of the last checkpoint; trains only what is missing."""
-        return latest_checkpoint(folder) if is_finished(folder, loop.steps) else train(task(), loop, folder)
+        if is_finished(folder, loop.steps):
+            return latest_checkpoint(folder)
+        return train(task(), replace(loop, **self.machine), folder)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -262,13 +285,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/tiny"), help="of everything that is made")
     parser.add_argument("--insightface-root", type=Path, default=Path("~/.insightface"), help="holds models/buffalo_sc")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="replace settings of tiny.yaml")
+    parser.add_argument("--width", type=int, default=1, help="of VAE and transformer, times that of tiny")
+    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="bf16 for a GPU")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read batches ahead")
     parser.add_argument("--vae", type=Path, help="folder of a VAE to go on with, instead of a new one")
     parser.add_argument("--until", default="pack", help="last part to make: people, vae, encoder, base, ...")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         settings = dict(text.split("=", 1) for text in args.set)
-        recipe = Recipe(args.folder, args.insightface_root, settings, args.vae)
+        machine = {"precision": args.precision, "workers": args.workers}
+        recipe = Recipe(args.folder, args.insightface_root, settings, args.vae, args.width, machine)
         if args.until not in recipe.parts:
             raise SettingError(f"--until {args.until}: there is no such part; give one of {', '.join(recipe.parts)}.")
         for name, part in recipe.parts.items():

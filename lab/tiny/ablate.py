@@ -25,6 +25,7 @@ from mm_core.training.runs import METRICS
 from scripts import environment
 
 from .__main__ import Recipe
+from .adapter import TinyTask
 from .score import GUIDANCE, Scorer, score_generated, tables
 
 CURVES = {"ours": ("with CAN", (31, 119, 180)), "C": ("without CAN", (214, 39, 40))}
@@ -64,8 +65,8 @@ def train_row(config: TrainingConfig, row: str, args: argparse.Namespace) -> Pat
     folder = args.folder / "ablations" / row
     config = replace(config, ablation=row, output=str(folder), image=image, video=video)
     if row != "G":
-        train_stage(config, "image")
-    return train_stage(config, "video")
+        train_stage(config, "image", task=TinyTask)
+    return train_stage(config, "video", task=TinyTask)
 
 
 def _shortened(stage: StageConfig, steps: int, validate_every: int) -> StageConfig:

@@ -21,16 +21,22 @@ from transformers import T5EncoderModel
 
 from mm_core.errors import SettingError
 from mm_core.files import atomic_folder, atomic_write
+from mm_core.memory import default_device
 from mm_core.pipelines import tiny
 from mm_core.pipelines.prompt import without_trigger
 from mm_core.training.diffusion import add_noise, alphas_bar, rotary_embedding
-from mm_core.training.losses import motion_loss, noise_loss, predict_clean
+from mm_core.training.loop_config import LoopConfig
+from mm_core.training.losses import noise_loss, predict_clean
 from mm_core.training.randomness import generator_for, shuffled
 
-from .clips import EYES_AND_MOUTH, SCENE, Clips, of_latents, to_unit
+from .clips import SCENE, Clips, of_latents, to_unit, windows
+from .motion import motion_loss
+from .muon import muon
+from .sizes import Sizes
 from .text import DOUBLED, export_part, tokens
 from .vae import save_sheet
 
+DEFAULT = Sizes()
 TEXT_DROPOUT = 0.1  # guidance needs a model of clips without a caption
 PICTURES = 2  # of each clip, for the first phase
 CHUNK = 32
@@ -58,14 +64,15 @@ class Latents:
         """Of whole clips, or of PICTURES single frames of each; from the cache of an earlier call when it is there."""
         count = len(clips.frames)
         rows = np.arange(count) if frames > 1 else np.repeat(np.arange(count), PICTURES)
-        start = np.zeros(count, int) if frames > 1 else np.random.default_rng(0).integers(0, 9, len(rows))
+        pick = np.random.default_rng(0)
+        start = np.zeros(count, int) if frames > 1 else pick.integers(0, clips.frames.shape[1], len(rows))
         if not cache.is_file():
-            parts = []
+            parts, vae = [], vae.to(default_device())
             for first in range(0, len(rows), CHUNK):
                 chosen = range(first, min(first + CHUNK, len(rows)))
                 pictures = np.stack([clips.frames[rows[i], start[i] : start[i] + frames] for i in chosen])
-                latents = vae.encode(to_unit(pictures).permute(0, 4, 1, 2, 3)).latent_dist.mean
-                parts.append((latents * vae.config.scaling_factor).permute(0, 2, 1, 3, 4).half())
+                latents = vae.encode(to_unit(pictures).permute(0, 4, 1, 2, 3).to(vae.device)).latent_dist.mean
+                parts.append((latents * vae.config.scaling_factor).permute(0, 2, 1, 3, 4).half().cpu())
             with atomic_write(cache) as temporary:
                 torch.save({"values": torch.cat(parts)}, temporary)
         content = torch.load(cache, weights_only=True)
@@ -101,7 +108,7 @@ class _TextToVideo(nn.Module):
         scene = (told - batch["scene"][:, :, None]).square().mean((1, 2, 3))
         self.hidden = None
         x0, clean = predict_clean(prediction, batch["noisy"], batch["alpha_bar"]), batch["clean"]
-        motion = motion_loss(x0, clean, EYES_AND_MOUTH, PART_WEIGHT)
+        motion = motion_loss(x0, clean, windows(*clean.shape[-2:]), PART_WEIGHT)
         return {
             "loss": noise + SCENE_WEIGHT * scene + MOTION_WEIGHT * motion, "noise_loss": noise,
             "scene_loss": scene, "motion_loss": motion, "timestep": batch["timestep"],
@@ -127,15 +134,22 @@ class BaseTask:
     """start: a checkpoint of this training, or of the text encoder's, from which the transformer begins anew."""
 
     def __init__(
-        self, captions: list[str], latents: Latents, vae: AutoencoderKLCogVideoX, seed: int, start: Path
+        self,
+        captions: list[str],
+        latents: Latents,
+        vae: AutoencoderKLCogVideoX,
+        seed: int,
+        start: Path,
+        sizes: Sizes = DEFAULT,
     ) -> None:
         torch.manual_seed(seed)
+        self.sizes = sizes
         self.tokenizer = tiny.build_tokenizer()
         text_encoder = T5EncoderModel.from_pretrained(start / "text_encoder", local_files_only=True)
         if (start / "transformer").is_dir():
             transformer = CogVideoXTransformer3DModel.from_pretrained(start / "transformer", local_files_only=True)
         else:
-            transformer = CogVideoXTransformer3DModel(**tiny.TRANSFORMER)
+            transformer = CogVideoXTransformer3DModel(**sizes.transformer)
             _initialise(transformer)
         self.model = _TextToVideo(text_encoder, transformer)
         self.vae = vae.requires_grad_(False).eval()
@@ -143,8 +157,8 @@ class BaseTask:
         self.captions = [captions[i] for i in latents.clip]
         self.order = np.repeat(np.arange(len(latents.clip)), latents.repeats)
         self.alphas_bar = alphas_bar(CogVideoXDDIMScheduler(**tiny.SCHEDULER))
-        frames = latents.values.shape[1]
-        self.rotary = rotary_embedding(transformer, frames, tiny.SIZE // 4, tiny.SIZE // 4)
+        frames, _, height, width = latents.values.shape[1:]
+        self.rotary = rotary_embedding(transformer, frames, height, width)
 
     def batch(self, samples: range) -> dict[str, Tensor]:
         rows, ids, noise, timesteps, left = [], [], [], [], []
@@ -170,6 +184,9 @@ class BaseTask:
             "scene": torch.from_numpy(self.latents.scenes[rows]),
         }  # fmt: skip
 
+    def optimizers(self, config: LoopConfig) -> list[torch.optim.Optimizer]:
+        return muon(self.model, config)
+
     def export(self, weights: Mapping[str, Tensor], path: Path, step: int) -> None:
         for name in ("text_encoder", "transformer"):
             export_part(self.model, name, weights, path)
@@ -180,15 +197,15 @@ class BaseTask:
         pipe = CogVideoXPipeline(
             tokenizer=self.tokenizer,
             text_encoder=self.model.text_encoder,
-            vae=self.vae,
+            vae=self.vae.to(self.model.transformer.device),
             transformer=self.model.transformer,
             scheduler=CogVideoXDDIMScheduler(**tiny.SCHEDULER),
         )
         pipe.set_progress_bar_config(disable=True)
         latents = pipe(
             prompt=captions,
-            width=tiny.SIZE,
-            height=tiny.SIZE,
+            width=self.sizes.pixels,
+            height=self.sizes.pixels,
             num_frames=4 * self.latents.values.shape[1] - 3,
             num_inference_steps=25,
             guidance_scale=4.0,

@@ -16,7 +16,7 @@ from ..people.shards import read_clips
 
 SHOWN = [name for name in EXPRESSIONS if name != NEUTRAL]
 LIGHT_LIMIT = 70.0  # degrees of azimuth
-EYES_AND_MOUTH = ((2, 7, 3, 13), (7, 12, 4, 12))  # from row to row, from column to column, of a latent's 16
+EYES_AND_MOUTH = ((2, 7, 3, 13), (7, 12, 4, 12))  # from row to row, from column to column, of 16
 YAW_CHANGE, PITCH_CHANGE, ROLL_CHANGE = 30.0, 8.0, 6.0  # degrees over a clip that make a 1: rare movements count too
 
 
@@ -68,6 +68,14 @@ def of_latents(scenes: np.ndarray) -> np.ndarray:
 
 
 SCENE = 3 + len(SHOWN) + 1 + 6 + 3
+
+
+def windows(height: int, width: int) -> list[tuple[int, ...]]:
+    """Of latents of this size, where all faces have eyes and mouth."""
+    return [
+        tuple(round(edge * side / 16) for edge, side in zip(part, (height, height, width, width)))
+        for part in EYES_AND_MOUTH
+    ]
 
 
 def to_unit(frames: np.ndarray) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from mm_core.checkpoints.photomaker import save_id_encoder
@@ -138,7 +139,8 @@ class EncoderTask:
         """How often a person left out of training is found among 64 by a picture from another clip."""
         rows = np.stack([rows[:2] for rows in self.held_out])
         pixels = torch.stack([torch.stack([self._crop(i) for i in pair]) for pair in rows])
-        values = self.model({"pixels": pixels, "embeddings": torch.from_numpy(self.faces.embedding[rows])})
+        batch = {"pixels": pixels, "embeddings": torch.from_numpy(self.faces.embedding[rows])}
+        values = self.model(send_to_device(batch, self.model.pixels.weight.device))
         result = {name: float(value.mean()) for name, value in values.items()}
         write_json(folder / "values.json", result)
         return result

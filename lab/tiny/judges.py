@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from mm_core.checkpoints.safetensors_file import read_tensors
 from mm_core.data.features import Features
 from mm_core.files import atomic_write
+from mm_core.memory import default_device
 from mm_core.pipelines.base import FolderBase
 from mm_core.training.arcface import align_faces
 from mm_core.training.diffusion import add_noise, alphas_bar, rotary_embedding
 from mm_core.training.losses import TEMPORAL_COMPRESSION, predict_clean
 from mm_core.training.randomness import generator_for
-from mm_core.training.step import decode_frame, guide
+from mm_core.training.step import guide
 
 from ..people.captions import SMILES
 from ..people.scene import ClipDescription, at, eased, sample_clip
@@ -46,14 +48,16 @@ POSE_WEIGHTS, FACE_WEIGHT = (3.0, 7.5, 4.5, 3.0), 10.0
 class PoseReader(nn.Module):
     """How the head is held in latent frames."""
 
-    # (N, C, 16, 16) -> (N, 4): yaw, pitch, roll and smile, in POSE_UNITS
+    # (N, C, H, W) -> (N, 4): yaw, pitch, roll and smile, in POSE_UNITS
 
     def __init__(self, channels: int, width: int = 48) -> None:
         super().__init__()
         sizes = [(channels, width, 1), (width, width, 1), (width, 2 * width, 2)]
         sizes += [(2 * width, 2 * width, stride) for stride in (1, 2, 1)]
         self.layers = nn.Sequential(*(_convolution(*size) for size in sizes))
-        self.out = nn.Sequential(nn.Flatten(), nn.Dropout(0.1), nn.Linear(2 * width * 16, len(POSE_UNITS)))
+        # Of 16 x 16 latents the maps are of this size.
+        small = nn.AdaptiveAvgPool2d(4)
+        self.out = nn.Sequential(small, nn.Flatten(), nn.Dropout(0.1), nn.Linear(2 * width * 16, len(POSE_UNITS)))
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.out(self.layers(latents))
@@ -81,9 +85,9 @@ def _convolution(channels: int, width: int, stride: int, groups: int = 1) -> nn.
     return nn.Sequential(nn.Conv2d(channels, width, 3, stride, 1, groups=groups), nn.GroupNorm(8, width), nn.SiLU())
 
 
-def description(sample: str) -> ClipDescription:
+def description(sample: str, frames: int = 9) -> ClipDescription:
     """Of a clip of rendered people, by its id in the manifest, `7-2`."""
-    return sample_clip(*map(int, sample.split("-")[:2]))
+    return sample_clip(*map(int, sample.split("-")[:2]), frames)
 
 
 def pose_of(clip: ClipDescription) -> Tensor:
@@ -96,7 +100,8 @@ def pose_of(clip: ClipDescription) -> Tensor:
 
 def poses_of(features: Features) -> Tensor:
     """(N, F', 4), of all clips."""
-    return torch.stack([pose_of(description(entry["id"])) for entry in features.entries])
+    frames = len(features.sample(0)["boxes"])
+    return torch.stack([pose_of(description(entry["id"], frames)) for entry in features.entries])
 
 
 class _PoseReading(nn.Module):
@@ -165,7 +170,8 @@ class PoseTask:
         _export(weights, "reader.", path)
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        return {name: float(value.mean()) for name, value in self.model(self.batch(range(48))).items()}
+        batch = send_to_device(self.batch(range(48)), self.model.transformer.device)
+        return {name: float(value.mean()) for name, value in self.model(batch).items()}
 
 
 @torch.no_grad()
@@ -173,10 +179,12 @@ def crops_of(features: Features, vae: Path, cache: Path) -> Tensor:
     """(N, F', 3, CROP, CROP) uint8: the faces of all clips as they come out of the VAE in that folder, made once."""
     if not cache.is_file():
         cache.parent.mkdir(exist_ok=True)
-        decoder, parts = AutoencoderKLCogVideoX.from_pretrained(vae, local_files_only=True), []
+        decoder, parts = AutoencoderKLCogVideoX.from_pretrained(vae, local_files_only=True).to(default_device()), []
         for row in range(len(features.entries)):
             sample = features.sample(row)
-            frames = decode_frame(decoder, sample["latents"].float())
+            latents = sample["latents"].float().to(decoder.device).transpose(0, 1)[None]
+            decoded = decoder.decode(latents / decoder.config.scaling_factor).sample[0].transpose(0, 1)
+            frames = decoded[::TEMPORAL_COMPRESSION].float().cpu() / 2 + 0.5  # (F', 3, H, W)
             faces = align_faces(frames, sample["landmarks"][::TEMPORAL_COMPRESSION], CROP)
             parts.append((faces.clamp(0, 1) * 255).byte())
         with atomic_write(cache) as temporary:
@@ -237,8 +245,9 @@ def people_of(features: Features) -> Tensor:
 @torch.no_grad()
 def embed(reader: FaceReader, crops: Tensor) -> Tensor:
     """(N, F', 3, CROP, CROP) uint8 -> (N, F', 128)."""
-    parts = [reader(part.float() / 255) for part in crops.flatten(0, 1).split(256)]
-    return torch.cat(parts).unflatten(0, crops.shape[:2])
+    device = next(reader.parameters()).device
+    parts = [reader(part.to(device).float() / 255) for part in crops.flatten(0, 1).split(256)]
+    return torch.cat(parts).cpu().unflatten(0, crops.shape[:2])
 
 
 def _disturbed(faces: Tensor, generator: torch.Generator) -> Tensor:
@@ -260,7 +269,10 @@ def _disturbed(faces: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class RenderedJudge:
-    """A ClipJudge for clips of rendered people. pose, face: folders with the readers' weights."""
+    """Judges sampled clips by the row of the features whose prompt and person they have.
+
+    pose, face: folders with the readers' weights.
+    """
 
     def __init__(self, features: Features, crops: Tensor, pose: Path, face: Path) -> None:
         channels = features.sample(0)["latents"].shape[1]
@@ -268,24 +280,25 @@ class RenderedJudge:
         people, embeddings = people_of(features), embed(self.face, crops)
         self.centre = embeddings.mean((0, 1))  # (128,)
         means = torch.stack([embeddings[people == n].mean((0, 1)) for n in range(int(people.max()) + 1)])
-        # A clip's pose and its person's embedding.
-        rows = zip(features.entries, poses_of(features), means[people] - self.centre, strict=True)
-        self._known = {entry["id"]: {"pose": pose, "person": person} for entry, pose, person in rows}
+        self.poses, self.people = poses_of(features), means[people] - self.centre
 
-    def known(self, sample: str) -> dict[str, Tensor]:
-        return self._known[sample]
-
-    def of_clips(self, shown: Tensor, base: Tensor, known: Mapping[str, Tensor]) -> Tensor:
+    def of_clips(self, shown: Tensor, base: Tensor, rows: Tensor) -> Tensor:
+        """(B,), of guided x0 with the adapter and of the base alone, (B, F', C, H, W) each."""
+        self.pose.to(shown.device)
+        known = self.poses.to(shown.device)[rows]
         with torch.no_grad():
             theirs = self.pose.of_clips(base)
         scales, weights = theirs.new_tensor(SCALES), theirs.new_tensor(POSE_WEIGHTS)
-        moves = BASE_SHARE * _moves(theirs) + (1 - BASE_SHARE) * scales * _moves(known["pose"])
+        moves = BASE_SHARE * _moves(theirs) + (1 - BASE_SHARE) * scales * _moves(known)
         wrong = (self.pose.of_clips(shown) - theirs.mean(1, keepdim=True) - moves).square()  # (B, F', 4)
         return (weights * wrong.mean(1)).sum(1)
 
-    def of_faces(self, frames: Tensor, landmarks: Tensor, known: Mapping[str, Tensor]) -> Tensor:
-        embeddings = self.face(align_faces(frames, landmarks, CROP)) - self.centre
-        return FACE_WEIGHT * (1 - F.cosine_similarity(embeddings, known["person"], dim=-1))
+    def of_faces(self, frames: Tensor, landmarks: Tensor, rows: Tensor) -> Tensor:
+        """(k,), of frames with a face in them."""
+        self.face.to(frames.device)
+        embeddings = self.face(align_faces(frames, landmarks, CROP)) - self.centre.to(frames)
+        person = self.people.to(frames)[rows]
+        return FACE_WEIGHT * (1 - F.cosine_similarity(embeddings, person, dim=-1))
 
 
 def _moves(poses: Tensor) -> Tensor:

@@ -10,29 +10,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from mm_core.pipelines import tiny
 from mm_core.pipelines.prompt import identity_tokens, without_trigger
+from mm_core.training.loop_config import LoopConfig
 from mm_core.training.randomness import generator_for
 
 from ..people.captions import caption
 from ..people.scene import sample_clip
 from .clips import SCENE, of_latents, scene_of
+from .muon import muon
 
 DOUBLED = 0.5  # part of the captions whose person's word stands twice, as the adapter's text fusion will have it
 PEOPLE, FIRST_CLIP = 1000, 1000  # of the first people, clips with numbers that nothing else uses
 VALIDATION = range(10**9, 10**9 + 256)
 NEIGHBOUR = 5.0  # attention logits more than for others: half of the attention
-LATENT_FRAMES = (tiny.NUM_FRAMES - 1) // 4 + 1
 
 
 class _Reader(nn.Module):
-    def __init__(self, text_encoder: T5EncoderModel) -> None:
+    def __init__(self, text_encoder: T5EncoderModel, latent_frames: int) -> None:
         super().__init__()
         self.text_encoder = text_encoder
-        self.scene = nn.Linear(text_encoder.config.d_model, LATENT_FRAMES * SCENE)
+        self.scene = nn.Linear(text_encoder.config.d_model, latent_frames * SCENE)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         told = self.scene(self.text_encoder(batch["ids"])[0])  # (B, tokens, F' * SCENE)
@@ -40,20 +42,24 @@ class _Reader(nn.Module):
 
 
 class TextTask:
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, frames: int = tiny.NUM_FRAMES) -> None:
         torch.manual_seed(seed)
+        self.frames = frames
         self.tokenizer = tiny.build_tokenizer()
         text_encoder = T5EncoderModel(tiny.text_config(len(self.tokenizer)))
         _look_at_neighbours(text_encoder)
-        self.model = _Reader(text_encoder)
+        self.model = _Reader(text_encoder, (frames - 1) // 4 + 1)
         self.seed = seed
 
     def batch(self, samples: range) -> dict[str, Tensor]:
-        clips = [sample_clip(sample % PEOPLE, FIRST_CLIP + sample // PEOPLE) for sample in samples]
+        clips = [sample_clip(sample % PEOPLE, FIRST_CLIP + sample // PEOPLE, self.frames) for sample in samples]
         doubled = [float(torch.rand((), generator=generator_for(self.seed, sample))) < DOUBLED for sample in samples]
         scenes = np.stack([of_latents(scene_of(clip)).ravel() for clip in clips])
         ids = [tokens(self.tokenizer, caption(clip), double) for clip, double in zip(clips, doubled)]
         return {"ids": torch.tensor(ids), "scene": torch.from_numpy(scenes)}
+
+    def optimizers(self, config: LoopConfig) -> list[torch.optim.Optimizer]:
+        return muon(self.model, config)
 
     def export(self, weights: Mapping[str, Tensor], path: Path, step: int) -> None:
         export_part(self.model, "text_encoder", weights, path)
@@ -61,7 +67,8 @@ class TextTask:
     @torch.no_grad()
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """Captions that training does not reach."""
-        return {"scene_loss": float(self.model(self.batch(VALIDATION))["loss"].mean())}
+        batch = send_to_device(self.batch(VALIDATION), self.model.scene.weight.device)
+        return {"scene_loss": float(self.model(batch)["loss"].mean())}
 
 
 def export_part(model: nn.Module, name: str, weights: Mapping[str, Tensor], path: Path) -> None:

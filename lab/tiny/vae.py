@@ -8,20 +8,30 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor, nn
 
 from mm_core.faces.analysis import FaceAnalyzer
 from mm_core.faces.tracking import find_faces, follow
 from mm_core.files import write_json
+from mm_core.memory import default_device
 from mm_core.pipelines import tiny
 from mm_core.training.arcface import ALIGNED_SIZE, DifferentiableArcFace, align_faces
-from mm_core.training.losses import identity_loss
+from mm_core.training.loop_config import LoopConfig
+from mm_core.training.optimizer import BETAS
 from mm_core.training.randomness import generator_for, shuffled
 
 from .clips import Clips, to_unit
+from .likeness import centred_identity_loss
+from .muon import muon
+from .sizes import Sizes
 from .text import export_part
 
+DEFAULT = Sizes()
+
+STEADY = (0.9, 0.99)
+"""Betas for batches of a few clips."""
 KL_WEIGHT = 1e-4
 """Of the mean over latent numbers, beside a mean over pixels: latents stay near unit size and bear some noise."""
 EDGE_WEIGHT = 0.5
@@ -74,7 +84,7 @@ class _Reconstruction(nn.Module):
         frames = torch.where(smoothed, smooth(frames), frames)
         values = picture_losses(decoded, frames)
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).flatten(1).mean(dim=1)
-        rows = torch.arange(len(frames)), slice(None), batch["looked_at"]
+        rows = torch.arange(len(frames), device=frames.device), slice(None), batch["looked_at"]
         features = self._seen[0].distance(decoded[rows], frames[rows])
         values["loss"] = values["loss"] + FEATURES_WEIGHT * features + KL_WEIGHT * kl
         return values | {"features": features, "kl": kl}
@@ -94,13 +104,13 @@ class _Decoding(nn.Module):
         frames = batch["frames"]
         decoded = self.vae.decode(batch["latents"]).sample
         values = picture_losses(decoded, frames)
-        rows = torch.arange(len(frames)), slice(None), batch["looked_at"]
+        rows = torch.arange(len(frames), device=frames.device), slice(None), batch["looked_at"]
         features = self._seen[0].distance(decoded[rows], frames[rows])
         seen, real = decoded[rows] / 2 + 0.5, frames[rows] / 2 + 0.5
         recogniser, landmarks = self._recogniser[0], batch["landmarks"]
         with torch.no_grad():
             target = recogniser(align_faces(real, landmarks))
-        likeness = identity_loss(seen, landmarks, target, recogniser, self._centre[0])
+        likeness = centred_identity_loss(seen, landmarks, target, recogniser, self._centre[0])
         values["loss"] = values["loss"] + FEATURES_WEIGHT * features + LIKENESS_WEIGHT * likeness
         return values | {"features": features, "likeness": likeness}
 
@@ -121,6 +131,7 @@ class RecogniserFeatures:
 
     def distance(self, pictures: Tensor, targets: Tensor) -> Tensor:
         """Of pictures, (B, 3, H, W) from -1 to 1, the mean squared distance of the unit vectors of the maps: (B,)."""
+        self.recogniser.to(pictures.device)
         with torch.no_grad():
             wanted = self._look(targets)
         pairs = zip(self._look(pictures), wanted)
@@ -143,15 +154,25 @@ class VAETask:
     """frames: 1 trains on single pictures, more on clips (much slower, and not needed until pictures are good)."""
 
     def __init__(
-        self, clips: Clips, frames: int, recogniser: DifferentiableArcFace, seed: int, start: Path | None = None
+        self,
+        clips: Clips,
+        frames: int,
+        recogniser: DifferentiableArcFace,
+        seed: int,
+        start: Path | None = None,
+        sizes: Sizes = DEFAULT,
     ) -> None:
         torch.manual_seed(seed)
+        self.sizes = sizes
         if start is None:
-            vae = AutoencoderKLCogVideoX(**tiny.VAE)
+            vae = AutoencoderKLCogVideoX(**sizes.vae)
         else:
             vae = AutoencoderKLCogVideoX.from_pretrained(start, local_files_only=True)
         self.model = _Reconstruction(vae, recogniser)
         self.clips, self.frames, self.seed = clips, frames, seed
+
+    def optimizers(self, config: LoopConfig) -> list[torch.optim.Optimizer]:
+        return muon(self.model, config, STEADY if self.frames > 1 else BETAS)
 
     def batch(self, samples: range) -> dict[str, Tensor]:
         frames, noise, smoothed, looked_at = [], [], [], []
@@ -172,16 +193,17 @@ class VAETask:
         }
 
     def export(self, weights: Mapping[str, Tensor], path: Path, step: int) -> None:
-        vae = AutoencoderKLCogVideoX(**tiny.VAE)
+        vae = AutoencoderKLCogVideoX(**self.sizes.vae)
         vae.load_state_dict({name.removeprefix("vae."): tensor for name, tensor in weights.items()})
         if step:
-            vae.register_to_config(scaling_factor=round(1 / measure_deviation(vae, self.clips), 4))
+            deviation = measure_deviation(vae.to(default_device()), self.clips)
+            vae.cpu().register_to_config(scaling_factor=round(1 / deviation, 4))
         vae.save_pretrained(path / "vae")
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """Peak signal-to-noise ratio of whole clips, the latents' deviation, and pictures to look at."""
-        clips = to_unit(self.clips.frames[-8:]).permute(0, 4, 1, 2, 3)
         vae = self.model.vae
+        clips = to_unit(self.clips.frames[-8:]).permute(0, 4, 1, 2, 3).to(vae.device)
         decoded = vae.decode(vae.encode(clips).latent_dist.mean).sample
         save_sheet(torch.stack([clips, decoded], dim=1)[:, :, :, ::4], folder / "reconstructions.png")
         error = F.mse_loss(decoded.clamp(-1, 1), clips) / 4
@@ -209,6 +231,9 @@ class DecoderTask:
         self.vae = AutoencoderKLCogVideoX.from_pretrained(start, local_files_only=True).float()
         self.clips, self.latents, self.detector, self.seed = clips, latents, detector, seed
         self.model = _Decoding(self.vae, recogniser, self._mean_embedding(recogniser))
+
+    def optimizers(self, config: LoopConfig) -> list[torch.optim.Optimizer]:
+        return muon(self.model, config, STEADY)
 
     @torch.no_grad()
     def _mean_embedding(self, recogniser: DifferentiableArcFace) -> Tensor:
@@ -252,7 +277,7 @@ class DecoderTask:
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
         """The loss and its parts on clips that other steps see too."""
-        values = self.model(self.batch(range(VALIDATED)))
+        values = self.model(send_to_device(self.batch(range(VALIDATED)), self.vae.device))
         return {name: float(value.mean()) for name, value in values.items()}
 
 
@@ -265,8 +290,8 @@ def mirrored(frames: np.ndarray, generator: torch.Generator) -> np.ndarray:
 def measure_deviation(vae: AutoencoderKLCogVideoX, clips: Clips) -> float:
     """The latents' standard deviation over some clips; its inverse is the scaling factor of diffusion."""
     some = clips.frames[:: max(1, len(clips.frames) // MEASURED)][:MEASURED]
-    latents = [vae.encode(to_unit(part).permute(0, 4, 1, 2, 3)).latent_dist.mean for part in np.array_split(some, 16)]
-    return float(torch.cat(latents).std())
+    parts = [to_unit(part).permute(0, 4, 1, 2, 3).to(vae.device) for part in np.array_split(some, 16) if len(part)]
+    return float(torch.cat([vae.encode(part).latent_dist.mean for part in parts]).std())
 
 
 def save_sheet(pictures: Tensor, path: Path) -> None:
@@ -275,4 +300,4 @@ def save_sheet(pictures: Tensor, path: Path) -> None:
 
     n, rows, _, frames, height, width = pictures.shape
     grid = pictures.permute(1, 3, 4, 0, 5, 2).reshape(rows * frames * height, n * width, 3)
-    Image.fromarray(((grid.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()).save(path)
+    Image.fromarray(((grid.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()).save(path)

@@ -47,7 +47,7 @@ def build_index(folder: Path, samples: Sequence[Sample], shards: Sequence[Shard]
     for sample in samples:
         known = [numbers["references"][path] for path in sample.references if path in numbers["references"]]
         if sample.id in rows["samples"] and known:
-            entry = {"id": sample.id, "person": sample.person, "references": known, "repeat": sample.repeat}
+            entry = {"id": sample.id, "person": sample.person, "references": known}
             entries.append(entry | {"prompt": numbers["prompts"][sample.caption]} | rows["samples"][sample.id])
         elif not known:
             why = left_out["references"][sample.references[0]]

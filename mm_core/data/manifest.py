@@ -7,7 +7,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -19,26 +18,22 @@ from ..json_file import parse
 from ..limits import MANIFEST_LINE_BYTES, NAME_LENGTH, REFERENCES
 from ..names import is_below, stays_within
 from ..video import read_frames
-from .npz import read_frames_array
 
 MANIFEST = "manifest.jsonl"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv")
-SHARD = ".npz"
-_SOURCE = r"(?s)(?P<file>.+?)(?:#(?P<clip>[0-9]{1,9}))?(?:@(?P<frame>[0-9]{1,9}))?"
-_FIELDS = {"id": str, "media": str, "caption": str, "references": list, "person": str, "repeat": int}
-_OPTIONAL = {"caption", "person", "repeat"}
+_SOURCE = r"(?s)(?P<file>.+?)(?:@(?P<frame>[0-9]{1,9}))?"
+_FIELDS = {"id": str, "media": str, "caption": str, "references": list, "person": str}
+_OPTIONAL = {"caption", "person"}
 _KINDS = {str: "a text", list: "a list", int: "a whole number"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What a path of the manifest means: `photo.png`, `clip.mp4`, `clip.mp4@4`, `people.npz#3`, `people.npz#3@4`."""
+    """What a path of the manifest means: `photo.png`, `clip.mp4`, `clip.mp4@4`."""
 
     file: str
     """Relative to the manifest's folder."""
-    clip: int | None
-    """Of the array `frames` of a shard of rendered people."""
     frame: int | None
     """A single one of the clip, counted from 0; None: all of it."""
 
@@ -51,17 +46,11 @@ class Source:
         match = re.fullmatch(_SOURCE, path[:NAME_LENGTH])
         if not match or not stays_within(match["file"]) or len(path) > NAME_LENGTH:
             raise SettingError(f"{path[:100]!r} leads out of the data set's folder, or is none; give a path below it")
-        file, clip, frame = match["file"], match["clip"], match["frame"]
-        source = cls(
-            file=file,
-            clip=None if clip is None else int(clip),
-            frame=None if frame is None else int(frame),
-        )
+        file, frame = match["file"], match["frame"]
+        source = cls(file=file, frame=None if frame is None else int(frame))
         suffix = source.suffix
-        if suffix not in (*PICTURES, *VIDEOS, SHARD):
-            raise SettingError(f"{path!r} is no {', '.join((*PICTURES, *VIDEOS))} file, and no clip of a {SHARD} shard")
-        if (clip is not None) != (suffix == SHARD):
-            raise SettingError(f"{path!r}: a clip's number, #3, belongs to {SHARD} shards, and they need one")
+        if suffix not in (*PICTURES, *VIDEOS):
+            raise SettingError(f"{path!r} is no {', '.join((*PICTURES, *VIDEOS))} file")
         if frame is not None and suffix in PICTURES:
             raise SettingError(f"{path!r}: a picture has no frames; leave out @{frame}")
         return source
@@ -87,8 +76,6 @@ class Sample:
     references: tuple[str, ...]
     """Pictures of the person, 1 or more; the medium itself if it is a picture (self-reference)."""
     person: str | None
-    repeat: int = 1
-    """How often it comes up in training for another's once."""
 
 
 def manifest_path(data: Path) -> Path:
@@ -137,7 +124,7 @@ def parse_manifest(path: Path) -> Iterator[tuple[int, Sample | SettingError]]:
 def read_media(folder: Path, path: str, frames: int | None = None) -> np.ndarray:
     """A picture, clip or frame as (F, H, W, 3) uint8 RGB, F = 1 for a picture; the first `frames` of a longer clip.
 
-    Raises SampleError: "missing file", "corrupt file", "empty shard", "missing clip" or "missing frame".
+    Raises SampleError: "missing file", "corrupt file" or "missing frame".
     """
     source = Source.parse(path)
     file = folder / source.file
@@ -145,28 +132,18 @@ def read_media(folder: Path, path: str, frames: int | None = None) -> np.ndarray
         raise SampleError("missing file", f"there is no {file}; put it there, or take the sample out")
     if not is_below(file, folder):
         raise SampleError("link", f"{file} is a link out of {folder}; put the file itself there")
-    if source.suffix == SHARD:
-        clip = _shard_clip(file, source.clip)
-    else:
-        try:
-            if source.suffix in PICTURES:
-                return read_image(file)[None]
-            wanted = (source.frame, source.frame + 1) if source.frame is not None else (0, frames)
-            clip = list(islice(read_frames(file), *wanted))
-        except MagicMirrorError as error:
-            raise SampleError("corrupt file", str(error)) from error
-        if source.frame is not None:
-            if not clip:
-                raise SampleError("missing frame", f"{path} ends before frame {source.frame}, counted from 0")
-            return clip[0][None]
-        if not clip:
-            raise SampleError("corrupt file", f"{file} holds no frame. Make or copy the file again")
-        return np.stack(clip)
-    if source.frame is None:
-        return clip[:frames]
-    if source.frame >= len(clip):
-        raise SampleError("missing frame", f"{path}: the clip has {len(clip)} frames, counted from 0")
-    return clip[source.frame : source.frame + 1]
+    try:
+        if source.suffix in PICTURES:
+            return read_image(file)[None]
+        wanted = (source.frame, source.frame + 1) if source.frame is not None else (0, frames)
+        clip = list(islice(read_frames(file), *wanted))
+    except MagicMirrorError as error:
+        raise SampleError("corrupt file", str(error)) from error
+    if source.frame is not None and not clip:
+        raise SampleError("missing frame", f"{path} ends before frame {source.frame}, counted from 0")
+    if not clip:
+        raise SampleError("corrupt file", f"{file} holds no frame. Make or copy the file again")
+    return np.stack(clip)
 
 
 def read_picture(folder: Path, path: str) -> np.ndarray:
@@ -204,8 +181,6 @@ def _parse_line(line: bytes) -> Sample:
         raise SettingError("the id is empty; give each sample its own")
     if not entry["references"]:
         raise SettingError("references is empty; name at least one picture of the person (the medium, if it is one)")
-    if entry.get("repeat", 1) < 1:
-        raise SettingError(f"repeat is {entry['repeat']}; it must be 1 or more")
     if len(entry["references"]) > REFERENCES:
         raise SettingError(f"references names {len(entry['references'])} pictures; it may name {REFERENCES}")
     Source.parse(entry["media"])
@@ -219,21 +194,4 @@ def _parse_line(line: bytes) -> Sample:
         caption=entry.get("caption", "").strip(),
         references=tuple(dict.fromkeys(entry["references"])),
         person=entry.get("person"),
-        repeat=entry.get("repeat", 1),
     )
-
-
-def _shard_clip(file: Path, clip: int) -> np.ndarray:
-    """(F, H, W, 3)."""
-    clips = _shard(file, file.stat().st_mtime_ns)
-    if not len(clips):
-        raise SampleError("empty shard", f"{file} holds no clip; render it again")
-    if clip >= len(clips):
-        raise SampleError("missing clip", f"{file} holds {len(clips)} clips, counted from 0; there is no #{clip}")
-    return clips[clip]
-
-
-@lru_cache(maxsize=4)
-def _shard(file: Path, changed: int) -> np.ndarray:
-    """(clips, F, H, W, 3) uint8. Neighbouring samples are of one shard, which is packed as a whole."""
-    return read_frames_array(file)

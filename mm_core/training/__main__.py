@@ -29,7 +29,7 @@ from ..errors import MagicMirrorError, SettingError, packages
 from .config import TrainingConfig, load_config
 
 if TYPE_CHECKING:
-    from .step import ClipJudge
+    from .adapter_task import AdapterTask
 
 STAGES = ("image", "video")
 
@@ -107,12 +107,12 @@ def whole(config: TrainingConfig, args: argparse.Namespace) -> None:
 
 
 def train_stage(
-    config: TrainingConfig, stage: str, start: Path | None = None, clip_judge: ClipJudge | None = None
+    config: TrainingConfig, stage: str, start: Path | None = None, task: Callable[..., AdapterTask] | None = None
 ) -> Path:
     """Train a stage, or the rest of it; returns the adapter file.
 
     start: the adapter to begin with. The video stage begins with the image stage's result, unless its ablation is G.
-    clip_judge: of clips that the model samples itself.
+    task: AdapterTask, or what is made of it.
     """
     from .adapter_task import ADAPTER_FILE, AdapterTask
     from .loop import train as run
@@ -126,7 +126,7 @@ def train_stage(
                 "it out on purpose with ablation: G."
             )
         start = latest_checkpoint(output / "image") / ADAPTER_FILE
-    return run(AdapterTask(config, stage, start, clip_judge), config.stage(stage).loop, output / stage) / ADAPTER_FILE
+    return run((task or AdapterTask)(config, stage, start), config.stage(stage).loop, output / stage) / ADAPTER_FILE
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from .diffusion import add_noise, alphas_bar, rotary_embedding
 from .losses import TEMPORAL_COMPRESSION, face_area
 from .randomness import generator_for, shuffled
 from .rollouts import Rollouts
-from .sources import base_of, features_of
-from .step import AdapterTraining, ClipJudge, IdentityJudge
-from .validation import validate_clips
+from .sample_losses import IdentityLoss, NoiseLoss, SampleLoss
+from .sources import base_of
+from .step import AdapterTraining
+from .validation import validate
 
 ADAPTER_FILE = "adapter.safetensors"
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,53 +36,52 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class AdapterTask:
     """A stage on precomputed features.
 
-    start: the adapter of the stage before; its optimizer's state is not taken over. clip_judge: of sampled clips.
+    start: the adapter of the stage before; its optimizer's state is not taken over.
 
     Raises:
-        CheckpointError: features missing or made for another base; SettingError: no recogniser for the identity loss,
-            or a motion window beyond the latents.
+        CheckpointError: features missing or made for another base; SettingError: no recogniser for the identity loss.
     """
 
-    def __init__(
-        self, config: TrainingConfig, stage: str, start: Path | None = None, clip_judge: ClipJudge | None = None
-    ) -> None:
-        self.config, self.name, self.clip_judge = config, stage, clip_judge
+    def __init__(self, config: TrainingConfig, stage: str, start: Path | None = None) -> None:
+        self.config, self.name = config, stage
         self.stage = config.stage(stage)
         self.base = base_of(config)
-        self.features = Features.open(features_of(config, stage))
+        self.features = Features.open(Path(self.stage.features))
         self.training, self.validation = split_people(self.features, config.validation_people)
-        self.training = np.repeat(self.training, [self.features.entries[row].get("repeat", 1) for row in self.training])
         # Without the text encoder: its work is in the features.
-        pipe = self.base.load(DTYPES[self.stage.loop.precision], text_encoder=False)
-        self.pipe = pipe
+        pipe = self.pipe = self.base.load(DTYPES[self.stage.loop.precision], text_encoder=False)
         adapter = self._adapter(start)
         if config.gradient_checkpointing:
             pipe.transformer.enable_gradient_checkpointing()
+            pipe.vae.enable_gradient_checkpointing()
         scheduler = CogVideoXDDIMScheduler.from_config(pipe.scheduler.config)
         self.alphas_bar = alphas_bar(scheduler)
         # Clips in the making, which a resumed run needs; the loop saves what is called `state`.
         self.state = None
         if (sampling := self.stage.sampling) is not None:
             self.state = Rollouts(sampling, scheduler, self.stage.loop.batch_size, self.stage.identity_start)
-        self.model = AdapterTraining(
-            pipe.transformer,
-            adapter,
-            AdapterSettings(**ABLATIONS[config.ablation]),
-            self.stage.identity_weight,
-            self.stage.motion_weight,
-            self._judge() if self.stage.identity_weight else None,
-            self.state,
-            self.stage.motion_windows,
-            clip_judge,
-        )
         frames, _, height, width = self.features.sample(0)["latents"].shape
-        for window in self.stage.motion_windows:
-            if window[1] > height or window[3] > width:
-                raise SettingError(f"motion_windows holds {list(window)}, beyond latents of {height} x {width}.")
         # CogVideoX 1.5 patches in time: a clip's first latent frame is repeated until they are whole.
         self.padding = -frames % (pipe.transformer.config.patch_size_t or 1)
+        settings = AdapterSettings(**ABLATIONS[config.ablation])
+        self.model = AdapterTraining(pipe.transformer, adapter, settings, *self.losses())
         self.cell = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         self.rotary = rotary_embedding(pipe.transformer, self.padding + frames, height, width)
+
+    def losses(self) -> tuple[Sequence[SampleLoss], Rollouts | None, Sequence[SampleLoss]]:
+        """Of noised training samples; the clips that the model samples itself; and theirs. Here, the paper's."""
+        if not self.stage.identity_weight:
+            return [NoiseLoss()], None, []
+        identity = self.identity_loss()
+        return ([NoiseLoss(), identity], None, []) if self.state is None else ([NoiseLoss()], self.state, [identity])
+
+    def identity_loss(self) -> IdentityLoss:
+        recogniser = DifferentiableArcFace(recogniser_file(self.config))
+        detector = None
+        if self.state is not None:
+            detector = FaceAnalyzer(Path(self.config.insightface_root).expanduser(), self.config.face_pack)
+        vae = self.pipe.vae.requires_grad_(False)
+        return IdentityLoss(self.stage.identity_weight, vae, recogniser, detector, self.padding)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -104,28 +104,10 @@ class AdapterTask:
         torch.manual_seed(self.stage.loop.seed)
         return MagicMirrorAdapter(adapter_config(self.config, self.base.name, self.base.transformer_config))
 
-    def _judge(self) -> IdentityJudge:
-        vae = self.pipe.vae.requires_grad_(False)
-        if self.config.gradient_checkpointing:
-            vae.enable_gradient_checkpointing()
-        recogniser = DifferentiableArcFace(recogniser_file(self.config))
-        detector = None
-        if self.stage.sampling is not None:
-            detector = FaceAnalyzer(Path(self.config.insightface_root).expanduser(), self.config.face_pack)
-        centre = self.features.mean_embedding() if self.stage.identity_centred else None
-        return IdentityJudge(vae=vae, recogniser=recogniser, detector=detector, centre=centre)
-
-    def batch(self, samples: range) -> dict[str, Tensor]:
-        drawn = [self._draw(sample) for sample in samples]
-        # Samples without identity come first, as the adapted blocks want it.
-        drawn.sort(key=lambda sample: sample["keeps_identity"])
-        batch = {name: torch.stack([sample[name] for sample in drawn]) for name in _STACKED}
-        kept = [sample for sample in drawn if sample["keeps_identity"]]
-        for name in ("id_tokens", "structure_tokens"):
-            batch[name] = torch.stack([s[name] for s in kept]) if kept else drawn[0][name].new_zeros(0)
-        batch["noisy"] = add_noise(batch["clean"], batch["noise"], batch["alpha_bar"])
-        if self.rotary is not None:
-            batch["cos"], batch["sin"] = self.rotary
+    def batch(self, samples: range) -> dict[str, Any]:
+        """As `AdapterTraining.forward` takes it."""
+        drawn = [self.draw(self.training[shuffled(n, len(self.training), self._seed)], n) for n in samples]
+        batch = self.stacked(drawn)
         if self.stage.identity_weight:
             acts = samples.start // self.stage.loop.batch_size >= self.stage.identity_start
             batch |= self._judged(drawn if acts and self.state is None else [])
@@ -133,40 +115,42 @@ class AdapterTask:
                 batch["rollout"] = self._rollout(samples)
         return batch
 
-    def _rollout(self, samples: range) -> dict[str, Tensor]:
-        """The clips that are being sampled beside these samples; each keeps its prompt, and sees one photo."""
-        drawn, rollouts = [], self.state
-        for number in samples:
-            sample = self._draw(rollouts.progress(number)[1], whole=True)
-            sample["timestep"] = timestep = rollouts.timestep(number)
-            sample["alpha_bar"] = self.alphas_bar[timestep]
-            latents = rollouts.latents(number)
-            if latents is None:
-                latents = add_noise(sample["clean"][None], sample["noise"][None], sample["alpha_bar"][None])[0]
-            sample["noisy"] = latents
-            generator = generator_for(self.stage.loop.seed, number, 2)
-            sample["judged_frame"] = torch.randint(self.padding, len(latents), (), generator=generator)
-            drawn.append(sample)
-        batch = {name: torch.stack([sample[name] for sample in drawn]) for name in _SAMPLED}
+    @property
+    def _seed(self) -> int:
+        return self.stage.loop.seed
+
+    def stacked(self, drawn: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """What `draw` gives of several samples as a batch, without what the identity loss needs."""
+        batch = {name: torch.stack([sample[name] for sample in drawn]) for name in drawn[0] if name not in _JUDGED}
+        batch["noisy"] = add_noise(batch["clean"], batch["noise"], batch["alpha_bar"])
         if self.rotary is not None:
             batch["cos"], batch["sin"] = self.rotary
-        own = {"numbers": torch.tensor(list(samples)), "negative": self.features.empty.float()}
-        if self.clip_judge is not None:
-            known = [self.clip_judge.known(sample["id"]) for sample in drawn]
-            own["known"] = {name: torch.stack([each[name] for each in known]) for name in known[0]}
-        return batch | self._judged(drawn) | own
+        return batch
 
-    def _draw(self, number: int, whole: bool = False) -> dict[str, Tensor | bool | str]:
-        """All that is random about a sample, from its number. whole: nothing is dropped, and one photo is seen."""
-        stage, generator = self.stage, generator_for(self.stage.loop.seed, number)
-        row = self.training[shuffled(number, len(self.training), stage.loop.seed)]
+    def _rollout(self, samples: range) -> dict[str, Any]:
+        """The clips that are being sampled beside these samples; each keeps its prompt, and sees one photo."""
+        drawn = []
+        for number in samples:
+            began = self.state.progress(number)[1]
+            row = self.training[shuffled(began, len(self.training), self._seed)]
+            sample = self.draw(row, began, whole=True)
+            sample["timestep"] = timestep = self.state.timestep(number)
+            sample["alpha_bar"] = self.alphas_bar[timestep]
+            generator = generator_for(self._seed, number, 2)
+            sample["judged_frame"] = torch.randint(self.padding, len(sample["clean"]), (), generator=generator)
+            drawn.append(sample)
+        own = {"numbers": list(samples), "negative": self.features.empty.float()}
+        return self.stacked(drawn) | self._judged(drawn) | own
+
+    def draw(self, row: int, number: int, whole: bool = False) -> dict[str, Tensor]:
+        """A row of the features with all that is random about it, from the sample's number.
+
+        whole: the prompt is kept, all of the frame counts, and one photo is seen.
+        """
+        stage, generator = self.stage, generator_for(self._seed, number)
         sample = self.features.sample(row)
         timestep = torch.randint(1000, (), generator=generator)
-        dropped, area = torch.rand(2, generator=generator).tolist()
-        if whole:
-            dropped = 1.0
-        no_text = dropped < stage.text_dropout + stage.both_dropout
-        no_identity = stage.text_dropout <= dropped < stage.text_dropout + stage.both_dropout + stage.identity_dropout
+        dropped, area = (torch.rand(2, generator=generator) + whole).tolist()
         clean = self._padded(sample["latents"].float())
         frames, _, height, width = clean.shape
         mask = torch.ones(frames, 1, height, width)
@@ -174,16 +158,15 @@ class AdapterTask:
             mask = self._padded(face_area(sample["boxes"][None], height, width, self.cell)[0])
         references = self._references(sample["references"], number, generator)[: 1 if whole else None]
         return {
-            "id": self.features.entries[row]["id"],
+            "row": torch.tensor(int(row)),
             "clean": clean,
             "noise": torch.randn(clean.shape, generator=generator),
             "timestep": timestep,
             "alpha_bar": self.alphas_bar[timestep],
-            "text": (self.features.empty[0] if no_text else sample["prompt_embeds"]).float(),
+            "text": (self.features.empty[0] if dropped < stage.text_dropout else sample["prompt_embeds"]).float(),
             "slots": sample["slots"].long(),
-            "has_text": torch.tensor(not no_text),
+            "has_text": torch.tensor(dropped >= stage.text_dropout),
             "face_mask": mask,
-            "keeps_identity": not no_identity,
             "id_tokens": torch.stack([r["id_tokens"] for r in references]).float(),
             "structure_tokens": torch.stack([r["structure_tokens"] for r in references]).float(),
             "target": torch.stack([r["embedding"] for r in references]).mean(dim=0),
@@ -202,20 +185,17 @@ class AdapterTask:
     def _references(self, known: list[int], number: int, generator: torch.Generator) -> list[dict[str, Tensor]]:
         """Photos of the person. Their number is drawn for the whole step, so that the step's samples stack."""
         step = number // self.stage.loop.batch_size
-        of_step = generator_for(self.stage.loop.seed, step, 1)
+        of_step = generator_for(self._seed, step, 1)
         count = int(torch.randint(self.stage.max_references, (), generator=of_step))
         order = torch.randperm(len(known), generator=generator).tolist()
         return [self.features.reference(known[order[i % len(order)]]) for i in range(count + 1)]
 
-    def _judged(self, drawn: list[dict[str, Tensor | bool | str]]) -> dict[str, Tensor]:
+    def _judged(self, drawn: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The samples that the identity loss acts on. Landmarks are the training clip's."""
         low, high = self.stage.identity_timesteps
-        rows = [
-            row for row, sample in enumerate(drawn)
-            if sample["keeps_identity"] and low <= int(sample["timestep"]) < high
-        ]  # fmt: skip
+        rows = [row for row, sample in enumerate(drawn) if low <= int(sample["timestep"]) < high]
         chosen = [drawn[row] for row in rows]
-        # A latent frame holds four frames, the first one only the first; decoded alone it shows the last it holds.
+        # A latent frame holds four frames, of which the last is judged; the first one holds only the first.
         landmarks = [s["landmarks"][(int(s["judged_frame"]) - self.padding) * TEMPORAL_COMPRESSION] for s in chosen]
         return {
             "judged": torch.tensor(rows, dtype=torch.long),
@@ -230,22 +210,20 @@ class AdapterTask:
         mine = {name.removeprefix("adapter."): tensor for name, tensor in weights.items()}
         whole = MagicMirrorAdapter(adapter.config)
         whole.load_state_dict(adapter.state_dict() | mine)
-        trained = Trained(stage=self.name, steps=step, data=self._data())
+        data = f"{len(self.training):,} samples of {Path(self.stage.data).name}"
+        trained = Trained(stage=self.name, steps=step, data=data)
         save_adapter(whole, path / ADAPTER_FILE, base_model=self.base.name, trained=trained)
 
-    def _data(self) -> str:
-        """One line on the training data, for the header."""
-        return f"{len(np.unique(self.training)):,} samples of {Path(self.stage.data).name}"
+    def exported(self, path: Path) -> dict[str, Tensor]:
+        """What `export` was given, from what it wrote: the loop keeps no copy of these weights."""
+        adapter = load_adapter(path / ADAPTER_FILE)[0]
+        return {f"adapter.{name}": tensor for name, tensor in adapter.state_dict().items()}
 
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        return validate_clips(self, folder)
+        return validate(self, folder)
 
 
-_SAMPLED = (
-    "clean", "noisy", "timestep", "alpha_bar", "text", "slots", "has_text", "id_tokens", "structure_tokens",
-)  # fmt: skip
-# What every sample has; the rest depends on whether it keeps its identity.
-_STACKED = ("clean", "noise", "timestep", "alpha_bar", "text", "slots", "has_text", "face_mask")
+_JUDGED = ("target", "landmarks", "judged_frame")
 
 
 def recogniser_file(config: TrainingConfig) -> Path:

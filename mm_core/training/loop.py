@@ -14,7 +14,7 @@ import shutil
 import signal
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -23,16 +23,18 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, send_to_device
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch import compile as compiled
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..errors import MagicMirrorError, SettingError
 from ..files import PARTIAL, append_lines, write_json
 from .loop_config import LoopConfig
-from .optimizer import OPTIMIZERS, parameter_groups
+from .measurements import Measurements
+from .optimizer import adamw
 from .runs import (
     CHECKPOINTS,
     METRICS,
@@ -47,10 +49,10 @@ from .saved_state import SavedState
 
 _log = logging.getLogger(__name__)
 
-_TIMESTEP_BUCKETS = 10
 _PATIENCE = timedelta(hours=6)
-"""How long processes wait for each other. They wait for the first one's validation, which takes longer than the ten
-minutes that NCCL would."""
+"""How long processes wait for each other: one may have more of a validation to do, which takes longer than the ten
+minutes that NCCL would wait."""
+_SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
 
 
 class Task(Protocol):
@@ -66,14 +68,23 @@ class Task(Protocol):
     settings: Mapping[str, Any]
     """Optional: what else the numbers of a run depend on, by name. A run goes on only with the same."""
 
+    def optimizers(self, config: LoopConfig) -> Sequence[torch.optim.Optimizer]:
+        """Optional: of the model's parameters that require gradients, each in one of them. Else one AdamW."""
+
     def batch(self, samples: range) -> Any:
-        """The samples with these numbers, as nested dicts and lists of tensors; the same whenever and by whom ever."""
+        """The samples with these numbers, as nested dicts and lists of tensors; the same whenever and by whom ever, in
+        a process beside the training's too."""
 
     def export(self, weights: Mapping[str, Tensor], path: Path, step: int) -> None:
         """Write the trained weights, by the model's parameter names, in the format others read, into a folder."""
 
+    def exported(self, path: Path) -> Mapping[str, Tensor]:
+        """Optional: what `export` was given, read back bit for bit, so that a checkpoint has it once."""
+
     def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """Measure the model as it is (its weights are the average while this runs); files go into the folder."""
+        """Measure the model as it is (its weights are the average while this runs); files go into the folder.
+
+        In all processes, which may share the work."""
 
 
 def train(task: Task, config: LoopConfig, folder: Path) -> Path:
@@ -88,6 +99,16 @@ def train(task: Task, config: LoopConfig, folder: Path) -> Path:
     return _Run(task, config, folder).run()
 
 
+class _Batches(Dataset):
+    """By the numbers of their samples."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def __getitem__(self, samples: range) -> Any:
+        return self.task.batch(samples)
+
+
 class _Run:
     def __init__(self, task: Task, config: LoopConfig, folder: Path) -> None:
         self.task, self.config, self.folder = task, config, folder
@@ -95,14 +116,17 @@ class _Run:
             mixed_precision=config.precision,
             log_with="tensorboard",
             project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
-            # A process whose samples all dropped the identity has no gradient for the adapter.
+            # An ablation leaves parts of the adapter without a gradient.
             kwargs_handlers=[
                 DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True),
                 InitProcessGroupKwargs(timeout=_PATIENCE),
             ],
         )
-        if config.optimizer == "muon" and self.accelerator.distributed_type in ("FSDP", "DEEPSPEED"):
-            raise SettingError("muon needs whole matrices on each device: with FSDP or DeepSpeed choose adamw.")
+        if self.accelerator.distributed_type in _SHARDING:
+            raise SettingError(
+                f"{self.accelerator.distributed_type} splits the weights; training keeps them whole on each device: "
+                "start it with torchrun, or with accelerate launch --multi_gpu."
+            )
         self.accumulation = config.accumulation(self.accelerator.num_processes)
         self.accelerator.gradient_accumulation_steps = self.accumulation
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,18 +134,17 @@ class _Run:
         check_settings(folder, wanted)
         if self.accelerator.is_main_process:
             write_json(folder / SETTINGS, wanted)
-        self.names = [name for name, p in task.model.named_parameters() if p.requires_grad]
-        groups = parameter_groups(task.model, config.weight_decay)
-        optimizer = OPTIMIZERS[config.optimizer](groups, lr=config.learning_rate, betas=config.betas)
+        optimizers = task.optimizers(config) if hasattr(task, "optimizers") else [adamw(task.model, config)]
         if config.compile:
             torch.compiler.reset()  # what a run before this one compiled counts towards a limit
             part = getattr(task.model, "compiled", task.model)
             part.forward = compiled(part.forward)
-        self.model, self.optimizer = self.accelerator.prepare(task.model, optimizer)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.model, *self.optimizers = self.accelerator.prepare(task.model, *optimizers)
+        trained = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
+        self.names, self.parameters = list(trained), list(trained.values())
         self.ema = EMAModel(self.parameters, decay=config.ema_decay) if config.ema_decay else None
-        extras = [extra for extra in (self.ema, getattr(task, "state", None)) if extra is not None]
-        self.saved = SavedState(self.accelerator, folder, self.names, extras)
+        self.saved = SavedState(self.accelerator, folder, trained, task, self.ema)
+        self.measured = Measurements(self.accelerator.device)
         self.signalled = threading.Event()
         self.stopping = False
         """All processes stop, after the same step: one of them was signalled."""
@@ -131,18 +154,20 @@ class _Run:
         start = self._resume()
         accelerator.init_trackers("training")
         self.model.train()
-        sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         bar = tqdm(
             range(start, config.steps), initial=start, total=config.steps, disable=not accelerator.is_main_process
         )
+        batches = iter(self._batches(start))
         with self._stop_on_signal():
             for step in bar:
                 logging_step = (step + 1) % config.log_every == 0
-                skipped = step in config.skip_steps
-                norms = {} if skipped else self._step(step, sums, with_norms=logging_step)
+                norms = {}
+                if step not in config.skip_steps:
+                    with self.measured.timed("step"):
+                        norms = self._step(step, batches, with_norms=logging_step)
                 done = step + 1
-                if logging_step and sums:
-                    self._log(done, sums, norms, bar)
+                if logging_step:
+                    self._log(done, norms, bar)
                 last = done == config.steps or self.stopping
                 if last or done % config.save_every == 0:
                     self._save(done)
@@ -153,36 +178,56 @@ class _Run:
         accelerator.end_training()
         return latest_checkpoint(self.folder)
 
-    def _step(self, step: int, sums: dict[str, list[float]], with_norms: bool) -> dict[str, float]:
+    def _batches(self, start: int) -> DataLoader:
+        """Those of this process, in order, of all steps from `start` on."""
+        config, processes = self.config, self.accelerator.num_processes
+        micro = config.batch_size // (self.accumulation * processes)
+        firsts = [
+            step * config.batch_size + (turn * processes + self.accelerator.process_index) * micro
+            for step in range(start, config.steps)
+            if step not in config.skip_steps
+            for turn in range(self.accumulation)
+        ]
+        return DataLoader(
+            _Batches(self.task),
+            batch_size=None,
+            sampler=[range(first, first + micro) for first in firsts],
+            num_workers=config.workers,
+            collate_fn=_as_it_is,
+            pin_memory=self.accelerator.device.type == "cuda",
+            # The task holds models: they are shared with its readers, not copied.
+            multiprocessing_context="fork" if config.workers else None,
+        )
+
+    def _step(self, step: int, batches: Iterator[Any], with_norms: bool) -> dict[str, float]:
         config, accelerator = self.config, self.accelerator
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = config.learning_rate_at(step)
-        micro = config.batch_size // (self.accumulation * accelerator.num_processes)
         norms: dict[str, float] = {}
         for turn in range(self.accumulation):
-            first = step * config.batch_size + (turn * accelerator.num_processes + accelerator.process_index) * micro
-            batch = _to(self.task.batch(range(first, first + micro)), accelerator.device)
+            with self.measured.timed("data"):
+                batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
             # By the turn, not by accelerate's own count, which a resumed run would have to restore.
             accelerator.gradient_state._set_sync_gradients(turn == self.accumulation - 1)
             with accelerator.no_sync(self.model) if turn < self.accumulation - 1 else nullcontext():
                 with accelerator.autocast():
                     values = self.model(batch)
-                loss = values["loss"].float().mean()
-                accelerator.backward(loss)
-            self._collect(values, sums, step)
+                accelerator.backward(values["loss"].float().mean())
+            self._collect(values, step)
         if with_norms:
             norms = self._gradient_norms()
         norms["all"] = float(accelerator.clip_grad_norm_(self.parameters, config.clip_norm))
         if not math.isfinite(norms["all"]) and accelerator.scaler is None:  # fp16's scaler passes such a step over
             raise self._stuck("The gradient's norm", norms["all"], step)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.step(self.parameters)
         return norms
 
-    def _collect(self, values: Mapping[str, Tensor], sums: dict[str, list[float]], step: int) -> None:
-        """Add up what was measured, over all processes, where it was measured."""
+    def _collect(self, values: Mapping[str, Tensor], step: int) -> None:
+        """Note what was measured, in all processes."""
         # A signal reaches one process: it goes along, so that all stop after the same step.
         values = {**values, "stopping": torch.full_like(values["loss"], float(self.signalled.is_set()))}
         names = sorted(values)
@@ -192,14 +237,7 @@ class _Run:
         self.stopping |= bool(columns.pop("stopping").any())
         if not columns["loss"].isfinite().all():
             raise self._stuck("The loss", columns["loss"].tolist(), step)
-        timesteps = columns.pop("timestep", None)
-        for name, column in columns.items():
-            _add(sums, name, column)
-        if timesteps is not None:
-            buckets = (timesteps / 1000 * _TIMESTEP_BUCKETS).long().clamp(0, _TIMESTEP_BUCKETS - 1)
-            for bucket in buckets.unique().tolist():
-                name = f"noise_loss/t{bucket * 100:03d}-{bucket * 100 + 99:03d}"
-                _add(sums, name, columns.get("noise_loss", columns["loss"])[buckets == bucket])
+        self.measured.add(columns)
 
     def _stuck(self, what: str, value: object, step: int) -> MagicMirrorError:
         return MagicMirrorError(
@@ -211,23 +249,23 @@ class _Run:
     def _gradient_norms(self) -> dict[str, float]:
         """The norm of each part's gradient, before clipping; block numbers are left out of the names."""
         squares: defaultdict[str, float] = defaultdict(float)
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        for name, parameter in model.named_parameters():
+        for name, parameter in zip(self.names, self.parameters):
             if parameter.grad is not None:
-                norm = parameter.grad.norm()
-                squares[_part(name)] += float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm) ** 2
+                squares[_part(name)] += float(parameter.grad.norm()) ** 2
         scale = float(self.accelerator.scaler.get_scale()) if self.accelerator.scaler is not None else 1.0
         return {name: math.sqrt(square) / scale for name, square in squares.items()}
 
-    def _log(self, step: int, sums: dict[str, list[float]], norms: dict[str, float], bar: tqdm) -> None:
-        values = {name: total / count for name, (total, count) in sorted(sums.items()) if count}
+    def _log(self, step: int, norms: dict[str, float], bar: tqdm) -> None:
+        values = self.measured.take()
+        if not values:  # all steps were skipped
+            return
         values |= {f"gradient/{name}": norm for name, norm in norms.items()}
         values["learning_rate"] = self.config.learning_rate_at(step - 1)
-        sums.clear()
         self._write(step, values)
         bar.set_postfix(loss=f"{values['loss']:.4f}")
 
     def _write(self, step: int, values: dict[str, float]) -> None:
+        values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no other numbers
         self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
             append_lines(self.folder / METRICS, [json.dumps({"step": step} | values)])
@@ -236,13 +274,12 @@ class _Run:
         folder = self.folder / "validation" / f"step-{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            self.model.eval()
-            # Clips have other shapes than batches: compiled for both, the model would reach the limit.
-            with self._averaged(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                values = self.task.validate(step, folder)
-            self.model.train()
-            self._write(step, {f"validation/{name}": value for name, value in values.items()})
+        self.model.eval()
+        # Clips have other shapes than batches: compiled for both, the model would reach the limit.
+        with self._averaged(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            values = self.task.validate(step, folder)
+        self.model.train()
+        self._write(step, {f"validation/{name}": value for name, value in values.items()})
         self.accelerator.wait_for_everyone()
 
     @contextmanager
@@ -268,8 +305,10 @@ class _Run:
         self.accelerator.wait_for_everyone()
         try:
             self.accelerator.save_state(str(partial))
-            with self._averaged():
-                weights = self._trainable_weights()
+            weights = {}
+            if self.accelerator.is_main_process:
+                with self._averaged():
+                    weights = {name: p.detach().cpu().clone() for name, p in zip(self.names, self.parameters)}
         except (OSError, RuntimeError) as error:
             raise MagicMirrorError(
                 f"The checkpoint of step {step} could not be written to {partial.parent}: {error}. Free some space and "
@@ -281,11 +320,6 @@ class _Run:
             for old in checkpoints(self.folder)[: -self.config.keep]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
-
-    def _trainable_weights(self) -> dict[str, Tensor]:
-        """Trained parameters by name, whole, on the CPU."""
-        state = self.accelerator.get_state_dict(self.model)
-        return {name: state[name].detach().cpu().clone() for name in self.names} if state else {}
 
     def _resume(self) -> int:
         """Load the last checkpoint, if there is one; returns the number of steps done."""
@@ -313,22 +347,10 @@ class _Run:
                 signal.signal(number, handler)
 
 
-def _add(sums: dict[str, list[float]], name: str, column: Tensor) -> None:
-    measured = column[~column.isnan()]
-    sums[name][0] += float(measured.sum())
-    sums[name][1] += len(measured)
-
-
 def _part(name: str) -> str:
     """`adapter.blocks.4.can.linear_1.weight` -> `adapter.blocks.can`."""
     return ".".join(word for word in name.split(".")[:4] if not word.isdigit() and word not in ("weight", "bias"))
 
 
-def _to(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {name: _to(value, device) for name, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(_to(value, device) for value in batch)
+def _as_it_is(batch: Any) -> Any:
     return batch

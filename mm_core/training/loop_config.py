@@ -3,64 +3,51 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
 from ..errors import SettingError
-from .optimizer import OPTIMIZERS
+
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+Count = Annotated[int, Field(ge=1)]
+CountOrNone = Annotated[int, Field(ge=0)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class LoopConfig:
     """How long and how fast. A step is one update of the weights."""
 
-    steps: int
-    batch_size: int
+    steps: Count
+    batch_size: Count
     """Samples a step, over all processes and accumulation."""
-    micro_batch: int | None = None
+    micro_batch: Count | None = None
     """Samples a forward pass on one device; the rest of a step's samples are accumulated. None: no accumulation."""
-    learning_rate: float = 1e-5
-    final_learning_rate: float = 0.0
+    workers: CountOrNone = 0
+    """Forked processes beside each training process that read its batches ahead. 0: it reads them itself."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
     """Reached at the last step, along a cosine."""
-    warmup_steps: int = 0
-    weight_decay: float = 1e-4
-    optimizer: str = "adamw"
-    """adamw, or muon for a model that begins from nothing."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip_norm: float = 1.0
+    warmup_steps: CountOrNone = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
-    ema_decay: float = 0.999
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Of the running average of the weights, which is what is exported. 0 switches it off."""
-    precision: str = "no"
-    """accelerate's mixed precision: no, bf16 or fp16."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """accelerate's mixed precision."""
     compile: bool = False
     """Use torch.compile, on what the model has as `compiled`, else on all of it."""
     seed: int = 0
-    log_every: int = 10
-    save_every: int = 500
-    keep: int = 2
+    log_every: Count = 10
+    save_every: Count = 500
+    keep: Count = 2
     """Checkpoints; older ones are removed."""
-    validate_every: int = 0
+    validate_every: CountOrNone = 0
     """Steps between validations; 0: none."""
     skip_steps: tuple[int, ...] = ()
     """Steps whose batch is passed over, counted from 0: one at which a run stops each time."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
-            if vars(self)[name] < 1:
-                raise SettingError(f"{name} is {vars(self)[name]}; it must be 1 or more.")
-        for name in ("learning_rate", "clip_norm"):
-            if not vars(self)[name] > 0:
-                raise SettingError(f"{name} is {vars(self)[name]}; it must be above 0.")
-        if not 0 <= self.ema_decay < 1:
-            raise SettingError(f"ema_decay is {self.ema_decay}; it must be from 0 (off) to below 1.")
-        if self.precision not in ("no", "bf16", "fp16"):
-            raise SettingError(f"precision is {self.precision!r}; choose no, bf16 or fp16.")
-        if self.optimizer not in OPTIMIZERS:
-            raise SettingError(f"optimizer is {self.optimizer!r}; choose {' or '.join(OPTIMIZERS)}.")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise SettingError(f"betas is {list(self.betas[:4])}; it must be two numbers from 0 to below 1.")
-        object.__setattr__(self, "betas", tuple(self.betas))
-        object.__setattr__(self, "skip_steps", tuple(self.skip_steps))
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then a cosine from `learning_rate` to `final_learning_rate`."""

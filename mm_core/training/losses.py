@@ -8,8 +8,6 @@ the lowest noise levels bfloat16 cannot tell them from none, and would drop the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,9 +17,6 @@ from .arcface import align_faces
 # CogVideoX's VAE: a latent frame's cell covers 8 x 8 pixels; the first latent frame holds one frame, others four.
 SPATIAL_COMPRESSION = 8
 TEMPORAL_COMPRESSION = 4
-STILLNESS = 0.006
-"""Mean square of what changes in the latents, of unit size, of a clip in which only the light moves (measured on the
-small model's). A face that turns is at 0.08, one that tilts at 0.04, one that smiles at 0.009."""
 
 
 def noise_loss(
@@ -74,31 +69,7 @@ def predict_clean(prediction: Tensor, noisy: Tensor, alpha_bar: Tensor) -> Tenso
     return signal * noisy - deviation * prediction
 
 
-def motion_loss(
-    predicted: Tensor, clean: Tensor, windows: Sequence[Sequence[int]] = (), window_weight: float = 1.0
-) -> Tensor:
-    """The share of a clip's motion that predicted clean latents have wrong: (B,), 0 for single pictures.
-
-    Motion is what differs from the mean over frames. It is a small part of the latents, which the noise loss hardly
-    sees; and by its share a smile counts as much as a turn of the head.
-
-    Args:
-        predicted, clean: (B, F, C, H, W).
-        windows: from one row to another, from one column to another: parts whose own shares are added, each times
-            window_weight.
-    """
-    parts = [
-        motion_loss(predicted[..., top:bottom, left:right], clean[..., top:bottom, left:right])
-        for top, bottom, left, right in windows
-    ]
-    moved, wanted = (latents - latents.mean(dim=1, keepdim=True) for latents in (predicted, clean))
-    wrong, whole = (motion.square().flatten(1).mean(dim=1) for motion in (moved - wanted, wanted))
-    return wrong / (whole + STILLNESS) + window_weight * sum(parts)
-
-
-def identity_loss(
-    frames: Tensor, landmarks: Tensor, target_embedding: Tensor, recogniser: nn.Module, centre: Tensor | None = None
-) -> Tensor:
+def identity_loss(frames: Tensor, landmarks: Tensor, target_embedding: Tensor, recogniser: nn.Module) -> Tensor:
     """How unlike the reference person the faces in decoded frames are: (B,), from 0, the same, to 2 (paper, Sec. 3.4).
 
     Args:
@@ -106,14 +77,10 @@ def identity_loss(
         landmarks: (B, 5, 2) in pixels, found in these frames; constants.
         target_embedding: (B, 512) or (512,), of the reference by the same recogniser; its length does not matter.
         recogniser: makes embeddings, (B, 512), of aligned faces, (B, 3, 112, 112), as that of this package does.
-        centre: (512,), the mean over people of embeddings of length 1. The cosine is then taken from there.
     """
     # 1 - cos(q_face, ArcFace(D(x0)))
     embedding = recogniser(align_faces(frames, landmarks))  # (B, 512)
-    target = target_embedding.to(embedding).expand_as(embedding)
-    if centre is not None:
-        embedding, target = (F.normalize(e, dim=-1) - centre.to(e) for e in (embedding, target))
-    return 1 - F.cosine_similarity(embedding, target, dim=-1)
+    return 1 - F.cosine_similarity(embedding, target_embedding.to(embedding).expand_as(embedding), dim=-1)
 
 
 def face_area(boxes: Tensor, height: int, width: int, cell: int = SPATIAL_COMPRESSION) -> Tensor:

@@ -32,7 +32,8 @@ from ..pipelines.control import AdapterSettings
 from ..pipelines.presets import PRESETS, T5_XXL, ClipLimits
 from .config import ABLATIONS, StageConfig, TrainingConfig, adapter_config
 from .losses import TEMPORAL_COMPRESSION, predict_clean
-from .step import AdapterTraining, decode_frame
+from .sample_losses import NoiseLoss, decode_frame
+from .step import AdapterTraining
 
 _META = torch.device("meta")
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,7 +77,9 @@ def build_models(config: TrainingConfig, precision: str) -> Models:
                 text_encoder=T5EncoderModel(text),
                 id_encoder=IDEncoder(id_encoder),
                 adapter=adapter,
-                training=AdapterTraining(adapted, adapter, AdapterSettings(**ABLATIONS[config.ablation])),
+                training=AdapterTraining(
+                    adapted, adapter, AdapterSettings(**ABLATIONS[config.ablation]), [NoiseLoss()]
+                ),
                 limits=ClipLimits.from_config(transformer, vae),
             )
     except (TypeError, ValueError) as error:  # the dataclass's and the front end's own words
@@ -181,13 +184,13 @@ class DryStep:
         return batch
 
     def predicted_clean(self) -> Tensor:
-        """One latent frame of x0: (1, C, h, w)."""
+        """x0: (1, F, C, h, w)."""
         prediction, noisy = self._empty(*self.latent_shape), self._empty(*self.latent_shape)
-        return predict_clean(prediction, noisy, torch.tensor([_ALPHA_BAR]))[:, 0]
+        return predict_clean(prediction, noisy, torch.tensor([_ALPHA_BAR]))
 
     def decode(self, clean: Tensor) -> Tensor:
-        """The identity loss up to the pixels, whose mean stands for the face recogniser: (1, C, h, w) -> ()."""
-        frame = decode_frame(self.models.vae, clean)  # (1, 3, H, W)
+        """The identity loss up to the pixels, whose mean stands for the face recogniser: (1, F, C, h, w) -> ()."""
+        frame = decode_frame(self.models.vae, clean[:, -2:])  # (1, 3, H, W)
         if frame.shape != (1, 3, self.height, self.width):
             raise ValueError(f"the VAE decodes {tuple(frame.shape)}, not (1, 3, {self.height}, {self.width})")
         return frame.mean()

@@ -139,9 +139,8 @@ def _stage(config: TrainingConfig, name: str, mfu: float) -> StagePlan:
         acting = max(0, loop.steps - stage.identity_start) / loop.steps
         share = (high - low) / 1000 * acting
         decoding = identity.forward * (2 if config.gradient_checkpointing else 1) + identity.backward
-        if stage.sampling is not None:  # guided, beside the base's own word if its motion counts
-            passes = 2 + bool(stage.motion_weight)
-            sampled = acting * (passes * work.forward + work.backward + recomputed)
+        if stage.sampling is not None:  # guided
+            sampled = acting * (2 * work.forward + work.backward + recomputed)
     flops = loop.batch_size * (work.forward + work.backward + recomputed + sampled + share * decoding)
     return StagePlan(
         frames=stage.frames,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from accelerate.utils import gather_object
 from diffusers import CogVideoXDDIMScheduler
 from torch import Tensor
@@ -43,10 +44,13 @@ class Rollouts:
         """() long, of the clip's next step."""
         return self.scheduler.timesteps[self.progress(number)[0]]
 
-    def latents(self, number: int) -> Tensor | None:
-        """(F, C, H, W), None for a clip that is yet to begin."""
-        _, began = self.progress(number)
-        return None if began == number else self._latents[self._place(number)]
+    def latents(self, numbers: Sequence[int], begun: Tensor) -> Tensor:
+        """(B, F, C, H, W), of the clips beside these samples. begun: what those are that begin now."""
+        rows = [
+            row if self.progress(number)[1] == number else self._latents[self._place(number)].to(row)
+            for number, row in zip(numbers, begun, strict=True)
+        ]
+        return torch.stack(rows)
 
     def advance(self, numbers: Sequence[int], predictions: Tensor, latents: Tensor) -> None:
         """Take a DDIM step with the guided predictions of v, (B, F, C, H, W), from the latents they were made of."""

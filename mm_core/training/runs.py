@@ -16,7 +16,7 @@ CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 SETTINGS = "settings.json"
 _STEP = r"step-(\d{8})$"
-_FREE = {"log_every", "save_every", "keep", "validate_every", "compile", "micro_batch"}
+_FREE = {"log_every", "save_every", "keep", "validate_every", "compile", "micro_batch", "workers"}
 """Settings that may change between two starts of a run: they do not change its numbers."""
 _REMEDIES = {"learning_rate", "final_learning_rate", "skip_steps"}
 """Settings that may change as well, since they are what helps a run that cannot go on."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,26 +24,30 @@ from .runs import checkpoints, step_of
 _log = logging.getLogger(__name__)
 
 TRAINABLE = "trainable.safetensors"
-_EXTRA = "state_{}.pt"
+AVERAGE, STATE = "average.pt", "state.pt"
 """Tensors, numbers and texts, nothing else."""
-_OLDER_EXTRA = "custom_checkpoint_{}.pkl"
-"""What accelerate called the same file; it would unpickle one that it finds."""
 _DAMAGED = "damaged-"
-
-
-class Stateful(Protocol):
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+_SHADOW = "shadow_params"
 
 
 class SavedState:
-    """names: of the trained parameters. extras: what else a resumed run needs, in an order that stays."""
+    """trained: the parameters that are, by name. task: of the loop. average: of the parameters, as exported.
+
+    What the task can read back from what it exported is not written once more: that is the average, or, without one,
+    the weights themselves.
+    """
 
     def __init__(
-        self, accelerator: Accelerator, folder: Path, names: Sequence[str], extras: Sequence[Stateful]
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        trained: Mapping[str, nn.Parameter],
+        task: object,
+        average: EMAModel | None,
     ) -> None:
-        self.accelerator, self.folder, self.names, self.extras = accelerator, folder, names, extras
+        self.accelerator, self.folder, self.trained, self.average = accelerator, folder, trained, average
+        self.exported = getattr(task, "exported", None)
+        self.state = getattr(task, "state", None)
         accelerator.register_save_state_pre_hook(self._save)
         accelerator.register_load_state_pre_hook(self._load)
 
@@ -56,7 +60,6 @@ class SavedState:
         damaged: dict[Path, Exception] = {}
         for checkpoint in reversed(checkpoints(self.folder)):
             try:
-                self._rename_older(checkpoint)
                 self.accelerator.load_state(str(checkpoint))
             except Exception as error:  # damage shows in as many ways as there are readers
                 _log.warning("The checkpoint %s cannot be read: %s", checkpoint, error)
@@ -74,14 +77,6 @@ class SavedState:
             )
         return 0
 
-    def _rename_older(self, checkpoint: Path) -> None:
-        if self.accelerator.is_main_process:
-            for number in range(len(self.extras)):
-                older = checkpoint / _OLDER_EXTRA.format(number)
-                if older.is_file():
-                    older.rename(checkpoint / _EXTRA.format(number))
-        self.accelerator.wait_for_everyone()
-
     def _put_aside(self, damaged: Mapping[Path, Exception]) -> None:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
@@ -91,26 +86,40 @@ class SavedState:
                 path.rename(kept)
 
     def _save(self, models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
-        """Frozen weights have no place in a checkpoint. Sharded models (`weights` is empty) are saved by accelerate."""
-        states = [extra.state_dict() for extra in self.extras]  # may gather from all processes
-        if self.accelerator.is_main_process:
-            for number, state in enumerate(states):
-                torch.save(state, Path(folder) / _EXTRA.format(number))
-            if weights:
-                save_file({name: weights[0][name].contiguous() for name in self.names}, Path(folder) / TRAINABLE)
+        """Frozen weights have no place in a checkpoint."""
         weights.clear()
+        state = self.state.state_dict() if self.state is not None else None  # may gather from all processes
+        if not self.accelerator.is_main_process:
+            return
+        if state is not None:
+            torch.save(state, Path(folder) / STATE)
+        if self.average is not None:
+            kept = self.average.state_dict()
+            torch.save(kept | {_SHADOW: None} if self.exported else kept, Path(folder) / AVERAGE)
+        if self.average is not None or self.exported is None:
+            save_file({name: p.detach().contiguous() for name, p in self.trained.items()}, Path(folder) / TRAINABLE)
 
     def _load(self, models: list[nn.Module], folder: str) -> None:
-        path = Path(folder) / TRAINABLE
-        if path.is_file():  # else accelerate has saved a sharded model, or raises
-            weights = read_tensors(path)
-            if weights.keys() != set(self.names):
-                raise CheckpointError(f"{path} does not hold the parameters that are trained")
-            bad = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
-            if bad:
-                raise CheckpointError(f"{path} holds values that are no numbers, in {', '.join(bad[:5])}")
-            model = self.accelerator.unwrap_model(models.pop(), keep_torch_compile=False)
-            model.load_state_dict(weights, strict=False)
-        for number, extra in enumerate(self.extras):
-            path = Path(folder) / _EXTRA.format(number)
-            extra.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        models.clear()
+        exported = self._checked(self.exported(Path(folder)), folder) if self.exported else None
+        weights = exported
+        if self.average is not None or exported is None:
+            weights = self._checked(read_tensors(Path(folder) / TRAINABLE), folder)
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(weights[name])
+        if self.average is not None:
+            state = torch.load(Path(folder) / AVERAGE, map_location="cpu", weights_only=True)
+            if exported is not None:
+                state[_SHADOW] = [exported[name] for name in self.trained]
+            self.average.load_state_dict(state)
+        if self.state is not None:
+            self.state.load_state_dict(torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True))
+
+    def _checked(self, weights: Mapping[str, Tensor], folder: str) -> Mapping[str, Tensor]:
+        if not self.trained.keys() <= weights.keys():
+            raise CheckpointError(f"{folder} does not hold the parameters that are trained")
+        bad = [name for name in self.trained if not weights[name].isfinite().all()]
+        if bad:
+            raise CheckpointError(f"{folder} holds values that are no numbers, in {', '.join(bad[:5])}")
+        return weights

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 from diffusers import CogVideoXPipeline
+from torch import Tensor
 
 from ..data.features import Features
 from ..pipelines.base import BaseModel
@@ -24,3 +26,8 @@ class TrainedStage(Protocol):
     """Rows of the features of people who are left out of training."""
     pipe: CogVideoXPipeline
     model: AdapterTraining
+    alphas_bar: Tensor
+
+    def draw(self, row: int, number: int, whole: bool = False) -> dict[str, Tensor]: ...
+
+    def stacked(self, drawn: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]: ...

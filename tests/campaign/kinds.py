@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lab.people.npz import read_frames_array
 from mm_core.checkpoints.adapter_file import load_adapter
 from mm_core.checkpoints.photomaker import load_id_encoder
 from mm_core.checkpoints.safetensors_file import open_safetensors, read_tensors
@@ -83,12 +84,12 @@ def _encoder() -> str:
 
 def _manifest(folder: Path) -> Path:
     lines = [
-        {"id": str(n), "media": f"clips.npz#{n}@0", "caption": "A man.", "references": ["a.png", "clips.npz#1@2"]}
+        {"id": str(n), "media": f"clip.mp4@{n}", "caption": "A man.", "references": ["a.png", "clip.mp4@2"]}
         for n in range(4)
     ]
     (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     Image.new("RGB", (8, 8)).save(folder / "a.png")
-    np.savez_compressed(folder / "clips.npz", frames=np.zeros((4, 3, 8, 8, 3), np.uint8))
+    write_video(folder / "clip.mp4", np.zeros((5, 16, 16, 3), np.uint8), 8)
     return folder / "manifest.jsonl"
 
 
@@ -101,7 +102,7 @@ def _use_manifest(path: Path) -> None:
 
 
 def _shard(folder: Path) -> Path:
-    _manifest(folder)
+    np.savez_compressed(folder / "clips.npz", frames=np.zeros((4, 3, 8, 8, 3), np.uint8))
     return folder / "clips.npz"
 
 
@@ -167,8 +168,8 @@ KINDS: dict[str, Kind] = {
     "folder: tokenizer": Kind(partial(_base, "tokenizer/tokenizer.json"), _use_base),
     "folder: VAE": Kind(partial(_base, "vae/diffusion_pytorch_model.safetensors"), _use_base),
     "manifest": Kind(_manifest, _use_manifest),
-    "shard": Kind(_shard, lambda path: read_media(path.parent, "clips.npz#1", frames=2)),
-    "yaml": Kind(partial(_copy, ROOT / "lab" / "tiny" / "tiny.yaml"), load_config),
+    "shard": Kind(_shard, read_frames_array),
+    "yaml": Kind(partial(_copy, ROOT / "mm_core" / "training" / "configs" / "cogvideox_5b.yaml"), load_config),
     **{f"picture: {suffix}": Kind(partial(_picture, suffix), read_image) for suffix in (".png", ".jpg", ".webp")},
     "workflow": Kind(_workflow, _use_workflow),
     "prompt": Kind(_prompt, _use_prompt),

@@ -18,8 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lab.people.manifest import repeats_of, write_manifest
-from lab.people.scene import sample_clip
+from lab.people.manifest import write_manifest
 from lab.people.shards import RenderSettings, render_dataset
 from mm_core.data import features as features_module
 from mm_core.data import precompute as module
@@ -40,7 +39,6 @@ from mm_core.training.loop_config import LoopConfig
 from mm_core.training.sources import check, feature_settings, features_of
 from mm_core.video import write_video
 
-SHARD = "people-00000000-00000002.npz"
 PACK = "buffalo_sc"
 
 
@@ -66,7 +64,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "cut.mp4").write_bytes(b"no video")
     references = ["flat.png", "cut.png", *last["references"]]
     lines += [
-        last | {"id": "wide", "media": "wide.mp4", "references": references, "repeat": 7},
+        last | {"id": "wide", "media": "wide.mp4", "references": references},
         last | {"id": "faceless", "media": "flat.mp4"},
         last | {"id": "short", "media": "short.mp4"},
         last | {"id": "small", "media": "small.mp4"},
@@ -154,8 +152,6 @@ def test_what_cannot_be_used_is_left_out_and_counted(features: Features) -> None
         },
     }
     assert [entry["person"] for entry in features.entries] == ["0", "0", "1", "1", "1", "1"]
-    rendered = [repeats_of(sample_clip(person, clip)) for person, clip in ((0, 0), (0, 1), (1, 0), (1, 1))]
-    assert [entry["repeat"] for entry in features.entries] == [*rendered, 7, rendered[-1]]
 
 
 def test_the_check_finds_the_same_without_looking_for_faces(config: TrainingConfig) -> None:
@@ -201,7 +197,7 @@ HALF = dict(rtol=2e-3, atol=2e-3)
 def test_faces_are_linear_between_the_frames_looked_at(features: Features, data: Path, insightface_root: Path) -> None:
     analyzer = FaceAnalyzer(insightface_root, PACK)
     sample = features.sample(2)
-    frames = read_media(data, f"{SHARD}#2")
+    frames = read_media(data, "clips/1-0.mkv")
     faces = [find_faces(analyzer, frames[number])[0] for number in (0, 4, 8)]
     assert np.allclose(sample["boxes"][::4], [face.box for face in faces])
     assert np.allclose(sample["landmarks"][::4], [face.landmarks for face in faces])

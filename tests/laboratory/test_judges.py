@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from mm_core.pipelines.base import TinyBase
 from mm_core.training.loop import train
 from mm_core.training.loop_config import LoopConfig
 from mm_core.training.losses import TEMPORAL_COMPRESSION
-from mm_core.training.step import decode_frame
+from mm_core.training.sample_losses import decode_frame
 
 PEOPLE, CLIPS = 3, 3
 
@@ -88,7 +89,9 @@ def test_poses_are_the_renderers() -> None:
     assert description("0-0") == clip
 
 
-def test_judges_know_the_clip_and_the_person(features: Features, tmp_path: Path) -> None:
+def test_judges_know_the_clip_and_the_person(
+    features: Features, tmp_path: Path, same_on_a_device: Callable[..., None]
+) -> None:
     """After a few steps on these clips the right movement and the right person are preferred, and gradients flow."""
     base = TinyBase().folder
     crops = crops_of(features, base / "vae", tmp_path / "faces" / "crops.safetensors")
@@ -96,6 +99,8 @@ def test_judges_know_the_clip_and_the_person(features: Features, tmp_path: Path)
     common = dict(weight_decay=0.0, ema_decay=0.0, warmup_steps=0, save_every=100, log_every=100)
     loop = LoopConfig(steps=60, batch_size=12, learning_rate=2e-3, **common)
     poses, faces = PoseTask(features, base, 3.0, 0), FaceTask(features, crops, 0)
+    same_on_a_device(poses.model.eval(), poses.batch(range(4)))
+    poses.model.train()
     for task in (poses, faces):
         first, again = (task.batch(range(12, 24)) for _ in range(2))
         assert all(torch.equal(first[name], again[name]) for name in first)
@@ -105,19 +110,17 @@ def test_judges_know_the_clip_and_the_person(features: Features, tmp_path: Path)
 
     judge = RenderedJudge(features, crops, pose, face)
     rows = [row for row, entry in enumerate(features.entries) if _turns(entry["id"])]
-    known = [judge.known(features.entries[row]["id"]) for row in rows]
-    known = {name: torch.stack([each[name] for each in known]) for name in known[0]}
     clips = torch.stack([features.sample(row)["latents"].float() for row in rows])
-    right, wrong = (judge.of_clips(shown, clips, known) for shown in (clips, clips.flip(1)))
+    right, wrong = (judge.of_clips(shown, clips, torch.tensor(rows)) for shown in (clips, clips.flip(1)))
     assert right.shape == (len(rows),) and (right < wrong).all()
 
     vae = AutoencoderKLCogVideoX.from_pretrained(base / "vae")
     people = people_of(features)
     for row in (0, CLIPS):
         sample = features.sample(row)
-        frames = decode_frame(vae, sample["latents"].float()).detach().requires_grad_(True)
+        frames = decode_frame(vae, sample["latents"].float()[:, None]).detach().requires_grad_(True)
         losses = [
-            judge.of_faces(frames, sample["landmarks"][::TEMPORAL_COMPRESSION], _repeated(judge, features, other))
+            judge.of_faces(frames, sample["landmarks"][::TEMPORAL_COMPRESSION], torch.full((3,), other))
             for other in (row, (row + CLIPS) % len(people))
         ]
         assert (losses[0] < losses[1]).all()
@@ -128,7 +131,3 @@ def test_judges_know_the_clip_and_the_person(features: Features, tmp_path: Path)
 def _turns(sample: str) -> bool:
     yaw = description(sample).yaw
     return abs(yaw[1] - yaw[0]) > 15
-
-
-def _repeated(judge: RenderedJudge, features: Features, row: int) -> dict[str, torch.Tensor]:
-    return {name: value.expand(3, *value.shape) for name, value in judge.known(features.entries[row]["id"]).items()}

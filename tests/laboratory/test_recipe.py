@@ -62,3 +62,19 @@ def test_a_part_that_is_not_there_is_told_before_any_is_made(
     assert small.main([*command, "--until", "bases"]) == 2
     assert "--until bases" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_last_stages_settings_fit_each_other(tmp_path: Path) -> None:
+    recipe = small.Recipe(tmp_path, tmp_path, {})
+    assert dataclasses.replace(recipe.config.video, **small.SAMPLED).sampling.clips
+    parts = list(recipe.parts)
+    assert parts[parts.index("video") :] == ["video", "judge", "sampled", "pack"]
+
+
+def test_a_larger_model(tmp_path: Path) -> None:
+    """Sizes and the machine's settings reach every part."""
+    larger = {"width": "128", "height": "128", "video.frames": "17"}
+    recipe = small.Recipe(tmp_path, tmp_path, larger, width=4, machine={"precision": "bf16", "workers": 4})
+    assert recipe.config.video.loop.workers == 4 and recipe.config.image.loop.precision == "bf16"
+    assert recipe.sizes.transformer["num_attention_heads"] == 24 and recipe.sizes.vae["block_out_channels"][0] == 64
+    assert (recipe.sizes.latent_frames, recipe.sizes.pixels) == (5, 128)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -45,8 +46,8 @@ def test_smooth_keeps_means_and_shape() -> None:
 
 
 @pytest.mark.parametrize("frames", [1, 9])
-def test_a_step(recogniser: DifferentiableArcFace, frames: int) -> None:
-    """Every weight has a gradient, and a batch is the same whenever it is asked for."""
+def test_a_step(recogniser: DifferentiableArcFace, frames: int, same_on_a_device: Callable[..., None]) -> None:
+    """Every weight has a gradient, on a device too, and a batch is the same whenever it is asked for."""
     clips = Clips(
         frames=np.random.default_rng(0).integers(0, 256, (4, 9, 64, 64, 3), dtype=np.uint8),
         persons=np.arange(4),
@@ -61,9 +62,12 @@ def test_a_step(recogniser: DifferentiableArcFace, frames: int) -> None:
     assert all(value.shape == (2,) and value.isfinite().all() for value in values.values())
     values["loss"].mean().backward()
     assert all(p.grad is not None for p in task.model.parameters())
+    same_on_a_device(task.model, first, recogniser)
 
 
-def test_the_decoder_learns_alone(recogniser: DifferentiableArcFace, insightface_root: Path, tmp_path: Path) -> None:
+def test_the_decoder_learns_alone(
+    recogniser: DifferentiableArcFace, insightface_root: Path, tmp_path: Path, same_on_a_device: Callable[..., None]
+) -> None:
     """A few steps on two people make its frames more alike, and leave the latents as they were."""
     frames = np.stack([render_clip(Person.from_seed(seed), sample_clip(seed, 0)) for seed in (0, 1)])
     clips = Clips(
@@ -75,8 +79,9 @@ def test_the_decoder_learns_alone(recogniser: DifferentiableArcFace, insightface
     task = DecoderTask(clips, latents, recogniser, FaceAnalyzer(insightface_root, "buffalo_sc"), 0, start)
     first, again = task.batch(range(4)), task.batch(range(4))
     assert all(torch.equal(first[name], again[name]) for name in first)
+    same_on_a_device(task.model, first, recogniser)
     before = {name: value.clone() for name, value in task.vae.state_dict().items()}
-    loop = LoopConfig(steps=4, batch_size=2, optimizer="muon", learning_rate=5e-4, ema_decay=0)
+    loop = LoopConfig(steps=4, batch_size=2, learning_rate=5e-4, ema_decay=0)
     with torch.no_grad():
         likeness = task.validate(0, tmp_path)["likeness"]
     trained = AutoencoderKLCogVideoX.from_pretrained(train(task, loop, tmp_path / "run") / "vae")

@@ -20,7 +20,8 @@ def with_stage(config: TrainingConfig, stage: str = "video", **changes: object) 
 
 
 def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+    lines = map(json.loads, (folder / METRICS).read_text(encoding="utf-8").splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
 
 
 def train_on_two_processes(config: TrainingConfig, folder: Path, preparation: str = "") -> None:

@@ -9,16 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import stand_ins
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerator import simulated
 from adapter_runs import losses, train_on_two_processes, with_stage
 from feature_files import write_features
 from stand_ins import LinearView
 from tiny_models import ADAPTER_SIZES, save_tiny_folder
-from torch import Tensor, nn
+from torch import nn
 
 from mm_core.checkpoints.adapter_file import expected_tensors, load_adapter
-from mm_core.data.features import INDEX
 from mm_core.errors import CheckpointError, SettingError
 from mm_core.hosts.cogvideox_diffusers import STATE
 from mm_core.training import validation
@@ -27,8 +29,8 @@ from mm_core.training.adapter_task import ADAPTER_FILE, AdapterTask
 from mm_core.training.config import ABLATIONS, StageConfig, TrainingConfig
 from mm_core.training.loop import train
 from mm_core.training.loop_config import LoopConfig
-from mm_core.training.losses import noise_loss
-from mm_core.training.runs import latest_checkpoint
+from mm_core.training.runs import METRICS, latest_checkpoint
+from mm_core.training.sample_losses import IdentityLoss, NoiseLoss, decode_frame
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,57 +69,28 @@ def hashes(modules: dict[str, nn.Module]) -> dict[str, str]:
     }
 
 
-def test_without_identity_the_loss_is_the_bases(config: TrainingConfig) -> None:
-    """At any weights: samples that dropped their identity run as the plain base, and teach nothing."""
-    task = AdapterTask(with_stage(config, text_dropout=0.0, identity_dropout=0.999, face_area=0.0), "video")
-    batch = task.batch(range(4))
-    assert len(batch["id_tokens"]) == 0
-    values = task.model(batch)
-    prediction = task.base.load(torch.float32).transformer(
-        hidden_states=batch["noisy"],
-        encoder_hidden_states=batch["text"],
-        timestep=batch["timestep"],
-        image_rotary_emb=(batch["cos"], batch["sin"]),
-    )[0]
-    expected = noise_loss(prediction, batch["clean"], batch["noise"], batch["alpha_bar"])
-    assert torch.equal(values["base_loss"], expected.detach())
-    values["loss"].mean().backward()
-    assert not any(p.grad is not None and p.grad.any() for p in task.model.parameters())
-
-
 def test_a_fresh_adapter_leaves_the_text_alone(config: TrainingConfig) -> None:
-    task = AdapterTask(with_stage(config, text_dropout=0.5, identity_dropout=0.0), "video")
+    task = AdapterTask(with_stage(config, text_dropout=0.5), "video")
     batch = task.batch(range(8))
     assert not batch["has_text"].all() and batch["has_text"].any()
-    text, _ = task.model._identity(batch, 8)
+    text, _ = task.model.identity(batch)
     assert torch.equal(text, batch["text"])
 
 
 def test_text_fusion_touches_the_slots_of_kept_prompts_only(config: TrainingConfig) -> None:
-    task = AdapterTask(with_stage(config, text_dropout=0.5, identity_dropout=0.0), "video")
+    task = AdapterTask(with_stage(config, text_dropout=0.5), "video")
     for parameter in task.model.adapter.id_fusion.parameters():
         nn.init.normal_(parameter)
     batch = task.batch(range(8))
-    text, _ = task.model._identity(batch, 8)
+    text, _ = task.model.identity(batch)
     changed = (text != batch["text"]).any(dim=-1)
     expected = torch.zeros_like(changed).scatter(1, batch["slots"], True) & batch["has_text"][:, None]
     assert torch.equal(changed, expected)
 
 
-def test_a_sample_comes_up_as_often_as_its_manifest_says(config: TrainingConfig, tmp_path: Path) -> None:
-    folder = write_features(tmp_path / "features")
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    index["samples"][1]["repeat"] = 3
-    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
-    task = AdapterTask(with_stage(config, features=str(folder)), "video")
-    once_through = task.batch(range(len(index["samples"]) + 2))["clean"]
-    latents = [task.features.sample(row)["latents"].float() for row in range(3)]
-    assert [sum(torch.equal(clean, sample) for clean in once_through) for sample in latents] == [1, 3, 1]
-
-
 def test_only_the_adapter_learns(config: TrainingConfig) -> None:
     """Every key of the checkpoint format gets a gradient, but for the norm that nobody reads; nothing else does."""
-    task = AdapterTask(with_stage(config, text_dropout=0.0, identity_dropout=0.0), "video")
+    task = AdapterTask(with_stage(config, text_dropout=0.0), "video")
     frozen = {"transformer": task.pipe.transformer, "vae": task.pipe.vae}
     before = hashes(frozen)
     folder = Path(config.output) / "video"
@@ -175,18 +148,27 @@ def test_resume(config: TrainingConfig) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_two_processes_equal_one(config: TrainingConfig, tmp_path: Path) -> None:
-    """The same global batch on two processes: the same losses, also where a process has samples without identity."""
-    config = with_stage(config, identity_dropout=0.4)
+def test_two_processes_equal_one(config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same global batch on two processes: the same losses; three people validated by both: the same scores."""
+    stand_ins.install_validation(monkeypatch.setattr)
+    config = replace(config, validation_people=3)
+    config = with_stage(config, loop=replace(config.video.loop, validate_every=4))
     train(AdapterTask(config, "video"), config.video.loop, tmp_path / "one")
-    train_on_two_processes(config, tmp_path / "two")
+    train_on_two_processes(config, tmp_path / "two", "import stand_ins; stand_ins.install_validation()")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    found, expected = (
+        json.loads((tmp_path / name / METRICS).read_text(encoding="utf-8").splitlines()[-1]) for name in ("two", "one")
+    )
+    assert {"validation/id_similarity", "validation/noise_loss", "validation/base_loss"} < found.keys()
+    assert found == pytest.approx(expected, rel=1e-4)
+    clips = sorted(path.name for path in (tmp_path / "two").rglob("*.mp4"))
+    assert clips == ["00.mp4", "01.mp4", "02.mp4"]
 
 
 @pytest.mark.parametrize("row", sorted(ABLATIONS))
 def test_ablations(config: TrainingConfig, row: str) -> None:
     """What a row of Tab. 3 switches off gets no gradient; what it keeps does."""
-    config = with_stage(config, text_dropout=0.0, identity_dropout=0.0)
+    config = with_stage(config, text_dropout=0.0)
     task = AdapterTask(replace(config, ablation=row), "video")
     # Away from the initial zeros, behind which nothing gets a gradient.
     for parameter in task.model.adapter.parameters():
@@ -216,23 +198,21 @@ def test_gradient_checkpointing_changes_nothing(config: TrainingConfig) -> None:
 
 
 def test_identity_loss_acts_where_it_should(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From its step on, at its noise levels, on samples with an identity; and it is free when it is off."""
-    assert AdapterTask(config, "video").model._judge == (None,)
+    """From its step on, at its noise levels; and it is free when it is off."""
+    assert [type(loss) for loss in AdapterTask(config, "video").model.losses] == [NoiseLoss]
     monkeypatch.setattr("mm_core.training.adapter_task.recogniser_file", lambda config: Path())
     monkeypatch.setattr("mm_core.training.adapter_task.DifferentiableArcFace", lambda path: LinearView())
     config = with_stage(config, identity_weight=0.5, identity_start=1, identity_timesteps=(0, 600))
-    config = with_stage(config, text_dropout=0.0, identity_dropout=0.3)
+    config = with_stage(config, text_dropout=0.0)
     task = AdapterTask(config, "video")
     assert len(task.batch(range(4))["judged"]) == 0  # step 0
     batch = task.batch(range(4, 16))
     assert 0 < len(batch["judged"]) < 12
     assert (batch["timestep"][batch["judged"]] < 600).all()
-    assert (batch["judged"] >= 12 - len(batch["id_tokens"])).all()
     values = task.model(batch)
     judged = torch.zeros(12, dtype=torch.bool).index_fill(0, batch["judged"], True)
     assert torch.equal(values["identity_loss"].isfinite(), judged)
-    noise = values["noise_loss"].nan_to_num(0) + values["base_loss"].nan_to_num(0)
-    assert torch.equal(values["loss"][~judged], noise[~judged])
+    assert torch.equal(values["loss"][~judged], values["noise_loss"][~judged])
     difference = values["loss"][judged] - values["noise_loss"][judged]
     assert torch.allclose(difference, 0.5 * values["identity_loss"][judged], atol=1e-6)
     values["loss"].mean().backward()
@@ -241,7 +221,7 @@ def test_identity_loss_acts_where_it_should(config: TrainingConfig, monkeypatch:
 def test_eight_clips_are_learnt_by_heart(config: TrainingConfig) -> None:
     """The clips are what another adapter makes of the same base and photos, so that the loss can fall to zero."""
     loop = replace(config.video.loop, steps=1000, batch_size=8, learning_rate=4e-3, log_every=50, save_every=1000)
-    config = with_stage(config, loop=loop, text_dropout=0.0, identity_dropout=0.0, face_area=0.0, max_references=1)
+    config = with_stage(config, loop=loop, text_dropout=0.0, face_area=0.0, max_references=1)
     config = replace(config, validation_people=0)
     teacher, student = AdapterTask(config, "video"), AdapterTask(config, "video")
     for parameter in teacher.model.adapter.parameters():
@@ -249,7 +229,7 @@ def test_eight_clips_are_learnt_by_heart(config: TrainingConfig) -> None:
             nn.init.normal_(parameter, std=0.1)
     batch = teacher.batch(range(8))
     with torch.no_grad():
-        text, state = teacher.model._identity(batch, 8)
+        text, state = teacher.model.identity(batch)
         v = teacher.pipe.transformer(
             hidden_states=batch["noisy"], encoder_hidden_states=text, timestep=batch["timestep"],
             image_rotary_emb=(batch["cos"], batch["sin"]), attention_kwargs={STATE: state},
@@ -289,29 +269,69 @@ def test_validation_makes_a_clip_of_each_person(
     assert hashes({"adapter": task.model.adapter, "base": task.pipe.transformer}) == before
 
 
-def test_a_judged_step_on_a_device(config: TrainingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the model is, its judge is too, also after validation had lent the VAE elsewhere: loss and gradients are
-    those of the CPU, in either stage."""
+def test_both_stages_on_a_device(
+    config: TrainingConfig, insightface_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Judged steps under checkpointing, in bf16, a validation, and a resume: everything is where it belongs, and the
+    first loss is the CPU's. The VAE is judged through again after validation had lent it elsewhere."""
     monkeypatch.setattr("mm_core.training.adapter_task.recogniser_file", lambda config: Path())
     monkeypatch.setattr("mm_core.training.adapter_task.DifferentiableArcFace", lambda path: LinearView())
-    changes = dict(identity_weight=0.5, identity_timesteps=(0, 1000), text_dropout=0.0, identity_dropout=0.0)
-    config = replace(config, gradient_checkpointing=True)
+    monkeypatch.setattr(validation, "STEPS", 1)
+    config = replace(
+        config, gradient_checkpointing=True, validation_people=1, insightface_root=str(insightface_root),
+        face_pack="buffalo_sc",
+    )  # fmt: skip
+    config = replace(config, ablation="G")  # which begins stage 2 anew
     for stage in ("image", "video"):
-        task = AdapterTask(with_stage(config, stage, **changes), stage)
+        loop = replace(
+            getattr(config, stage).loop, precision="bf16", steps=2, save_every=1, validate_every=2 * (stage == "video")
+        )
+        config = with_stage(config, stage, identity_weight=0.5, identity_timesteps=(0, 1000), loop=loop)
+        task = AdapterTask(config, stage)
         batch = task.batch(range(4))
-        assert len(batch["judged"])
-
-        def gradients(batch: dict[str, Tensor], model: nn.Module = task.model) -> list[Tensor]:
-            model.zero_grad()
-            loss = model(batch)["loss"].mean()
-            loss.backward()
-            return [loss.detach(), *(p.grad for p in model.adapter.parameters() if p.grad is not None)]
-
-        expected = [tensor.clone() for tensor in gradients(batch)]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            expected = task.model(batch)["loss"].mean()
         with simulated() as accelerator:
-            task.model.to(accelerator.device)
-            for _ in range(2):
-                found = gradients({name: value.to(accelerator.device) for name, value in batch.items()})
-                for ours, theirs in zip(found, expected, strict=True):
-                    assert torch.allclose(ours.cpu(), theirs, rtol=1e-4, atol=1e-6)
-                task.pipe.vae.to("cpu")
+            AcceleratorState._reset_state(reset_partial_state=True)
+            PartialState().device = accelerator.device
+            last = train_stage(config, stage).parent
+            assert accelerator.traffic["bytes to device"] > 0
+            gone = last.rename(last.parents[1] / "gone")
+            again = train_stage(config, stage)
+            AcceleratorState._reset_state(reset_partial_state=True)
+        assert losses(Path(config.output) / stage)[0] == pytest.approx(float(expected), rel=1e-2)
+        ours, theirs = (load_adapter(path)[0].state_dict() for path in (again, gone / ADAPTER_FILE))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert "validation/base_loss" in (Path(config.output) / "video" / METRICS).read_text(encoding="utf-8")
+
+
+def test_a_judged_frame_is_nearly_the_whole_clips(config: TrainingConfig) -> None:
+    """Behind the frame before it; decoded by itself it is another picture."""
+    vae = AdapterTask(config, "video").pipe.vae
+    latents = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    judged = torch.tensor([2, 0])
+    with torch.no_grad():
+        whole = vae.decode((latents / vae.config.scaling_factor).transpose(1, 2)).sample / 2 + 0.5
+        found = IdentityLoss(1.0, vae, LinearView()).frames(latents, judged)
+        alone = decode_frame(vae, latents[:1, 2:])
+    wanted = whole[torch.arange(2), :, 4 * judged]
+    assert torch.allclose(found[1], decode_frame(vae, latents[1:, :1])[0], atol=1e-5)
+    assert (found[0] - wanted[0]).square().mean() < (alone[0] - wanted[0]).square().mean()
+
+
+def test_a_checkpoint_has_the_adapter_once(config: TrainingConfig) -> None:
+    """Its average, or without one the weights themselves, are in the adapter's file only; a resume finds them."""
+    for decay, kept in ((0.0, set()), (0.5, {"trainable.safetensors", "average.pt"})):
+        loop = replace(config.video.loop, ema_decay=decay)
+        folder = Path(config.output) / f"{decay}"
+        last = train(AdapterTask(config, "video"), loop, folder)
+        names = {path.name for path in last.iterdir()}
+        assert names == kept | {ADAPTER_FILE, "optimizer.bin", "random_states_0.pkl"}
+        if kept:
+            assert (last / "average.pt").stat().st_size < 0.1 * (last / ADAPTER_FILE).stat().st_size
+        whole = losses(folder)
+        last.rename(folder / "gone")
+        again = train(AdapterTask(config, "video"), loop, folder)
+        assert losses(folder) == whole
+        ours, theirs = (load_adapter(path / ADAPTER_FILE)[0].state_dict() for path in (again, folder / "gone"))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -18,7 +18,7 @@ from mm_core.errors import CheckpointError, SettingError
 from mm_core.training.loop import train
 from mm_core.training.runs import METRICS, SETTINGS, checkpoints, latest_checkpoint
 
-TRAINABLE, EXTRA, OLDER_EXTRA = "trainable.safetensors", "state_0.pt", "custom_checkpoint_0.pkl"
+TRAINABLE, EXTRA = "trainable.safetensors", "average.pt"
 RANDOM = "random_states_0.pkl"
 
 
@@ -46,7 +46,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["by torch", "by pickle"])
-@pytest.mark.parametrize("file", [EXTRA, OLDER_EXTRA, "custom_checkpoint_7.pkl", "optimizer.bin", RANDOM])
+@pytest.mark.parametrize("file", [EXTRA, "custom_checkpoint_0.pkl", "optimizer.bin", RANDOM])
 def test_a_checkpoint_runs_no_code(run: Path, tmp_path: Path, file: str, packed: bool) -> None:
     mark = tmp_path / "it ran"
     for checkpoint in checkpoints(run):
@@ -94,14 +94,6 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert losses(run) == losses(finished)  # bit for bit, as if it had not been
     assert [path.name for path in checkpoints(run)] == [path.name for path in checkpoints(finished)]
     assert (last.parent / f"damaged-{last.name}").is_dir()
-
-
-def test_a_checkpoint_of_an_older_version_goes_on(run: Path, finished: Path) -> None:
-    shutil.rmtree(checkpoints(run)[-1])
-    for checkpoint in checkpoints(run):
-        (checkpoint / EXTRA).rename(checkpoint / OLDER_EXTRA)
-    train(RegressionTask(), config(keep=9), run)
-    assert losses(run) == losses(finished)
 
 
 def test_without_a_whole_checkpoint_it_stops(run: Path) -> None:

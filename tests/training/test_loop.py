@@ -90,7 +90,8 @@ def config(**changes: object) -> LoopConfig:
 
 def losses(folder: Path) -> dict[int, dict[str, float]]:
     lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
-    return {line.pop("step"): line for line in map(json.loads, lines) if "loss" in line}
+    steps = {line.pop("step"): line for line in map(json.loads, lines) if "loss" in line}
+    return {step: {n: v for n, v in line.items() if not n.startswith("speed/")} for step, line in steps.items()}
 
 
 def test_a_run_learns_and_its_frozen_part_stays(tmp_path: Path) -> None:
@@ -103,13 +104,12 @@ def test_a_run_learns_and_its_frozen_part_stays(tmp_path: Path) -> None:
     assert set(load_file(latest_checkpoint(tmp_path) / "exported.safetensors")) == {"trained.weight", "trained.bias"}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("stop", [4, 8])
-def test_resume_equals_an_uninterrupted_run(tmp_path: Path, stop: int, optimizer: str) -> None:
+def test_resume_equals_an_uninterrupted_run(tmp_path: Path, stop: int) -> None:
     """A run whose later checkpoints are gone goes on from the last: same losses, gradients and weights, bit for bit."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train(RegressionTask(), config(keep=9, optimizer=optimizer), whole)
-    train(RegressionTask(), config(keep=9, optimizer=optimizer), cut)
+    train(RegressionTask(), config(keep=9), whole)
+    train(RegressionTask(), config(keep=9), cut)
     for checkpoint in checkpoints(cut):
         if checkpoint.name > f"step-{stop:08d}":
             for file in checkpoint.rglob("*"):
@@ -117,7 +117,7 @@ def test_resume_equals_an_uninterrupted_run(tmp_path: Path, stop: int, optimizer
             checkpoint.rmdir()
     with (cut / METRICS).open("a") as file:
         file.write('{"step": 13, "lo')  # what a kill in the middle of a line leaves
-    train(RegressionTask(), config(keep=9, optimizer=optimizer), cut)
+    train(RegressionTask(), config(keep=9), cut)
     assert losses(cut) == losses(whole)
     ours, theirs = (load_file(latest_checkpoint(f) / "exported.safetensors") for f in (cut, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -181,12 +181,12 @@ def test_interrupt_saves_first(tmp_path: Path) -> None:
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """Two processes, and accumulation, give one process's losses for the same batch."""
+    """Two processes, accumulation, and readers of batches beside them give one process's losses for the same batch."""
     one, two, accumulated = tmp_path / "one", tmp_path / "two", tmp_path / "accumulated"
     train(RegressionTask(), config(), one)
     process = start(two, processes=2)
     assert process.wait(timeout=240) == 0, process.stderr.read()
-    train(RegressionTask(), config(micro_batch=2), accumulated)
+    train(RegressionTask(), config(micro_batch=2, workers=2), accumulated)
     for folder in (two, accumulated):
         for step, values in losses(one).items():
             assert losses(folder)[step] == pytest.approx(values, rel=1e-5, abs=1e-7)
@@ -220,23 +220,26 @@ def test_a_run_goes_on_with_the_same_task_only(tmp_path: Path) -> None:
         train(RegressionTask(settings={"ablation": "ours", "held_out": ["b"]}), config(), tmp_path)
 
 
-@pytest.mark.parametrize("signalled", ["one", "both, apart"])
+@pytest.mark.parametrize("signalled", ["one", "both, apart", "one, killed"])
 def test_a_signal_to_two_processes(tmp_path: Path, signalled: str) -> None:
-    """Whichever gets SIGTERM, and when: both stop after the same step, with a checkpoint, and the run goes on there."""
-    folder, pids = tmp_path / "run", tmp_path / "pid"
-    process = start(folder, 2, task={"slow": 0.02, "pids": str(pids)}, steps=400, save_every=400)
-    wait_for_steps(process, folder, 3)
+    """Whichever gets SIGTERM, and when: both stop after the same step, with a checkpoint, and the run goes on there.
+    Killed without warning, one takes the other with it, and the run goes on from the checkpoint before."""
+    folder, pids, killed = tmp_path / "run", tmp_path / "pid", signalled == "one, killed"
+    save_every = 5 if killed else 400
+    process = start(folder, 2, task={"slow": 0.02, "pids": str(pids)}, steps=400, save_every=save_every)
+    wait_for_steps(process, folder, 7 if killed else 3)
     first, second = (int(Path(f"{pids}-{rank}").read_text()) for rank in (0, 1))
-    os.kill(second, signal.SIGTERM)
-    if signalled != "one":
+    os.kill(second, signal.SIGKILL if killed else signal.SIGTERM)
+    if signalled == "both, apart":
         time.sleep(0.03)
         os.kill(first, signal.SIGTERM)
     assert process.wait(timeout=120)
     step = int(latest_checkpoint(folder).name.removeprefix("step-"))
-    assert 3 <= step == max(losses(folder)) < 400
+    assert 3 <= step <= max(losses(folder)) < 400
+    assert step == max(losses(folder)) or killed
     again = start(folder, 2, task={"slow": 0.0}, steps=400, save_every=400)
     assert again.wait(timeout=240) == 0, again.stderr.read()
-    assert is_finished(folder, 400)
+    assert is_finished(folder, 400) and list(losses(folder)) == list(range(1, 401))
 
 
 def test_a_bad_gradient_on_one_of_two_processes(tmp_path: Path) -> None:
@@ -268,6 +271,8 @@ def test_what_is_measured(tmp_path: Path) -> None:
     weighted = sum(value * int(counts[int(name[-7]) if name[-7] != "t" else 0]) for name, value in buckets.items())
     assert weighted / 8 == pytest.approx(values["loss"])
     assert {"gradient/trained", "gradient/all", "learning_rate"} <= values.keys()
+    measured = json.loads((tmp_path / METRICS).read_text(encoding="utf-8").splitlines()[0])
+    assert measured["speed/samples_a_second"] > 0 and 0 < measured["speed/waiting_for_data"] < 1
 
 
 def test_settings_are_checked(tmp_path: Path) -> None:
@@ -276,8 +281,8 @@ def test_settings_are_checked(tmp_path: Path) -> None:
     train(RegressionTask(), config(), tmp_path / "run")
     with pytest.raises(SettingError, match=r"holds a run with seed 0, not 1"):
         train(RegressionTask(), config(seed=1), tmp_path / "run")
-    with pytest.raises(SettingError, match="ema_decay is 1"):
-        config(ema_decay=1)
+    with pytest.raises(ValueError, match="ema_decay"):
+        config(ema_decay=1.0)
 
 
 def test_each_epoch_is_a_permutation() -> None:

@@ -1,4 +1,4 @@
-"""The noise loss against CogVideoX's own formula with its real noise schedules, the identity loss on real portraits."""
+"""The paper's losses: noise against CogVideoX's own formula with its real schedules, identity on real portraits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mm_core.pipelines.presets import PRESETS
 from mm_core.training.arcface import align_faces
-from mm_core.training.losses import STILLNESS, face_area, identity_loss, motion_loss, noise_loss, predict_clean
+from mm_core.training.losses import face_area, identity_loss, noise_loss, predict_clean
 
 SHAPE = (4, 3, 2, 6, 5)  # B, F, C, H, W
 LAST = 999
@@ -51,33 +51,6 @@ def test_noise_loss_has_cogvideoxs_gradient(scheduler) -> None:
     (ours,) = torch.autograd.grad(noise_loss(output, clean, noise, scheduler.alphas_cumprod[timesteps]).mean(), output)
     (theirs,) = torch.autograd.grad(cogvideox_loss(scheduler, output, clean, noise, timesteps).mean(), output)
     torch.testing.assert_close(ours, theirs)
-
-
-def test_motion_loss_is_the_share_that_is_wrong() -> None:
-    still, motion, other = randoms(3)
-    still = still.mean(dim=1, keepdim=True).expand_as(motion)
-    motion = motion - motion.mean(dim=1, keepdim=True)
-    clean = still + motion
-    share = motion.square().flatten(1).mean(dim=1)
-    share = share / (share + STILLNESS)
-    # Another person who moves alike costs nothing; one who stands still, all; one who moves the other way, four times.
-    moved = other.mean(dim=1, keepdim=True)
-    torch.testing.assert_close(motion_loss(moved + motion, clean), torch.zeros_like(share))
-    torch.testing.assert_close(motion_loss(moved.expand_as(clean), clean), share)
-    torch.testing.assert_close(motion_loss(moved - motion, clean), 4 * share)
-
-
-def test_windows_add_their_own_shares() -> None:
-    moved, clean = randoms(2)
-    inside = moved[..., 1:4, 0:2], clean[..., 1:4, 0:2]
-    whole, part = motion_loss(moved, clean), motion_loss(*inside)
-    assert torch.equal(motion_loss(moved, clean, [(1, 4, 0, 2)]), whole + part)
-    assert torch.equal(motion_loss(moved, clean, [(1, 4, 0, 2)], 0.5), whole + 0.5 * part)
-
-
-def test_single_pictures_have_no_motion() -> None:
-    first, second = randoms(2, shape=(4, 1, 2, 6, 5))
-    assert not motion_loss(first, second).any()
 
 
 def test_the_perfect_prediction_costs_nothing(scheduler) -> None:
@@ -185,15 +158,6 @@ def test_identity_loss_ignores_the_targets_length_and_takes_one_for_all(recognis
     losses = identity_loss(frames, landmarks, target[0], recogniser)
     assert losses.shape == (2,)
     torch.testing.assert_close(losses, identity_loss(frames, landmarks, (target / 25).expand(2, -1), recogniser))
-
-
-def test_from_their_middle_two_people_are_opposite(recogniser, portraits) -> None:
-    """And oneself is oneself, whatever the lengths."""
-    one, other = portraits["person_a_1"], portraits["person_b_1"]
-    centre = sum(F.normalize(who.embedding, dim=-1)[0] for who in (one, other)) / 2
-    for who, loss in ((one, 0.0), (other, 2.0)):
-        ours = identity_loss(one.frame, one.landmarks, 7 * who.embedding, recogniser, centre)
-        torch.testing.assert_close(ours, torch.tensor([loss]), rtol=0, atol=0.01)
 
 
 def test_gradient_of_the_identity_loss_is_its_slope(recogniser, portraits) -> None:

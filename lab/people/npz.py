@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import SampleError
-from ..limits import SHARD_BYTES
+from mm_core.errors import SampleError
+
+SHARD_BYTES = 2 * 2**30
+"""Once unpacked; 48 clips of 9 frames at 64 px have 5 MB."""
 
 _ARRAY = "frames"
 
