@@ -97,6 +97,7 @@ def precompute(config: TrainingConfig, args: argparse.Namespace) -> None:
 def train(config: TrainingConfig, args: argparse.Namespace) -> None:
     """Run one stage."""
     print(train_stage(config, args.command, args.start))
+    _leave()
 
 
 def whole(config: TrainingConfig, args: argparse.Namespace) -> None:
@@ -104,6 +105,7 @@ def whole(config: TrainingConfig, args: argparse.Namespace) -> None:
     from .whole import train_whole
 
     print(train_whole(config, train_stage, args.rank, args.world_size))
+    _leave()
 
 
 def train_stage(
@@ -143,6 +145,14 @@ def progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     finally:
         for bar in bars.values():
             bar.close()
+
+
+def _leave() -> None:
+    """Take leave of the other processes."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _setting(text: str) -> tuple[str, str]:

@@ -25,7 +25,7 @@ from .losses import TEMPORAL_COMPRESSION, face_area
 from .randomness import generator_for, shuffled
 from .rollouts import Rollouts
 from .sample_losses import IdentityLoss, NoiseLoss, SampleLoss
-from .sources import base_of
+from .sources import base_of, features_of
 from .step import AdapterTraining
 from .validation import validate
 
@@ -46,7 +46,7 @@ class AdapterTask:
         self.config, self.name = config, stage
         self.stage = config.stage(stage)
         self.base = base_of(config)
-        self.features = Features.open(Path(self.stage.features))
+        self.features = Features.open(features_of(config, stage))
         self.training, self.validation = split_people(self.features, config.validation_people)
         # Without the text encoder: its work is in the features.
         pipe = self.pipe = self.base.load(DTYPES[self.stage.loop.precision], text_encoder=False)

@@ -175,7 +175,8 @@ class _Run:
                     self._validate(done)
                 if self.stopping:
                     raise KeyboardInterrupt
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # not `end_training`, after which the next stage finds no process group
+            tracker.finish()
         return latest_checkpoint(self.folder)
 
     def _batches(self, start: int) -> DataLoader:
@@ -305,6 +306,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
         try:
             self.accelerator.save_state(str(partial))
+            self.accelerator.wait_for_everyone()  # every process writes a file of its own into it
             weights = {}
             if self.accelerator.is_main_process:
                 with self._averaged():

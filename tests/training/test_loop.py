@@ -128,19 +128,20 @@ import sys; from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_loop import RegressionTask, config
 from mm_core.training.loop import train
-train(RegressionTask(**{task!r}), config(**{changes!r}), Path({folder!r}))
+for folder in {folders!r}:
+    train(RegressionTask(**{task!r}), config(**{changes!r}), Path(folder))
 """
 
 
 def start(
-    folder: Path, processes: int = 1, task: Mapping[str, object] = MappingProxyType({}), **changes: object
+    *folders: Path, processes: int = 1, task: Mapping[str, object] = MappingProxyType({}), **changes: object
 ) -> subprocess.Popen[str]:
-    """A run in processes of its own. Not by `accelerate launch --cpu --num_processes 2`, which starts one."""
+    """Runs, one after the other, in processes of their own; `accelerate launch --cpu --num_processes 2` starts one."""
     task = dict(task) | {"processes": processes}
     code = SCRIPT.format(
-        root=str(ROOT), tests=str(Path(__file__).parent), task=task, changes=changes, folder=str(folder)
+        root=str(ROOT), tests=str(Path(__file__).parent), task=task, changes=changes, folders=[*map(str, folders)]
     )
-    script = folder.with_suffix(".py")
+    script = folders[0].with_suffix(".py")
     script.write_text(code, encoding="utf-8")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -184,8 +185,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Two processes, accumulation, and readers of batches beside them give one process's losses for the same batch."""
     one, two, accumulated = tmp_path / "one", tmp_path / "two", tmp_path / "accumulated"
     train(RegressionTask(), config(), one)
-    process = start(two, processes=2)
+    process = start(two, following := tmp_path / "following", processes=2)  # as the second stage after the first
     assert process.wait(timeout=240) == 0, process.stderr.read()
+    assert losses(following)[12]["loss"] == losses(two)[12]["loss"]
     train(RegressionTask(), config(micro_batch=2, workers=2), accumulated)
     for folder in (two, accumulated):
         for step, values in losses(one).items():
