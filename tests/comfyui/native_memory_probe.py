@@ -307,6 +307,7 @@ found = dict(schedules=of_schedules(), at_5b=at_5b())
 from accelerator_probe import accelerator  # from now on core computes there
 
 core, native = build()
+gc.freeze()  # or each unloading would look through all that is imported
 found |= dict(modes=in_modes(), table=table(), in_turn=in_turn())
 found |= dict(quantised=quantised(), out_of_memory=out_of_memory())
 print(json.dumps(found))
