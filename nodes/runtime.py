@@ -46,6 +46,7 @@ FACE_MODELS = "insightface"
 IDENTITIES = "magic_mirror_identities"
 
 _PREVIEW_SIZE = 512
+_KEY_LENGTH = 79  # of a text in a PNG
 _LOCALES = Path(__file__).resolve().parent.parent / "locales"
 
 _last_used: weakref.ref[MagicMirror] | None = None
@@ -287,7 +288,7 @@ def workflow_metadata(hidden: io.HiddenHolder) -> dict[str, str]:
     if args.disable_metadata:
         return {}
     graph = {"prompt": hidden.prompt} | _beside(hidden)
-    return {key: json.dumps(value) for key, value in graph.items() if value is not None}
+    return {ascii(key)[1:-1][:_KEY_LENGTH]: json.dumps(value) for key, value in graph.items() if value is not None}
 
 
 def _beside(hidden: io.HiddenHolder) -> dict[str, object]:

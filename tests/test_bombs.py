@@ -23,6 +23,7 @@ from mm_core.faces.crop import whole_image
 from mm_core.faces.references import read_image
 from mm_core.faces.tracking import find_faces
 from mm_core.training.config import load_config
+from mm_core.video import write_video
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +136,15 @@ def test_a_manifest_does_not_lead_out_by_a_link(tmp_path: Path) -> None:
         read_media(tmp_path / "data", "a.png")
     (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)  # the folder itself may be one
     assert read_media(tmp_path / "link", "secret.png").shape == (1, 8, 8, 3)
+
+
+def test_a_playlist_is_no_video(tmp_path: Path) -> None:
+    """FFmpeg would read the files that it names."""
+    write_video(tmp_path / "clip.mp4", np.zeros((9, 64, 64, 3), np.uint8), 8)
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile clip.mp4\n")
+    assert read_media(tmp_path, "clip.mp4").shape == (9, 64, 64, 3)
+    with pytest.raises(SampleError, match=r"cannot read the video .*list\.mp4"):
+        read_media(tmp_path, "list.mp4")
 
 
 def test_one_line_of_pixels_is_not_enlarged_without_end() -> None:

@@ -11,6 +11,7 @@ import av
 import numpy as np
 
 from ..errors import MagicMirrorError, PromptError, SampleError
+from ..video import open_video
 from .framing import check_size
 from .manifest import VIDEOS, Sample, Source, check_length, manifest_path, parse_manifest, read_media, read_picture
 
@@ -136,7 +137,7 @@ def _length(folder: Path, source: Source, path: str) -> int | None:
     if source.suffix not in VIDEOS:
         return len(read_media(folder, path))
     try:
-        with av.open(str(folder / source.file)) as container:
+        with open_video(folder / source.file) as container:
             stream = container.streams.video[0]
             if stream.frames:
                 return stream.frames

@@ -28,7 +28,9 @@ class TextAlignment:
         try:
             if not (folder / "config.json").is_file():  # transformers would take the name for one on the hub
                 raise OSError("it has no config.json")
-            self._model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            # Named here: a folder may name an attention that transformers fetches as code.
+            own = dict(local_files_only=True, use_safetensors=True, attn_implementation="sdpa")
+            self._model = CLIPModel.from_pretrained(folder, **own)
             self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise CheckpointError(

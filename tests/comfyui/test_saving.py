@@ -123,6 +123,21 @@ def test_the_graph_is_in_the_file_as_it_was_sent(server: ComfyServer, queue: Cal
     assert json.loads(Image.open(picture).text["prompt"])["2"]["inputs"]["filename_prefix"] == "%date:yyyy%/kept"
 
 
+@pytest.mark.parametrize("format", ["mp4", "webm", "webp", "gif"])
+def test_what_a_client_sends_beside_the_graph_costs_no_clip(
+    server: ComfyServer, queue: Callable[..., str], format: str
+) -> None:
+    """Nodes that nothing needs, names that are none, keys that no file can have: ComfyUI looks at none of them."""
+    graph = blank(filename_prefix="%Nobody.x%/%EmptyImage.width%_%a.b%", format=format)
+    graph["8"] = {"class_type": "EmptyImage", "_meta": [], "inputs": {"x": []}}
+    graph["9"] = {"class_type": "EmptyImage", "_meta": {"title": "Nobody"}, "inputs": {"x": "con."}}
+    sent = {"workflow": {"nodes": [{"id": []}, 7], "definitions": {"subgraphs": [{"id": []}]}}}
+    sent |= {"\ud800": 1, "\u043a\u043b\u044e\u0447" * 50: {}, "": [], "\0": "\ud800"}
+    (file,) = server.wait(queue(server, graph, extra_data={"extra_pnginfo": sent}))["outputs"]["2"]["images"]
+    assert (server.base / "output" / file["subfolder"] / file["filename"]).is_file()
+    assert file["subfolder"] == "con_" and file["filename"].startswith("32_%a.b%_")
+
+
 @pytest.mark.parametrize("format", ["mp4", "webp", "gif"])
 def test_cancelling_while_a_clip_is_written(server: ComfyServer, format: str) -> None:
     """Before its many frames are written; nothing is left in the folder, and the next save works."""
