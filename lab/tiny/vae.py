@@ -239,7 +239,8 @@ class DecoderTask:
     def _mean_embedding(self, recogniser: DifferentiableArcFace) -> Tensor:
         seen = self._look(range(CENTRING))
         faces = align_faces(seen["frames"][torch.arange(CENTRING), :, seen["looked_at"]] / 2 + 0.5, seen["landmarks"])
-        return F.normalize(recogniser(faces), dim=-1).mean(dim=0)
+        device = next(recogniser.parameters()).device  # where the part before it was trained
+        return F.normalize(recogniser(faces.to(device)), dim=-1).mean(dim=0)
 
     def batch(self, samples: range) -> dict[str, Tensor]:
         batch = self._look(samples)

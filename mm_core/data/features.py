@@ -20,8 +20,6 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoints.safetensors_file import safetensors_handle
@@ -117,12 +115,6 @@ class Features:
     def reference(self, number: int) -> dict[str, Tensor]:
         """One picture's tensors by name, without the first axis."""
         return self._row("references", self._references[number])
-
-    def mean_embedding(self) -> Tensor:
-        """(512,), of all pictures, each of length 1."""
-        shards = ((self._shard(shard_name("references", entry["shard"])), entry["row"]) for entry in self._references)
-        embeddings = torch.stack([shard.get_slice("embedding")[row] for shard, row in shards])
-        return F.normalize(embeddings.float(), dim=-1).mean(dim=0)
 
     def _row(self, kind: str, entry: dict[str, Any]) -> dict[str, Tensor]:
         shard = self._shard(shard_name(kind, entry["shard"]))
