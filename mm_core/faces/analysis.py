@@ -199,6 +199,11 @@ def seen_at(shape: Sequence[int]) -> float:
     return DETECTION_SIZE[0] / max(shape[:2])
 
 
+def number_of_tiles(shape: Sequence[int], scale: float) -> int:
+    """How many `detect_in_tiles` looks at, in a picture of this (H, W, ...)."""
+    return math.prod(len(_starts(round(side * scale))) for side in shape[:2])
+
+
 def from_left(faces: list[Face]) -> list[Face]:
     """Sorted by the centres of their boxes."""
     return sorted(faces, key=lambda face: float(face.box[0] + face.box[2]))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .analysis import MIN_FACE, Face, FaceAnalyzer, merged, seen_at
+from .analysis import MIN_FACE, Face, FaceAnalyzer, merged, number_of_tiles, seen_at
 
 TURNS = (0, 90, 180, 270)  # degrees, clockwise
 # The detector's score times the length of the embedding, measured with buffalo_sc on 20 faces of 13 people and on them
@@ -20,6 +20,7 @@ _TURN = 1.2  # a turned photo must be found better by this factor than the photo
 # How many pixels of the picture are seen in tiles, one after the other while no face is found well: 6 tiles, then 24.
 # Finer ones find faces that are too small to be recognised in photos of up to 24 megapixels.
 _FINER = (1_300_000, 5_200_000)
+_MOST_TILES = 32  # of a look, in each orientation: a long strip is shrunk until so many show it
 _FINER_BY = 1.2  # a look that is finer by less than this factor is left out
 
 
@@ -81,4 +82,5 @@ def smallest_face(shape: tuple[int, ...]) -> int:
 def _scales(shape: tuple[int, ...]) -> list[float | None]:
     """By how much a photo is shrunk in each look; None for the look at the whole of it."""
     pixels = max(1, shape[0] * shape[1])
-    return [None, *(min(1.0, math.sqrt(limit / pixels)) for limit in _FINER)]
+    finer = [min(1.0, math.sqrt(limit / pixels)) for limit in _FINER]
+    return [None, *(scale * min(1.0, _MOST_TILES / number_of_tiles(shape, scale)) for scale in finer)]

@@ -225,6 +225,17 @@ def test_what_shows_nobody(analyzer: FaceAnalyzer) -> None:
         look_at(analyzer, [grey] * 65)
 
 
+def test_a_large_photo_without_a_face_ends_soon(analyzer: FaceAnalyzer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A strip of 20 x 100,000 was looked at 1,504 times, which took a minute; a photo of 24 megapixels 128 times."""
+    looks: list[tuple[int, ...]] = []
+    monkeypatch.setattr(analyzer, "_find", lambda image: (looks.append(image.shape), [])[1])
+    for shape in ((20, 100_000, 3), (100_000, 20, 3), (200, 50_000, 3), (1, 100_000, 3), (4000, 6000, 3)):
+        find_faces_anyhow(analyzer, np.zeros(shape, np.uint8))
+        assert len(looks) <= 128, shape
+        looks.clear()
+    assert smallest_face((200, 50_000)) == 66
+
+
 def test_a_large_picture_needs_little_memory(insightface_root: Path) -> None:
     """A border around the whole picture of 1.6 MB would be 490 MB."""
     code = f"""
