@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from comfy_api.latest import ComfyExtension
 
-WEB_DIRECTORY = "./web"  # the nodes' help pages, in docs/; no scripts
+WEB_DIRECTORY = "./web"  # the nodes' help pages, in docs/, and what shows on the canvas what they say
 
 
 async def comfy_entrypoint() -> ComfyExtension:

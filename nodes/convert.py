@@ -94,7 +94,7 @@ def _mask_of(mask: Tensor, row: int, image: Tensor, number: int) -> Tensor | Non
 
 def image_from_photos(photos: np.ndarray) -> Tensor:
     """(B, H, W, 3) uint8 -> IMAGE."""
-    return torch.from_numpy(photos).float() / 255
+    return torch.from_numpy(photos.astype(np.float32) / 255)
 
 
 def sound_from_audio(audio: Mapping[str, Any]) -> tuple[Tensor, int]:

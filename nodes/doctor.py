@@ -72,4 +72,4 @@ class MagicMirrorModelDoctor(io.ComfyNode):
         verdict = doctor.verdict(findings, "" if model == ALL else model)
         text = done + "\n".join([verdict, doctor.report(findings)])
         problems = any(finding.state == doctor.PROBLEM for finding in findings)
-        return io.NodeOutput(text, ui=runtime.show_card(text, done + verdict, warn=problems))
+        return io.NodeOutput(text, ui=runtime.show(text, warn=problems))

@@ -56,7 +56,7 @@ class MagicMirrorPromptHelper(io.ComfyNode):
             max_length=mirror.base.transformer_config["max_text_seq_length"],
         )
         text = _describe(report)
-        return io.NodeOutput(prompt, text, ui=runtime.show_card(text, warn=bool(report.cut or report.unknown)))
+        return io.NodeOutput(prompt, text, ui=runtime.show(text, warn=bool(report.cut or report.unknown)))
 
 
 def _describe(report: PromptReport) -> str:

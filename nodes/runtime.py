@@ -20,8 +20,6 @@ import folder_paths
 import torch
 from comfy.cli_args import args
 from comfy_api.latest import io, ui
-from comfy_execution.utils import get_executing_context
-from server import PromptServer
 
 from ..mm_core.errors import CheckpointError, MagicMirrorError, SettingError, packages, printable
 from ..mm_core.filenames import expand, locate
@@ -213,21 +211,10 @@ def frames_callback() -> Callable[[int, int], None]:
 
 
 def show(text: str, *, warn: bool = False) -> ui.PreviewText:
-    """Write a text into the log and onto the executing node; the result, as the node's ui, puts it into the history."""
+    """Write a text into the log. The result, a node's ui, puts it into the history and on the node (web/said.js)."""
     text = printable(text)
     log.log(logging.WARNING if warn else logging.INFO, "MagicMirror: %s", text)
-    context, page = get_executing_context(), PromptServer.instance
-    if context is not None and page.client_id is not None:
-        page.send_progress_text(text, context.node_id, page.client_id)
     return ui.PreviewText(text)
-
-
-def show_card(text: str, card: str = "", *, warn: bool = False) -> dict[str, object]:
-    """As `show`, and as a picture too, which stays on the node on every page. card: what of the text, if not all."""
-    from ..mm_core.text_card import text_card
-
-    picture = torch.from_numpy(text_card(card or text))[None].float() / 255
-    return ui.PreviewImage(picture).as_dict() | show(text, warn=warn).as_dict()
 
 
 def output_file(

@@ -107,8 +107,7 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
         mirror.check(clip, model.identity, settings)
         cautions = base.limits.cautions(width=clip.width, height=clip.height)
         report = "\n".join([*cautions, mirror.status, clip.summary])
-        warn = bool(cautions) or _untrained(mirror)
-        shown = runtime.show_card(report, warn=True) if warn else runtime.show(report)
+        shown = runtime.show(report, warn=bool(cautions) or _untrained(mirror))
         try:
             latents = mirror.sample(clip, model.identity, settings, runtime.step_callback(clip.steps), model.loras)
             try:

@@ -10,16 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-COLUMN, GAP, TOP, TITLE = 360, 40, 60, 40
-# A column is no taller than this, so that at SCALE a graph is in view on a page of 1600 x 1000 beside its side panel.
-HEIGHT, SCALE = 1120, 0.75
-# What a node shows below its inputs, before and after a run.
-TALL = {
-    "LoadImage": 260, "MagicMirrorVideoCombine": 330, "MagicMirrorExtractFaceEmbedding": 230, "SaveImage": 330,
-    "MagicMirrorExamplePerson": 180, "MagicMirrorCogVideoXSampler": 260, "PreviewAny": 150,
-    "MagicMirrorScoreIdentity": 260,
+# Where nodes may be on a page of 1600 x 1000 pixels: below its menus and what it announces, beside its side panel.
+LEFT, TOP, RIGHT, BOTTOM = 75, 150, 1280, 995
+SCALES = (1.0, 0.9, 0.8, 0.75, 0.7, 0.65, 0.6)
+COLUMN, GAP, TITLE = 320, 30, 30
+# The page's measures of a node: a row of sockets, a widget, a text box, what is around them.
+SOCKET, WIDGET, TEXT, EDGE = 20, 24, 80, 14
+# What a node needs for what it says and shows in a run. It has the room from the start, for not every version of the
+# page lets it grow; only a node with text boxes grows, or they would take the room and give it back.
+SHOWN = {
+    "MagicMirrorLoader": 50, "MagicMirrorExamplePerson": 212, "MagicMirrorExtractFaceEmbedding": 356,
+    "MagicMirrorVideoCombine": 312, "MagicMirrorScoreIdentity": 270, "SaveImage": 212, "SamplerCustomAdvanced": 224,
 }  # fmt: skip
-NOTE, NOTE_HEIGHT = "MarkdownNote", 330
+GROWTH = {"MagicMirrorCogVideoXSampler": 356}
+NOTE, NOTE_HEIGHT = "MarkdownNote", 290
 # The page's ids of the nodes at a subgraph's edges.
 INPUTS, OUTPUTS = -10, -20
 
@@ -74,26 +78,27 @@ def to_api(nodes: dict[str, Node], info: dict[str, Any]) -> dict[str, Any]:
 def to_canvas(name: str, note: str, nodes: dict[str, Node], info: dict[str, Any]) -> dict[str, Any]:
     """The graph as the page saves it."""
     numbers = {key: number for number, key in enumerate(nodes, 1)}
-    placed, links = _place(nodes, numbers, info, below=NOTE_HEIGHT + GAP + TITLE)
-    _name_links(placed, links)
-    placed.append(
-        {
-            "id": len(nodes) + 1, "type": NOTE, "pos": [GAP, TOP], "size": [COLUMN, NOTE_HEIGHT],
-            "flags": {}, "order": len(nodes), "mode": 0, "inputs": [], "outputs": [], "properties": {},
-            "widgets_values": [note], "title": "Start here",
-        }
-    )  # fmt: skip
+    made, links = _make(nodes, numbers, info)
+    start = {
+        "id": len(nodes) + 1, "type": NOTE, "pos": [0, 0], "size": [COLUMN, NOTE_HEIGHT],
+        "flags": {}, "order": len(nodes), "mode": 0, "inputs": [], "outputs": [], "properties": {},
+        "widgets_values": [note], "title": "Start here",
+    }  # fmt: skip
+    scale = next(s for s in SCALES if _place({NOTE: start} | made, nodes, (BOTTOM - TOP) / s) <= (RIGHT - LEFT) / s)
+    placed = [*made.values(), start]
     return {
         "id": _identifier(name), "revision": 0, "last_node_id": len(placed),
         "last_link_id": len(links), "nodes": placed, "links": links, "groups": [], "config": {},
-        "extra": {"ds": {"scale": SCALE, "offset": [60, 120]}}, "version": 0.4,
+        "extra": {"ds": {"scale": scale, "offset": [LEFT / scale, TOP / scale]}}, "version": 0.4,
     }  # fmt: skip
 
 
 def to_blueprint(name: str, blueprint: Blueprint, info: dict[str, Any]) -> dict[str, Any]:
     """The subgraph as the page publishes it: a graph of one node, whose type is defined beside it."""
     numbers = {key: number for number, key in enumerate(blueprint.nodes, 1)}
-    placed, links = _place(blueprint.nodes, numbers | {"photo": INPUTS}, info)
+    made, links = _make(blueprint.nodes, numbers | {"photo": INPUTS}, info)
+    _place(made, blueprint.nodes, (BOTTOM - TOP) / 0.75)
+    placed = list(made.values())
     slots = [{"name": "photo", "type": "IMAGE", "link": None}]
     values = []
     for key, widget in blueprint.widgets:
@@ -109,7 +114,7 @@ def to_blueprint(name: str, blueprint: Blueprint, info: dict[str, Any]) -> dict[
         kind = info[blueprint.nodes[key].type]["output"][index]
         links.append([len(links) + 1, numbers[key], index, OUTPUTS, slot, kind])
         outputs.append({"name": output, "type": kind, "links": None})
-    _name_links(placed, links)
+    _name_links(placed, links)  # again, those to its edges too
     definition = _definition(name, blueprint, placed, links, slots, outputs)
     host = {
         "id": 1, "type": definition["id"], "pos": [0, 0], "size": [COLUMN, 120 + 26 * len(slots)], "flags": {},
@@ -148,8 +153,8 @@ def _definition(
     return {
         "id": _identifier(name), "version": 1, "revision": 0, "config": {}, "name": name,
         "state": {"lastGroupId": 0, "lastNodeId": len(placed), "lastLinkId": len(links), "lastRerouteId": 0},
-        "inputNode": {"id": INPUTS, "bounding": [-200, TOP, 120, 40 + 20 * len(slots)]},
-        "outputNode": {"id": OUTPUTS, "bounding": [right, TOP, 120, 40 + 20 * len(outputs)]},
+        "inputNode": {"id": INPUTS, "bounding": [-200, 0, 120, 40 + 20 * len(slots)]},
+        "outputNode": {"id": OUTPUTS, "bounding": [right, 0, 120, 40 + 20 * len(outputs)]},
         "inputs": edge(INPUTS, slots, 1, 2), "outputs": edge(OUTPUTS, outputs, 3, 4), "widgets": [],
         "nodes": placed, "groups": [],
         "links": [
@@ -163,27 +168,38 @@ def _identifier(name: str) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_URL, name))
 
 
-def _place(
-    nodes: dict[str, Node], numbers: dict[str, int], info: dict[str, Any], below: int = 0
-) -> tuple[list[dict[str, Any]], list[list[Any]]]:
-    """The nodes in columns from left to right, each filled before the next, and the links between them.
-
-    below: how far down the first column begins. A node stands behind all that it takes something from.
-    """
+def _make(
+    nodes: dict[str, Node], numbers: dict[str, int], info: dict[str, Any]
+) -> tuple[dict[str, dict[str, Any]], list[list[Any]]]:
+    """The nodes as the page has them, and the links between them."""
     links: list[list[Any]] = []
-    depths = _depths(nodes)
-    placed = {
+    made = {
         key: _node(node, numbers[key], order, links, numbers, nodes, info)
         for order, (key, node) in enumerate(nodes.items())
     }
-    left, top = GAP, TOP + below
-    for key in sorted(nodes, key=lambda key: depths[key]):
-        height = placed[key]["size"][1]
-        if top > TOP and top + height > TOP + HEIGHT:
-            left, top = left + COLUMN + GAP, TOP
-        placed[key]["pos"] = [left, top]
-        top += height + GAP + TITLE
-    return list(placed.values()), links
+    _name_links(list(made.values()), links)
+    return made, links
+
+
+def _place(made: dict[str, dict[str, Any]], nodes: dict[str, Node], limit: float) -> float:
+    """Put the nodes into columns of a height of at most `limit`; returns how wide they are together.
+
+    A node is in the first column with room for it as it is after a run, to the right of all that it takes something
+    from or below it.
+    """
+    depths, columns = _depths(nodes), {}
+    filled: list[float] = []
+    for key in sorted(made, key=lambda key: depths.get(key, -1)):
+        sources = [value[0] for value in nodes[key].inputs.values() if isinstance(value, tuple)] if key in nodes else []
+        height = TITLE + made[key]["size"][1] + GROWTH.get(made[key]["type"], 0)
+        first = max((columns[source] for source in sources if source in columns), default=0)
+        column = next((c for c in range(first, len(filled)) if filled[c] + height <= limit), len(filled))
+        if column == len(filled):
+            filled.append(0.0)
+        made[key]["pos"] = [column * (COLUMN + GAP), round(filled[column] + TITLE)]
+        columns[key] = column
+        filled[column] += height + GAP
+    return len(filled) * (COLUMN + GAP) - GAP
 
 
 def _name_links(placed: list[dict[str, Any]], links: list[list[Any]]) -> None:
@@ -203,17 +219,17 @@ def _node(
     info: dict[str, Any],
 ) -> dict[str, Any]:
     about = info[node.type]
-    inputs, values, height = [], [], 60 + TALL.get(node.type, 0)
+    inputs, values, height = [], [], EDGE + SHOWN.get(node.type, 0)
     for name, kind, options in _inputs(about):
         value = node.inputs.get(name, _default(kind, options))
         entry: dict[str, Any] = {"name": name, "type": kind, "link": None}
         if _is_widget(kind):
             entry["widget"] = {"name": name}
             values.append(_default(kind, options) if isinstance(value, tuple) else value)
-            height += 120 if options.get("multiline") else 26
+            height += TEXT if options.get("multiline") else WIDGET
             if options.get("control_after_generate"):
                 values.append("fixed" if isinstance(value, tuple) else "randomize")
-                height += 26
+                height += WIDGET
             if options.get("image_upload"):
                 values.append("image")
         elif name in about["input"].get("optional", {}):
@@ -224,7 +240,7 @@ def _node(
             links.append([entry["link"], numbers[value[0]], value[1], number, len(inputs), source])
         inputs.append(entry)
     outputs = [{"name": n, "type": t} for n, t in zip(about["output_name"], about["output"])]
-    height += 22 * max(len(outputs), sum("widget" not in entry for entry in inputs))
+    height += SOCKET * max(len(outputs), sum("widget" not in entry for entry in inputs))
     made = {
         "id": number, "type": node.type, "pos": [0, 0], "size": [COLUMN, height], "flags": {}, "order": order,
         "mode": 0, "inputs": inputs, "outputs": outputs, "properties": {"Node name for S&R": node.type},

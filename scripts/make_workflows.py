@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -151,7 +152,6 @@ def person(base: str = "tiny") -> dict[str, Node]:
     return loader(base) | {
         "example": Node(type=EXAMPLE, inputs={}),
         "extract": Node(type=EXTRACT, inputs=dict(model=("loader", 0), image=("example", 0))),
-        "report": Node(type="PreviewAny", inputs=dict(source=("extract", 2)), title="Report on the photos"),
     }
 
 
@@ -164,7 +164,6 @@ def clip(
         "apply": Node(type=APPLY, inputs=dict(model=("loader", 0), identity=identity)),
         "sampler": Node(type=SAMPLER, inputs=settings),
         "video": Node(type=COMBINE, inputs=dict(images=("sampler", 0), filename_prefix=f"magic_mirror/{prefix}")),
-        "done": Node(type="PreviewAny", inputs=dict(source=("sampler", 3)), title="What was sampled"),
     }
 
 
@@ -207,7 +206,12 @@ def workflows() -> dict[str, tuple[str, dict[str, Node]]]:
         "best_of_three": best,
         "native": native(smile),
     }
-    return {name: (NOTES[name].strip(), nodes) for name, nodes in graphs.items()}
+    return {name: (_unwrapped(NOTES[name].strip()), nodes) for name, nodes in graphs.items()}
+
+
+def _unwrapped(text: str) -> str:
+    """One line for a paragraph or an item of a list: the page would join them without a space."""
+    return re.sub(r" *\n(?!\n|\d\. )(?<!\n\n) *", " ", text)
 
 
 def native(prompt: str) -> dict[str, Node]:
@@ -221,7 +225,7 @@ def native(prompt: str) -> dict[str, Node]:
         "model": Node(type="MagicMirrorNativeModel", inputs=dict(magic_mirror=mirror)),
         "apply": Node(type="MagicMirrorApplyNative", inputs=apply),
         "negative": Node(type="MagicMirrorEncodePrompt", inputs=dict(magic_mirror=mirror), title="Negative prompt"),
-        "latent": Node(type="MagicMirrorNativeLatent", inputs=dict(magic_mirror=mirror)),
+        "latent": Node(type="MagicMirrorNativeLatent", inputs=dict(magic_mirror=mirror), title="Empty clip"),
         "ddim": Node(type="MagicMirrorNativeSampling", inputs=dict(model=("apply", 0))),
         "noise": Node(type="RandomNoise", inputs=dict(noise_seed=42)),
         "guider": Node(
@@ -229,7 +233,9 @@ def native(prompt: str) -> dict[str, Node]:
             inputs=dict(model=("apply", 0), positive=("apply", 1), negative=("negative", 0), cfg=GUIDANCE),
         ),
         "sample": Node(type="SamplerCustomAdvanced", inputs=sampled),
-        "decode": Node(type="MagicMirrorDecode", inputs=dict(magic_mirror=mirror, samples=("sample", 0))),
+        "decode": Node(
+            type="MagicMirrorDecode", inputs=dict(magic_mirror=mirror, samples=("sample", 0)), title="Decode"
+        ),
         "video": Node(type=COMBINE, inputs=dict(images=("decode", 0), filename_prefix="magic_mirror/native")),
     }
 
@@ -237,7 +243,7 @@ def native(prompt: str) -> dict[str, Node]:
 def face_to_video() -> Blueprint:
     """The first workflow as one node, without the photo before it and the file behind it."""
     nodes = person() | clip(SMILE, "")
-    nodes = {key: node for key, node in nodes.items() if key not in ("example", "report", "video", "done")}
+    nodes = {key: node for key, node in nodes.items() if key not in ("example", "video")}
     nodes["extract"] = Node(type=EXTRACT, inputs=dict(model=("loader", 0), image=("photo", 0)))
     models = ("base_model", "adapter", "face_pack")
     sampling = ("width", "height", "num_frames", "steps", "guidance_scale", "seed")

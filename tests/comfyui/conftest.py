@@ -65,8 +65,6 @@ def make_graph(portrait: Callable[[str], Path]) -> Callable[..., Graph]:
 
     def make(server: ComfyClient, photo: str = "person_b_2") -> Graph:
         graph = Graph(json.loads(WORKFLOW.read_text(encoding="utf-8")))
-        for shown in [key for key, node in graph.items() if node["class_type"] == "PreviewAny"]:
-            del graph[shown]
         graph.add(graph.id("MagicMirrorExamplePerson"), "LoadImage", image=server.upload_image(portrait(photo)))
         graph.inputs("MagicMirrorCogVideoXSampler").update(
             width=64, height=64, num_frames=9, steps=3, guidance_scale=3.0, dynamic_guidance=False, scheduler="ddim"
