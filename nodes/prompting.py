@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class MagicMirrorPromptHelper(io.ComfyNode):
-    """Prompt -> the same prompt, and a report of its tokens."""
+    """Prompt -> the same prompt, and a report of its tokens, which stands on the node too."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
