@@ -32,7 +32,7 @@ from ..pipelines.control import AdapterSettings
 from ..pipelines.presets import PRESETS, T5_XXL, ClipLimits
 from .config import ABLATIONS, StageConfig, TrainingConfig, adapter_config
 from .losses import TEMPORAL_COMPRESSION, predict_clean
-from .sample_losses import NoiseLoss, decode_frame
+from .sample_losses import BEHIND, NoiseLoss, decode_frame
 from .step import AdapterTraining
 
 _META = torch.device("meta")
@@ -190,7 +190,7 @@ class DryStep:
 
     def decode(self, clean: Tensor) -> Tensor:
         """The identity loss up to the pixels, whose mean stands for the face recogniser: (1, F, C, h, w) -> ()."""
-        frame = decode_frame(self.models.vae, clean[:, -2:])  # (1, 3, H, W)
+        frame = decode_frame(self.models.vae, clean[:, -1 - BEHIND :])  # (1, 3, H, W)
         if frame.shape != (1, 3, self.height, self.width):
             raise ValueError(f"the VAE decodes {tuple(frame.shape)}, not (1, 3, {self.height}, {self.width})")
         return frame.mean()

@@ -16,6 +16,9 @@ from ..faces.analysis import FaceAnalyzer
 from ..faces.tracking import find_faces, follow
 from .losses import identity_loss, noise_loss, predict_clean
 
+BEHIND = 2
+"""Latent frames that a judged one is decoded behind: with one, eight pictures are computed, with two nine."""
+
 
 @dataclass(kw_only=True, eq=False)
 class Pass:
@@ -94,8 +97,9 @@ class IdentityLoss:
     def frames(self, clean: Tensor, judged: Tensor) -> Tensor:
         """(m, 3, 8H, 8W) RGB of a latent frame, (m,), of each of the clips, (m, F, C, H, W)."""
         pictures, order = [], []
-        for rows, behind in ((judged <= self.first, 0), (judged > self.first, 1)):
-            rows = rows.nonzero()[:, 0]
+        before = (judged - self.first).clamp(0, BEHIND)
+        for behind in range(BEHIND + 1):
+            rows = (before == behind).nonzero()[:, 0]
             if len(rows):
                 window = [clean[rows, judged[rows] - back] for back in range(behind, -1, -1)]
                 pictures.append(decode_frame(self.vae, torch.stack(window, dim=1)))
@@ -118,8 +122,8 @@ class IdentityLoss:
 def decode_frame(vae: AutoencoderKLCogVideoX, latents: Tensor) -> Tensor:
     """The last picture of latent frames that follow each other, (m, F, C, H, W), as RGB, (m, 3, 8H, 8W), about 0 to 1.
 
-    A clip's first latent frame is a picture by itself. Another one behind the one before it is nearly what the decoder
-    of the whole clip, with all of its activations, makes of it; by itself it is another face (docs/training.md).
+    A clip's first latent frame is a picture by itself. Another one behind two others is nearly what the decoder of the
+    whole clip, with all of its activations, makes of it; by itself it is another face (docs/training.md).
     Nothing is clamped, which would leave no gradient outside of 0 to 1.
     """
     latents = (latents / vae.config.scaling_factor).to(vae.dtype).transpose(1, 2)

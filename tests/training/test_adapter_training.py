@@ -306,7 +306,7 @@ def test_both_stages_on_a_device(
 
 
 def test_a_judged_frame_is_nearly_the_whole_clips(config: TrainingConfig) -> None:
-    """Behind the frame before it; decoded by itself it is another picture."""
+    """Behind the frames before it; decoded by itself it is another picture."""
     vae = AdapterTask(config, "video").pipe.vae
     latents = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     judged = torch.tensor([2, 0])
