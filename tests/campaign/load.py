@@ -32,7 +32,8 @@ from comfy_server import ComfyServer, ExecutionFailed, ExecutionInterrupted, Ser
 
 GROWTH = 0.05  # of the resident memory, from the first third to the last one
 _WAITING = 5  # prompts in the queue
-_ACTS = ["nothing"] * 20 + ["interrupt"] * 3 + ["delete"] * 2 + ["free"]
+_ACTS = ["nothing"] * 14 + ["interrupt"] * 3 + ["delete"] * 2 + ["free"]
+"""What is done to a prompt, once: a slow machine has as many of them."""
 _PEOPLE = {"woman": "A woman img smiles.", "man": "A man img turns left, outdoors."}
 _FORMATS = ["mp4", "webm", "webp", "gif"]
 
@@ -96,13 +97,16 @@ def storm(server: ComfyServer, prompts: int, seed: int) -> Storm:
     reference = _graph("woman", 1, 9, "webp", f"storm_{seed}/reference")
     before = _frames(server, server.run(reference))
     waiting: dict[str, Graph] = {}
+    acts: dict[str, str] = {}
     posted = 0
     while posted < prompts or waiting:
         while posted < prompts and len(waiting) < _WAITING:
             graph = clip_graph(random_, f"storm_{seed}/clip")
-            waiting[server.post(graph)] = graph
+            prompt = server.post(graph)
+            waiting[prompt], acts[prompt] = graph, random_.choice(_ACTS)
             posted += 1
-        _act(server, random_, list(waiting), result)
+        time.sleep(random_.uniform(0, 0.6))
+        _act(server, {prompt: acts.pop(prompt) for prompt in _due(server, random_, acts)}, result)
         _collect(server, waiting, result)
     server.free()
     if not np.array_equal(before, _frames(server, server.run(reference))):
@@ -111,16 +115,21 @@ def storm(server: ComfyServer, prompts: int, seed: int) -> Storm:
     return result
 
 
-def _act(server: ComfyServer, random_: random.Random, waiting: list[str], result: Storm) -> None:
-    time.sleep(random_.uniform(0, 0.6))
-    act = random_.choice(_ACTS)
-    result.acts[act] += 1
-    if act == "interrupt":
-        server.interrupt()
-    elif act == "delete" and waiting:
-        server.delete(random_.choice(waiting))
-    elif act == "free":
-        server.free()
+def _due(server: ComfyServer, random_: random.Random, acts: Mapping[str, str]) -> list[str]:
+    """Whose turn has come: of those that run now, sooner or later, and at once what is deleted."""
+    running = {item[1] for item in server.get("/queue")["queue_running"]}
+    return [p for p, act in acts.items() if act == "delete" or (p in running and random_.random() < 0.5)]
+
+
+def _act(server: ComfyServer, due: Mapping[str, str], result: Storm) -> None:
+    for prompt, act in due.items():
+        result.acts[act] += 1
+        if act == "interrupt":
+            server.interrupt()
+        elif act == "delete":
+            server.delete(prompt)
+        elif act == "free":
+            server.free()
 
 
 def _collect(server: ComfyServer, waiting: dict[str, Graph], result: Storm) -> None:
