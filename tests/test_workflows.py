@@ -13,11 +13,8 @@ WORKFLOWS = sorted(path.stem for path in FOLDER.glob("*.json"))
 BLUEPRINT = FOLDER.parent / "subgraphs" / "Face to video.json"
 NOTES = ("Note", "MarkdownNote")
 MODEL_FILES = (".safetensors", ".sft", ".bin", ".ckpt", ".pt", ".pth", ".onnx", ".gguf")
-# Values in `widgets_values` of the canvas that are no inputs: what a seed's control holds.
-SEED = (["randomize"], ["fixed"])
-NOT_INPUTS = {
-    "MagicMirrorCogVideoXSampler": SEED, "MagicMirrorShots": SEED, "RandomNoise": SEED,
-}  # fmt: skip
+# In `widgets_values` of the canvas, behind the value of these, is what the control of a seed holds: no input.
+SEEDS = ("seed", "noise_seed")
 
 
 def canvas(name: str) -> dict[str, Any]:
@@ -36,11 +33,20 @@ def as_api(workflow: dict[str, Any]) -> dict[str, Any]:
         if node["type"] in NOTES:
             continue
         links = {entry["name"]: sources[entry["link"]] for entry in node["inputs"] if entry["link"] is not None}
-        names = [entry["name"] for entry in node["inputs"] if "widget" in entry]
-        assert node["widgets_values"][len(names) :] in NOT_INPUTS.get(node["type"], ([],))
-        widgets = dict(zip(names, node["widgets_values"], strict=False))
+        widgets = widgets_of(node)
         nodes[str(node["id"])] = {"class_type": node["type"], "inputs": widgets | links}
     return nodes
+
+
+def widgets_of(node: dict[str, Any]) -> dict[str, Any]:
+    """The values of a node's widgets by name, without those of seeds' controls."""
+    values, found = iter(node["widgets_values"]), {}
+    for name in (entry["name"] for entry in node["inputs"] if "widget" in entry):
+        found[name] = next(values)
+        if name in SEEDS:
+            assert next(values) in ("randomize", "fixed")
+    assert not list(values)
+    return found
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -106,9 +112,8 @@ def test_the_blueprint_is_the_workflow_of_a_photo() -> None:
         del twin[outside]
     assert {node["type"] for node in definition["nodes"]} == twin.keys()
     for node in definition["nodes"]:
-        names = [entry["name"] for entry in node["inputs"] if "widget" in entry]
-        values = dict(zip(names, node["widgets_values"], strict=False))
-        assert values == {name: value for name, value in twin[node["type"]].items() if not isinstance(value, list)}
+        values = {name: value for name, value in twin[node["type"]].items() if not isinstance(value, list)}
+        assert widgets_of(node) == values
 
 
 def test_the_blueprint_shows_its_inputs() -> None:
@@ -127,9 +132,8 @@ def test_the_blueprint_shows_its_inputs() -> None:
         assert (link["origin_id"], link["origin_slot"]) == (definition["inputNode"]["id"], number)
         assert (link["type"], target["link"]) == (slot["type"], link["id"])
         if "widget" in target:
-            names = [entry["name"] for entry in node["inputs"] if "widget" in entry]
             assert target["name"] == slot["name"]
-            assert node["widgets_values"][names.index(slot["name"])] == next(values)
+            assert widgets_of(node)[slot["name"]] == next(values)
     assert next(values, None) is None
 
 
