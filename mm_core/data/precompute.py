@@ -90,7 +90,7 @@ def _make(maker: FrozenModels, folder: Path, shards: Sequence[Shard], on_progres
         for shard in shards:
             path = folder / shard.file
             if not path.is_file():
-                _write(path, *make[shard.kind](shard.items))
+                write_shard(path, *make[shard.kind](shard.items))
             done[shard.kind] += 1
             on_progress(shard.kind, done[shard.kind], of[shard.kind])
 
@@ -155,7 +155,8 @@ def _check_space(folder: Path, settings: FeatureSettings, items: _Items) -> None
         )
 
 
-def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+def write_shard(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """Whole or not at all. header: `rows`, their names, and `skipped`, what was left out and why."""
     # One entry only: safetensors writes several in no fixed order.
     content = save(tensors, {ROWS: json.dumps(header)})
     with atomic_write(path) as temporary, writing(path):

@@ -1,6 +1,7 @@
 """`python -m mm_core.training`: from a folder of clips and a config to an adapter.
 
     plan         what a run needs: parameters, FLOPs, memory, GPU hours
+    rehearse     a few steps at real sizes with random weights: what a run takes on this machine
     fetch        base model, ID encoder and face pack, with your consent
     check        what is wrong with a stage's dataset
     precompute   what the frozen models make of it, once
@@ -18,6 +19,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,6 +149,15 @@ def progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
             bar.close()
 
 
+def rehearse(config: TrainingConfig, args: argparse.Namespace) -> None:
+    """Real sizes, random weights, a few steps of each stage: seconds, memory and hours beside the planner's."""
+    from .rehearse import rehearse as run
+
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        print(run(config, args.steps, Path(folder)))
+    _leave()
+
+
 def _leave() -> None:
     """Take leave of the other processes."""
     from torch import distributed
@@ -169,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     runs = {
         "plan": plan, "fetch": fetch, "check": check, "precompute": precompute, "image": train, "video": train,
-        "train": whole,
+        "train": whole, "rehearse": rehearse,
     }  # fmt: skip
     for name, run in runs.items():
         command = commands.add_parser(name, help=run.__doc__.splitlines()[0])
@@ -183,6 +194,9 @@ def _parser() -> argparse.ArgumentParser:
         if run in (precompute, whole):  # torchrun tells them, and what starts processes otherwise gives them
             command.add_argument("--rank", type=int, default=int(os.getenv("RANK", 0)), help="of this process")
             command.add_argument("--world-size", type=int, default=int(os.getenv("WORLD_SIZE", 1)), help="of all")
+        if run is rehearse:
+            command.add_argument("--steps", type=int, default=20, help="of each stage, before and after a resume")
+            command.add_argument("--folder", type=Path, help="for its files, which are removed again")
         if run is train:
             command.add_argument("--start", type=Path, help="adapter to begin with")
     return parser

@@ -17,6 +17,7 @@ from ..data.features import Features
 from ..errors import SettingError
 from ..faces.analysis import FaceAnalyzer
 from ..models.adapter import MagicMirrorAdapter
+from ..pipelines.base import BaseModel
 from ..pipelines.control import AdapterSettings
 from .arcface import DifferentiableArcFace
 from .config import ABLATIONS, TrainingConfig, adapter_config
@@ -45,7 +46,7 @@ class AdapterTask:
     def __init__(self, config: TrainingConfig, stage: str, start: Path | None = None) -> None:
         self.config, self.name = config, stage
         self.stage = config.stage(stage)
-        self.base = base_of(config)
+        self.base = self.open_base()
         self.features = Features.open(features_of(config, stage))
         self.training, self.validation = split_people(self.features, config.validation_people)
         # Without the text encoder: its work is in the features.
@@ -67,6 +68,9 @@ class AdapterTask:
         self.model = AdapterTraining(pipe.transformer, adapter, settings, *self.losses())
         self.cell = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         self.rotary = rotary_embedding(pipe.transformer, self.padding + frames, height, width)
+
+    def open_base(self) -> BaseModel:
+        return base_of(self.config)
 
     def losses(self) -> tuple[Sequence[SampleLoss], Rollouts | None, Sequence[SampleLoss]]:
         """Of noised training samples; the clips that the model samples itself; and theirs. Here, the paper's."""

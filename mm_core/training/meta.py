@@ -63,8 +63,8 @@ def build_models(config: TrainingConfig, precision: str) -> Models:
         SettingError: an unknown base, or an adapter with unknown sizes or sizes that are not the base's.
         CheckpointError: a folder that is no CogVideoX text-to-video model.
     """
-    name, transformer, vae, text = _base_configs(config.base)
-    id_encoder = _id_encoder_config(config)
+    name, transformer, vae, text = base_configs(config.base)
+    id_encoder = id_encoder_sizes(config)
     try:
         sizes = adapter_config(config, name, transformer)
         with _META:
@@ -89,7 +89,7 @@ def build_models(config: TrainingConfig, precision: str) -> Models:
     return models
 
 
-def _base_configs(base: str) -> tuple[str, Mapping[str, Any], Mapping[str, Any], T5Config]:
+def base_configs(base: str) -> tuple[str, Mapping[str, Any], Mapping[str, Any], T5Config]:
     """Name, transformer, VAE and T5 of a base: `tiny`, a published name, or a folder."""
     for preset in PRESETS.values():
         if base in (preset.repo, preset.repo.split("/")[-1]):
@@ -103,7 +103,7 @@ def _base_configs(base: str) -> tuple[str, Mapping[str, Any], Mapping[str, Any],
     return name, model.transformer_config, model.vae_config, T5Config(**model.text_config)
 
 
-def _id_encoder_config(config: TrainingConfig) -> IDEncoderConfig:
+def id_encoder_sizes(config: TrainingConfig) -> IDEncoderConfig:
     """The sizes that the config's file names; a plan may come before the file: then the base's own."""
     path = None if config.id_encoder is None else Path(config.id_encoder).expanduser()
     if path is not None and path.is_file():
@@ -279,15 +279,15 @@ def measure(
 
 
 class SavedTensors:
-    """What autograd keeps of a forward pass, on any device."""
+    """What autograd keeps of a forward pass, on any device. Blocks may lie within others: checkpoints nest."""
 
     def __init__(self, weights: Iterable[Tensor], blocks: Iterable[nn.Module]) -> None:
         self._weights = {weight.untyped_storage()._cdata for weight in weights}
         self._blocks = list(blocks)
-        self._part = -1  # number of the running block; -1: none
+        self._path: tuple[int, ...] = ()  # numbers of the running blocks, from the outermost in
         self._storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
-        self._saved: defaultdict[int, set[int]] = defaultdict(set)
-        self._inputs: set[int] = set()
+        self._saved: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)
+        self._inputs: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)  # of the blocks within
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -303,11 +303,14 @@ class SavedTensors:
     def bytes(self, without: Iterable[int] = ()) -> tuple[int, int]:
         """All that is saved, and what is left of it under gradient checkpointing; without some storages."""
         weights = self._weights | set(without)
-        saved = {part: keys - weights for part, keys in self._saved.items()}
-        kept = saved.pop(-1, set()) | (self._inputs - weights)
-        inside = [self._size(keys - kept) for keys in saved.values()]
         everything = set().union(*self._saved.values()) - weights
-        return self._size(everything), self._size(kept) + max(inside, default=0)
+        return self._size(everything), self._at_once((), weights)
+
+    def _at_once(self, path: tuple[int, ...], there: set[int]) -> int:
+        """Where each block within a part keeps its inputs and runs again, one at a time. there: kept around it."""
+        own = (self._saved[path] | self._inputs[path]) - there
+        within = {found[: len(path) + 1] for found in list(self._saved) if found[: len(path)] == path != found}
+        return self._size(own) + max((self._at_once(block, there | own) for block in within), default=0)
 
     def _size(self, keys: set[int]) -> int:
         return sum(self._storages[key].nbytes() for key in keys)
@@ -318,18 +321,18 @@ class SavedTensors:
         return storage._cdata
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        self._saved[self._part].add(self._key(tensor))
+        self._saved[self._path].add(self._key(tensor))
         return tensor
 
     def _enter(self, number: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            self._part = number
             state = (kwargs.get("attention_kwargs") or {}).get(STATE)
             carried = [] if state is None else [*state.factors, state.streams, state.ip_scale]
             found = [*args, *kwargs.values(), *carried]
-            self._inputs |= {self._key(value) for value in found if isinstance(value, Tensor)}
+            self._inputs[self._path] |= {self._key(value) for value in found if isinstance(value, Tensor)}
+            self._path += (number,)
 
         return hook
 
     def _leave(self, *_: Any) -> None:
-        self._part = -1
+        self._path = self._path[:-1]

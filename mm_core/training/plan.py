@@ -20,7 +20,6 @@ PEAK_TFLOPS = {"A100": 312, "H100": 989, "RTX 4090": 165}
 CARDS_GIB = (24, 40, 80)
 RESERVED = 0.1
 """Assumed part of a card that the CUDA context, kernels' workspaces and fragmentation take."""
-STRATEGIES = ("DDP", "FSDP", "offload")
 # Bytes of a trained parameter, as accelerate keeps it: float32 weight and gradient, Adam's two moments, the average.
 WEIGHT, GRADIENT, ADAM, EMA = 4, 4, 8, 4
 _GPUS = (1, 8)
@@ -36,15 +35,12 @@ _PARTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """The peak of one GPU, in bytes, under one way to spread the states."""
+    """The peak of each of several GPUs, in bytes: every one holds all of the weights."""
 
-    strategy: str
     gpus: int
     micro_batch: int
     checkpointing: bool
     parts: Mapping[str, int]
-    host: int
-    """Bytes of main memory for each process."""
     total: int
     fits: Mapping[str, bool]
     """By card."""
@@ -58,6 +54,8 @@ class StagePlan:
     video_tokens: int
     steps: int
     batch_size: int
+    micro_batch: int | None
+    """None: the batch divided by the number of GPUs."""
     forward_flops: int
     """Of one sample, like the next three; every sample counts as one that carries the identity."""
     backward_flops: int
@@ -147,6 +145,7 @@ def _stage(config: TrainingConfig, name: str, mfu: float) -> StagePlan:
         video_tokens=step.video_tokens,
         steps=loop.steps,
         batch_size=loop.batch_size,
+        micro_batch=loop.micro_batch,
         forward_flops=work.forward,
         backward_flops=work.backward,
         recomputed_flops=recomputed,
@@ -155,10 +154,8 @@ def _stage(config: TrainingConfig, name: str, mfu: float) -> StagePlan:
         step_flops=flops,
         gpu_hours={gpu: flops * loop.steps / (peak * 1e12 * mfu * 3600) for gpu, peak in PEAK_TFLOPS.items()},
         memory=tuple(
-            _memory(models, stage, work, identity, strategy, gpus, checkpointing)
-            for strategy in STRATEGIES
-            for gpus in _GPUS
-            if strategy != "FSDP" or gpus > 1
+            _memory(models, stage, work, identity, gpus, checkpointing)
+            for gpus in (_GPUS if loop.micro_batch is None else _GPUS[:1])
             for checkpointing in (False, True)
         ),
     )
@@ -173,56 +170,38 @@ def _work(models: Models, config: TrainingConfig, stage: StageConfig) -> tuple[D
         if not stage.identity_weight:
             return step, work, None
         clean = step.predicted_clean().requires_grad_()
-        blocks = [models.vae.decoder.mid_block, *models.vae.decoder.up_blocks]
+        outer = [models.vae.decoder.mid_block, *models.vae.decoder.up_blocks]
+        blocks = [*outer, *(resnet for block in outer for resnet in block.resnets)]  # as diffusers nests them
         return step, work, measure(lambda: step.decode(clean), models.vae.parameters(), blocks, precision)
 
 
 def _memory(
-    models: Models,
-    stage: StageConfig,
-    work: Work,
-    identity: Work | None,
-    strategy: str,
-    gpus: int,
-    checkpointing: bool,
+    models: Models, stage: StageConfig, work: Work, identity: Work | None, gpus: int, checkpointing: bool
 ) -> Memory:
     micro = stage.loop.micro_batch or -(-stage.loop.batch_size // gpus)
     clips = micro if stage.sampling is None else 2 * micro  # as many again that are being sampled
-    shards = gpus if strategy == "FSDP" else 1
-    trained = -(-_count(models.adapter) // shards)
-    states, average = ADAM * trained, EMA * trained if stage.loop.ema_decay else 0
-    transformer, vae = _bytes(models.transformer), _bytes(models.vae) if identity else 0
-    block = _bytes(models.transformer.transformer_blocks[0])
-    moved = block * len(models.transformer.transformer_blocks) if strategy == "offload" else 0
+    trained = _count(models.adapter)
     parts = {
-        "frozen weights": -(-(transformer + vae - moved) // shards),
+        "frozen weights": _bytes(models.transformer) + (_bytes(models.vae) if identity else 0),
         "trained weights": WEIGHT * trained,
         "gradients": GRADIENT * trained,
-        "Adam": states if strategy != "offload" else 0,
-        "EMA": average if strategy != "offload" else 0,
+        "Adam": ADAM * trained,
+        "EMA": EMA * trained if stage.loop.ema_decay else 0,
         "weight copies": work.weight_copies,
-        # Two at a time: the one that computes and the one that comes next.
-        "gathered weights": 2 * block if strategy == "offload" else 0,
         "activations": clips * (work.saved_checkpointed if checkpointing else work.saved),
         "identity loss": 0,
     }
-    if strategy == "FSDP":  # gathered in low precision, unit by unit, so that there are no other copies
-        size = next(models.transformer.parameters()).element_size()
-        units = [models.adapter.face_perceiver, models.adapter.id_fusion, *models.adapter.blocks.values()]
-        parts |= {"weight copies": 0, "gathered weights": 2 * (block + size * max(map(_count, units)))}
     if identity is not None:
         parts["identity loss"] = micro * (identity.saved_checkpointed if checkpointing else identity.saved)
     # Adam's update makes as many temporaries as there are weights, when the backward pass has freed its own.
-    freed = sum(parts[name] for name in ("weight copies", "gathered weights", "activations", "identity loss"))
-    parts["update"] = max(0, WEIGHT * trained - freed) if strategy != "offload" else 0
+    freed = sum(parts[name] for name in ("weight copies", "activations", "identity loss"))
+    parts["update"] = max(0, WEIGHT * trained - freed)
     total = sum(parts.values())
     return Memory(
-        strategy=strategy,
         gpus=gpus,
         micro_batch=micro,
         checkpointing=checkpointing,
         parts=parts,
-        host=states + average + moved if strategy == "offload" else 0,
         total=total,
         fits={f"{card} GB": total <= card * 2**30 * (1 - RESERVED) for card in CARDS_GIB},
     )
@@ -250,10 +229,11 @@ def _stage_text(name: str, stage: StagePlan, mfu: float) -> list[str]:
         f"  GiB on each GPU; it fits where {RESERVED:.0%} of the card stay free (an assumption)",
     ]
     first = stage.memory[0]
-    columns = [("spread", "GPUs", "micro-batch", "checkpointing", *first.parts, "total", *first.fits, "main memory")]
+    columns = [("GPUs", "micro-batch", "checkpointing", *first.parts, "total", *first.fits)]
     for memory in stage.memory:
         numbers = [f"{size / 2**30:.1f}" for size in (*memory.parts.values(), memory.total)]
         fits = ["fits" if fit else "no" for fit in memory.fits.values()]
-        settings = [memory.strategy, str(memory.gpus), str(memory.micro_batch), "on" if memory.checkpointing else "off"]
-        columns.append((*settings, *numbers, *fits, f"{memory.host / 2**30:.1f}"))
+        gpus = f"{memory.gpus}" if stage.micro_batch is None else "any"
+        settings = [gpus, str(memory.micro_batch), "on" if memory.checkpointing else "off"]
+        columns.append((*settings, *numbers, *fits))
     return lines + [f"    {title:<18}" + "".join(f"{cell:>9}" for cell in cells) for title, *cells in zip(*columns)]

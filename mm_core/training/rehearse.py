@@ -1,0 +1,183 @@
+"""A rehearsal: the real sizes of a run with random weights and made-up features, for a few steps of each stage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
+from torch import Tensor
+
+from ..data.features import FORMAT, INDEX, SETTINGS, shard_name
+from ..data.index import Shard, build_index
+from ..data.manifest import Sample
+from ..data.precompute import write_shard
+from ..files import write_json
+from ..pipelines.parts import build_scheduler
+from ..pipelines.presets import SCHEDULER, ClipLimits
+from .adapter_task import ADAPTER_FILE, AdapterTask
+from .config import TrainingConfig
+from .loop import train
+from .losses import TEMPORAL_COMPRESSION
+from .meta import base_configs, id_encoder_sizes
+from .plan import PEAK_TFLOPS, StagePlan
+from .plan import plan as make_plan
+from .runs import METRICS
+
+_SAMPLES, _PHOTOS = 4, 2  # of each person
+_PEAK_MEMORY = "speed/peak_memory_gib"
+
+
+class RandomBase:
+    """The base that a config names, by its sizes; what `AdapterTask` asks of a `BaseModel`."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.name, self.transformer_config, self.vae_config, self.text = base_configs(config.base)
+        self.limits = ClipLimits.from_config(self.transformer_config, self.vae_config)
+
+    def load(self, dtype: torch.dtype, *, text_encoder: bool = False) -> CogVideoXPipeline:
+        return CogVideoXPipeline(
+            tokenizer=None,
+            text_encoder=None,
+            vae=AutoencoderKLCogVideoX.from_config(dict(self.vae_config)).to(dtype),
+            transformer=CogVideoXTransformer3DModel.from_config(dict(self.transformer_config)).to(dtype),
+            scheduler=build_scheduler(SCHEDULER, "CogVideoXDDIMScheduler"),
+        )
+
+
+class RehearsedTask(AdapterTask):
+    """A stage on a base of random weights."""
+
+    def open_base(self) -> RandomBase:
+        return RandomBase(self.config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Of one stage."""
+
+    seconds: float
+    """A step, the median of those after the resume but the first."""
+    peak_gib: float | None
+    """Of the device; None where it keeps no count, as a CPU."""
+    validation: tuple[str, ...]
+
+
+def rehearse(config: TrainingConfig, steps: int, folder: Path) -> str:
+    """Each stage with the identity loss from step 0: so many steps, one validation, one save, one resume from half of
+    them. A table beside the planner's numbers. folder: an empty one, of as many bytes as a few checkpoints."""
+    lines, start, planned = [], None, make_plan(config)
+    for name in ("image", "video"):
+        stage = config.stage(name)
+        loop = replace(
+            stage.loop, steps=steps, warmup_steps=0, save_every=-(-steps // 2), keep=9, log_every=1,
+            validate_every=steps,
+        )
+        features = folder / "features" / name
+        stage = replace(stage, loop=loop, identity_start=0, features=str(features))
+        rehearsed = replace(config, **{name: stage}, output=str(folder))
+        if PartialState().is_main_process:
+            write_features(rehearsed, name, features)
+        PartialState().wait_for_everyone()
+        last = train(RehearsedTask(rehearsed, name, start), loop, folder / name)
+        PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            shutil.rmtree(last)
+        PartialState().wait_for_everyone()
+        start = train(RehearsedTask(rehearsed, name, start), loop, folder / name) / ADAPTER_FILE
+        measured = _measured(folder / name / METRICS, loop.batch_size)
+        lines += _table(name, measured, planned.stages[name], config.gradient_checkpointing)
+    return "\n".join(lines)
+
+
+def write_features(config: TrainingConfig, stage: str, folder: Path) -> None:
+    """What `precompute` would write, at the sizes of the config, of invented people whose face is in the middle."""
+    settings, base, encoder = config.stage(stage), RandomBase(config), id_encoder_sizes(config)
+    people, frames = config.validation_people + 2, settings.frames
+    latent_frames = (frames - 1) // TEMPORAL_COMPRESSION + 1
+    cell = 2 ** (len(base.vae_config["block_out_channels"]) - 1)
+    count, photos, transformer = _SAMPLES * people, _PHOTOS * people, base.transformer_config
+    text = (transformer.get("max_text_seq_length", 226), transformer["text_embed_dim"])
+    tokens = (encoder.clip_image_size // encoder.clip_patch_size) ** 2 + 1
+    size = torch.tensor([config.width, config.height], dtype=torch.float32)
+    face = torch.tensor([[0.42, 0.4], [0.58, 0.4], [0.5, 0.5], [0.44, 0.6], [0.56, 0.6]]) * size
+    box = torch.cat([0.35 * size, 0.65 * size])
+    tensors = {
+        "prompts": {
+            "prompt_embeds": _random(count + 1, *text),
+            "slots": torch.arange(encoder.num_id_tokens).repeat(count + 1, 1),
+        },
+        "references": {
+            "id_tokens": _random(photos, encoder.num_id_tokens, encoder.id_token_dim),
+            "structure_tokens": _random(photos, tokens, encoder.clip_hidden_size),
+            "embedding": _random(photos, 512).float(),
+        },
+        "samples": {
+            "latents": _random(
+                count, latent_frames, transformer["in_channels"], config.height // cell, config.width // cell
+            ),
+            "boxes": box.repeat(count, frames, 1),
+            "landmarks": face.repeat(count, frames, 1, 1),
+            "seen": torch.ones(count, latent_frames, dtype=torch.bool),
+        },
+    }
+    rows = {
+        "prompts": ["", *map(str, range(count))],
+        "references": [f"{number}.png" for number in range(photos)],
+        "samples": [str(number) for number in range(count)],
+    }
+    folder.mkdir(parents=True)
+    for kind, content in tensors.items():
+        write_shard(folder / shard_name(kind, 0), content, {"rows": rows[kind], "skipped": {}})
+    write_json(folder / SETTINGS, {"format": FORMAT})
+    samples = [
+        Sample(
+            id=str(number), media=f"{number}.png", caption=str(number), person=str(number % people),
+            references=tuple(rows["references"][_PHOTOS * (number % people) :][:_PHOTOS]),
+        )
+        for number in range(count)
+    ]  # fmt: skip
+    shards = [Shard(kind=kind, number=0, items=rows[kind]) for kind in tensors]
+    write_json(folder / INDEX, build_index(folder, samples, shards))
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).half()
+
+
+def _measured(path: Path, batch_size: int) -> Measured:
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    speeds = [line["speed/samples_a_second"] for line in lines if "speed/samples_a_second" in line]
+    resumed = speeds[len(speeds) // 2 + 1 :] or speeds[-1:]
+    peaks = [line[_PEAK_MEMORY] for line in lines if _PEAK_MEMORY in line]
+    return Measured(
+        seconds=statistics.median(batch_size / speed for speed in resumed),
+        peak_gib=max(peaks, default=None),
+        validation=tuple(name for line in lines for name in line if name.startswith("validation/")),
+    )
+
+
+def _table(name: str, measured: Measured, planned: StagePlan, checkpointing: bool) -> list[str]:
+    processes, device = PartialState().num_processes, PartialState().device
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    hours = measured.seconds * planned.steps * processes / 3600
+    memory = next(row for row in planned.memory if row.checkpointing == checkpointing)
+    lines = [
+        f"Stage {name}, on {processes} x {gpu or device.type}",
+        f"  seconds a step        {measured.seconds:.3f}",
+        f"  device hours          {hours:,.1f} for {planned.steps:,} steps; planned "
+        + ", ".join(f"{card} {planned_hours:,.1f}" for card, planned_hours in planned.gpu_hours.items()),
+        f"  validated             {', '.join(sorted(measured.validation)) or 'nothing'}",
+    ]
+    peak = next((tflops for card, tflops in PEAK_TFLOPS.items() if card in gpu), None)
+    if peak is not None:
+        used = planned.step_flops / (measured.seconds * processes * peak * 1e12)
+        lines.append(f"  MFU                   {used:.1%}, if every sample were judged that may be")
+    found = "not counted here" if measured.peak_gib is None else f"{measured.peak_gib:.3f} GiB"
+    parts = ", ".join(f"{part} {size / 2**30:.3f}" for part, size in memory.parts.items() if size)
+    return [*lines, f"  peak memory           {found}; planned {memory.total / 2**30:.3f}: {parts}"]
