@@ -1,4 +1,5 @@
-"""Without ComfyUI: `generate` makes a video of photos and a prompt, `doctor` lists the model files that are here."""
+"""Without ComfyUI: `generate` makes a video of photos and a prompt, `doctor` lists the model files that are here,
+`plan` tells what the published models need of a graphics card."""
 
 from __future__ import annotations
 
@@ -79,6 +80,9 @@ def generate(args: argparse.Namespace) -> None:
     names = [path.name for path in args.reference]
     identity = model.identity(analyse_references(analyzer, images, which=which, names=names, weights=args.weights))
     print(identity.report)
+    plan = model.plan_line(clip, identity)
+    if plan is not None:
+        print(plan)
 
     with tqdm(total=clip.steps, unit="step") as bar:
         latents = model.sample(clip, identity, settings, on_step=lambda *_: bar.update(), loras=loras)
@@ -123,6 +127,13 @@ def _clip_settings(args: argparse.Namespace, base: BaseModel) -> ClipSettings:
         step_cache=args.step_cache,
         seed=args.seed,
     )
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Print what the published models need on cards of some sizes."""
+    from .pipelines.plan import table
+
+    print(table())
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -226,6 +237,8 @@ def _parser() -> argparse.ArgumentParser:
     show_defaults = argparse.ArgumentDefaultsHelpFormatter
     _generate_arguments(commands.add_parser("generate", help="make a video of a person", formatter_class=show_defaults))
     _doctor_arguments(commands.add_parser("doctor", help="list the model files", formatter_class=show_defaults))
+    described = dict(help="what the published models need on cards of some sizes", formatter_class=show_defaults)
+    commands.add_parser("plan", **described).set_defaults(run=plan)
     return parser
 
 

@@ -3,7 +3,7 @@ accelerate offer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,9 +21,6 @@ from .errors import SettingError
 from .models.adapter import MagicMirrorAdapter
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-ACTIVATION_BYTES = 6 * 2**30
-"""Of one step of the 5B model at 49 x 480 x 720 with guidance, beside the weights; see README, "Memory"."""
 _STORED = torch.float8_e4m3fn
 _STREAMING = ("cuda", "xpu")
 """Kinds of devices that copy weights while they compute."""
@@ -66,8 +63,8 @@ class Residence(Protocol):
         together: blocks whose layers come at once where layers come one by one, since each is called twice.
         """
 
-    def settled(self, sizes: Sequence[int]) -> Residence:
-        """The same with `auto` decided. sizes: bytes of each part that takes its turn."""
+    def settled(self, choose: Callable[[int], str]) -> Residence:
+        """The same with `auto` decided. choose: from bytes that are free to a policy."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +85,14 @@ class Offloading:
         return device_memory(self.where)
 
     def part(self, kind: str, modules: Sequence[nn.Module], together: Sequence[nn.Module] = ()) -> Part:
-        policy = choose_policy(self.policy, [sum(map(size_in_bytes, modules))], self.where, activations=2**30)
-        if kind == "id_encoder" or (policy, self.policy) == ("none", "auto"):
+        size = sum(map(size_in_bytes, modules)) + 2**30
+        policy = choose_policy(self.policy, lambda free: "model" if size < free else "group", self.where)
+        if kind == "id_encoder":
             policy = "model"  # what it needs now, others need later
         return _OffloadedPart(kind, modules, together, policy, self.where)
 
-    def settled(self, sizes: Sequence[int]) -> Offloading:
-        return Offloading(choose_policy(self.policy, sizes, self.where), self.where)
+    def settled(self, choose: Callable[[int], str]) -> Offloading:
+        return Offloading(choose_policy(self.policy, choose, self.where), self.where)
 
 
 def default_device() -> torch.device:
@@ -144,14 +142,10 @@ def store_in_fp8(
         apply_layerwise_casting(layer, storage_dtype=_STORED, compute_dtype=dtype, skip_modules_pattern=None)
 
 
-def choose_policy(
-    policy: str, sizes: Sequence[int], device: torch.device, *, activations: int = ACTIVATION_BYTES
-) -> str:
+def choose_policy(policy: str, choose: Callable[[int], str], device: torch.device) -> str:
     """Resolve `auto` by the memory that is free on the device now. On a CPU weights rest where they compute: `none`.
 
-    Args:
-        sizes: bytes of each model that takes its turn on the device.
-        activations: bytes that are needed beside them.
+    choose: from bytes that are free to a policy.
     """
     if policy not in OFFLOADING:
         raise SettingError(f"The offloading is {policy!r}; choose one of {', '.join(OFFLOADING)}.")
@@ -159,13 +153,8 @@ def choose_policy(
         return "none"
     if policy != "auto":
         return policy
-    known = device_memory(device)
-    if known is None:
-        return "model"
-    free, _ = known
-    if sum(sizes) + activations < free:
-        return "none"
-    return "model" if max(sizes) + activations < free else "group"
+    memory = device_memory(device)
+    return "model" if memory is None else choose(memory[0])
 
 
 def device_memory(device: torch.device) -> tuple[int, int] | None:

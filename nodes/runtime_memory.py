@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -61,7 +61,7 @@ class ComfyUI:
         rest = offload.get(kind, management.unet_offload_device)()
         return ManagedPart(modules, self.device(kind), rest, self.policy if kind == "transformer" else "auto")
 
-    def settled(self, sizes: Sequence[int]) -> ComfyUI:
+    def settled(self, choose: Callable[[int], str]) -> ComfyUI:
         return self
 
 

@@ -106,7 +106,8 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
         mirror, settings = model.mirror, model.settings or AdapterSettings()
         mirror.check(clip, model.identity, settings)
         cautions = base.limits.cautions(width=clip.width, height=clip.height)
-        report = "\n".join([*cautions, mirror.status, clip.summary])
+        plan = mirror.plan_line(clip, model.identity)
+        report = "\n".join(filter(None, [*cautions, mirror.status, clip.summary, plan]))
         shown = runtime.show(report, warn=bool(cautions) or _untrained(mirror))
         try:
             latents = mirror.sample(clip, model.identity, settings, runtime.step_callback(clip.steps), model.loras)

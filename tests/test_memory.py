@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import torch
 from accelerator import Accelerator, simulated
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from diffusers.hooks.group_offloading import ModuleGroup
 from lora_files import write_loras
 from tiny_models import PROMPT_TOKENS, TRANSFORMERS, build_identity, noise, save_tiny_folder
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel
+from transformers import T5EncoderModel
 
 from mm_core import memory
 from mm_core.checkpoints.adapter_file import Trained, save_adapter
@@ -34,8 +33,6 @@ from mm_core.pipelines.base import FolderBase
 from mm_core.pipelines.clip import ClipSettings
 from mm_core.pipelines.lora import Lora
 from mm_core.pipelines.magic_mirror import MagicMirror
-from mm_core.pipelines.presets import PRESETS, T5_XXL
-from mm_core.pipelines.tiny import build_tokenizer
 
 # Where the clip is computed, and where weights rest: the same memory under two names that can be told apart.
 DEVICE, REST = torch.device("cpu", 0), torch.device("cpu")
@@ -81,7 +78,7 @@ def build(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
     monkeypatch.setattr(memory, "cpu_offload", lambda part, execution_device: cpu_offload(part, REST))
 
     def build(policy: str, device: torch.device = REST) -> MagicMirror:
-        monkeypatch.setattr(memory, "choose_policy", lambda *_, **__: policy)
+        monkeypatch.setattr(memory, "choose_policy", lambda *_: policy)
         return MagicMirror(UntiedBase(folder), adapter=folder / "adapter.safetensors", device=device)
 
     return build
@@ -279,51 +276,25 @@ def test_loading_holds_one_copy(tmp_path: Path, stored: torch.dtype, copies: flo
     assert peak < copies * size
 
 
-@pytest.fixture(scope="module")
-def published() -> CogVideoXPipeline:
-    """CogVideoX-5B in bfloat16, without its memory: 9.5 GB of text encoder, 11 GB of transformer."""
-    preset = PRESETS["CogVideoX-5b"]
-    with torch.device("meta"):
-        parts = dict(
-            text_encoder=T5EncoderModel(T5Config(**T5_XXL)).bfloat16(),
-            transformer=CogVideoXTransformer3DModel(**preset.transformer).bfloat16(),
-            vae=AutoencoderKLCogVideoX(**preset.vae).bfloat16(),
-        )
-    return CogVideoXPipeline(tokenizer=build_tokenizer(), scheduler=CogVideoXDDIMScheduler(), **parts)
-
-
-def sizes(pipe: CogVideoXPipeline) -> list[int]:
-    return [size_in_bytes(part) for part in (pipe.text_encoder, pipe.transformer, pipe.vae)]
-
-
-@pytest.mark.parametrize(
-    ("gigabytes", "policy"), [(80, "none"), (40, "none"), (24, "model"), (20, "model"), (16, "group"), (6, "group")]
-)
-def test_automatic_policy(
-    published: CogVideoXPipeline, monkeypatch: pytest.MonkeyPatch, gigabytes: int, policy: str
-) -> None:
-    """By the memory that is free: all of the model, a part at a time, or a block at a time, beside 6 GiB to compute."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (gigabytes * 2**30, 96 * 2**30))
-    assert choose_policy("auto", sizes(published), torch.device("cuda")) == policy
-
-
-def test_chosen_policy(published: CogVideoXPipeline) -> None:
+def test_chosen_policy() -> None:
     """The user's choice stands; a CPU has nothing to offload to; an unknown name is told with the known ones."""
+
+    def choose(policy: str, device: str) -> str:
+        return choose_policy(policy, lambda free: "group", torch.device(device))
+
     for policy in POLICIES:
-        assert choose_policy(policy, sizes(published), torch.device("cuda")) == policy
-        assert choose_policy(policy, sizes(published), torch.device("cpu")) == "none"
-    assert choose_policy("auto", sizes(published), torch.device("mps")) == "model"
+        assert choose(policy, "cuda") == policy
+        assert choose(policy, "cpu") == "none"
+    assert choose("auto", "mps") == "model"
     with pytest.raises(SettingError, match=r"'disk'.*auto, none, model, group, sequential"):
-        choose_policy("disk", sizes(published), torch.device("cpu"))
+        choose("disk", "cpu")
 
 
-def test_size_in_bytes(published: CogVideoXPipeline) -> None:
+def test_size_in_bytes() -> None:
     """Parameters and buffers by their own types."""
     module = nn.Linear(3, 5).half()
     module.register_buffer("table", noise(4))
     assert size_in_bytes(module) == 2 * (15 + 5) + 4 * 4
-    assert size_in_bytes(published.transformer) == pytest.approx(11.1e9, rel=0.02)
-    assert size_in_bytes(published.text_encoder) == pytest.approx(9.5e9, rel=0.02)
 
 
 def test_precision() -> None:

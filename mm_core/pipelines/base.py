@@ -64,6 +64,10 @@ class BaseModel(Protocol):
     @property
     def limits(self) -> ClipLimits: ...
 
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """transformers' config of T5."""
+
     sampling: Sampling
     """What it samples with where nothing else is asked for."""
 
@@ -311,6 +315,10 @@ class FileBase:
             f"The tensors of {self.transformer.name} are not those of {', '.join(PRESETS)} under diffusers' names. Use "
             "a diffusers folder, or a file converted from one."
         )
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        return T5_XXL
 
     @property
     def transformer_config(self) -> Mapping[str, Any]:

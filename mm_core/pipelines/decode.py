@@ -100,32 +100,38 @@ def decode_bytes(config: Mapping[str, Any], dtype: torch.dtype, shape: Sequence[
     """
     _, _, frames, height, width = shape
     cell = 2 ** (len(config["block_out_channels"]) - 1)
+    key = as_key(AutoencoderKLCogVideoX, config)
     tile = (height, width) if part is None else tuple(side // cell for side in _tile_size(config, part))
     if height <= tile[0] and width <= tile[1]:
-        return _whole_bytes(_as_key(config), dtype, frames, height, width)
+        return _whole_bytes(key, dtype, frames, height, width)
     steps = [int(side * (1 - _OVERLAP)) for side in tile]
     cells = [
         min(tile[0], height - y) * min(tile[1], width - x)
         for y, x in product(range(0, height, steps[0]), range(0, width, steps[1]))
     ]
-    largest = _whole_bytes(_as_key(config), dtype, frames, min(tile[0], height), min(tile[1], width))
+    largest = _whole_bytes(key, dtype, frames, min(tile[0], height), min(tile[1], width))
     made = 3 * (frames * 4 - 3) * cell**2 * dtype.itemsize  # of one latent cell: RGB of all frames
     peaks = [made * sum(cells[:number]) + largest * size / max(cells) for number, size in enumerate(cells)]
     # In the end all tiles are there, the rows of the picture, and the picture.
     return int(max(*peaks, made * (sum(cells) + 2 * height * width)))
 
 
-def _as_key(config: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """All settings of a VAE, those that it leaves out too."""
-    parameters = inspect.signature(AutoencoderKLCogVideoX.__init__).parameters.values()
+Key = tuple[tuple[str, Any], ...]
+
+
+def as_key(cls: type, config: Mapping[str, Any]) -> Key:
+    """All settings of a class, those that a config leaves out too, to count with once."""
+    parameters = inspect.signature(cls.__init__).parameters.values()
     settings = [(item.name, config.get(item.name, item.default)) for item in parameters if item.name != "self"]
-    return tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in settings)
+    return tuple(
+        (name, tuple(value) if isinstance(value, list) else value)
+        for name, value in settings
+        if value is not inspect.Parameter.empty
+    )
 
 
 @functools.lru_cache(maxsize=64)
-def _whole_bytes(
-    config: tuple[tuple[str, Any], ...], dtype: torch.dtype, frames: int, height: int, width: int
-) -> int:
+def _whole_bytes(config: Key, dtype: torch.dtype, frames: int, height: int, width: int) -> int:
     """The same of whole frames, in latent cells. After five latent frames it grows no more: they come in pairs."""
     with torch.device("meta"):
         vae = torch.nn.Module.to(AutoencoderKLCogVideoX(**dict(config)), dtype).eval()

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 
 from ..hosts.cogvideox_diffusers import Attached, attach
-from ..memory import Part, Residence, sampling_parts, size_in_bytes, store_in_fp8
+from ..memory import Part, Residence, sampling_parts, store_in_fp8
 from ..models.adapter import MagicMirrorAdapter
 from .base import BaseModel
 from .lora import Lora, set_loras
@@ -73,13 +73,10 @@ def load_base(
     vae_dtype: torch.dtype,
     fp8: bool,
     residence: Residence,
-    text_bytes: int,
 ) -> LoadedBase:
     """Read the weights, put the adapter on, and give the weights into their residence's charge.
 
-    Args:
-        fp8: store the large layers as 8-bit floats.
-        text_bytes: of the text encoder, which takes its turn on the device too.
+    fp8: store the large layers as 8-bit floats.
     """
     pipe = base.load(dtype, text_encoder=False)
     if vae_dtype != dtype:
@@ -92,7 +89,6 @@ def load_base(
     if adapter is not None:
         weights += sampling_parts(adapter)
         twice = [pipe.transformer.transformer_blocks[layer] for layer in adapter.config.adapted_layers]
-    residence = residence.settled([text_bytes, sum(map(size_in_bytes, weights)), size_in_bytes(pipe.vae)])
     transformer, vae = residence.part("transformer", weights, twice), residence.part("vae", [pipe.vae])
     pipe.execution_device = transformer.device
     return LoadedBase(

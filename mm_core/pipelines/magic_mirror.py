@@ -22,6 +22,7 @@ from .identity import Identity, IdentityEncoder
 from .loaded import LoadedBase, load_base, vae_of
 from .lora import Lora
 from .parts import Pipeline
+from .plan import Plan, plan_of
 from .prompt import IdentityTokens
 from .sampling import sample
 from .text import prompt_encoder, token_ids
@@ -58,6 +59,7 @@ class MagicMirror:
         self.base, self.residence = base, residence or Offloading(offload, device or default_device())
         self.dtype = self.residence.dtype("transformer", precision)
         self._vae_dtype, self._fp8 = self.residence.dtype("vae", precision), precision == "fp8"
+        self._settled: Residence | None = None
         if isinstance(base, TinyBase):
             adapter, id_encoder = adapter or base.adapter, id_encoder or base.id_encoder
         self.adapter_path = adapter
@@ -82,7 +84,7 @@ class MagicMirror:
         """Transformer and VAE with the adapter on them, in their residence's charge."""
         return load_base(
             self.base, self.adapter, dtype=self.dtype, vae_dtype=self._vae_dtype, fp8=self._fp8,
-            residence=self.residence, text_bytes=self.text.size,
+            residence=self._settled or self.residence,
         )  # fmt: skip
 
     @property
@@ -106,6 +108,32 @@ class MagicMirror:
         """Raise whatever would stop the clip, before the base model is loaded; returns the prompt's identity tokens."""
         return self.checks.of_clip(clip, identity, settings)
 
+    def plan(self, clip: ClipSettings, identity: Identity | None = None) -> Plan | None:
+        """What the clip needs of the device, before anything is loaded; None on a CPU, where weights compute in place.
+        """
+        if self.residence.device("transformer").type == "cpu":
+            return None
+        photos = {} if identity is None else {"tokens": identity.features.structure_tokens[..., 0].numel()}
+        return plan_of(
+            text=self.base.text_config,
+            transformer=self.base.transformer_config,
+            vae=self.base.vae_config,
+            adapter=None if self.header is None else self.header.config,
+            clip=clip,
+            dtype=self.dtype,
+            vae_dtype=self._vae_dtype,
+            fp8=self._fp8,
+            **photos,
+        )
+
+    def plan_line(self, clip: ClipSettings, identity: Identity | None = None) -> str | None:
+        """The plan, and what follows from the memory that is free now, to show to the user; None on a CPU."""
+        plan = self.plan(clip, identity)
+        if plan is None:
+            return None
+        residence = self._settled or self.residence.settled(plan.choose)
+        return plan.line(residence.policy, residence.memory("transformer"))
+
     def sample(
         self,
         clip: ClipSettings,
@@ -117,10 +145,14 @@ class MagicMirror:
         """Sample latents, (1, C, F', H / 8, W / 8). Without identity, or with all strengths 0, this is plain CogVideoX.
         The LoRAs act on this clip and on no other. Raises as `Checks.of_clip` and `sampling.sample`."""
         settings = settings or AdapterSettings()
-        tokens, loaded = self.check(clip, identity, settings), self.loaded
+        tokens, plan = self.check(clip, identity, settings), self.plan(clip, identity)
+        if plan is not None and self._settled is None:
+            self._settled = self.residence.settled(plan.choose)
+        loaded = self.loaded
         loaded.set_loras(loras)
         encode = partial(self.encode_text, residence=loaded.residence)
-        return sample(loaded, encode, clip, None if settings.off else identity, tokens, settings, on_step)
+        beside = 0 if plan is None else max(plan.beside["identity"], plan.beside["steps"])
+        return sample(loaded, encode, clip, None if settings.off else identity, tokens, settings, on_step, beside)
 
     def decode(self, latents: Tensor) -> Clip:
         """Decode sampled latents. Raises DecodeError, which carries them, when that fails."""

@@ -14,7 +14,6 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from torch import Tensor
 
 from ..errors import OutOfMemoryError
-from ..memory import ACTIVATION_BYTES
 from ..numerics import FiniteWatch, precision_name
 from ..out_of_memory import out_of_memory_as
 from .clip import ClipSettings, StepCallback
@@ -40,12 +39,14 @@ def sample(
     tokens: IdentityTokens | None,
     settings: AdapterSettings,
     on_step: StepCallback | None,
+    beside: int = 0,
 ) -> Tensor:
     """Sample latents, (1, C, F', H / 8, W / 8), on the CPU.
 
     Args:
         identity: None for plain CogVideoX.
         tokens: of the prompt with room for the identity; None where the settings leave the prompt as it is.
+        beside: bytes of the device that the clip needs beside the weights.
 
     Raises:
         NumericsError: latents that are not finite. OutOfMemoryError: the clip does not fit. Whatever `on_step` raises.
@@ -62,7 +63,7 @@ def sample(
         prompt = encode(without_trigger(clip.prompt)).to(device)
         negative = encode(clip.negative_prompt).to(device) if clip.guidance_scale > 1 else None
         marked = prompt if tokens is None else encode(tokens.ids).to(device)
-        with out_of_memory_as(partial(_does_not_fit, clip, loaded)), loaded.transformer.ready(ACTIVATION_BYTES):
+        with out_of_memory_as(partial(_does_not_fit, clip, loaded)), loaded.transformer.ready(beside):
             face = None
             if identity is not None:
                 face = _condition(loaded, clip, identity, tokens, settings, marked)

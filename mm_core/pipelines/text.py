@@ -99,7 +99,8 @@ class PromptEncoder:
     def _run(self, ids: tuple[int, ...], residence: Residence) -> Tensor:
         with out_of_memory_as(_does_not_fit):
             if self._part is None:
-                self._part = residence.part("text_encoder", [self.module])
+                # Not the whole: its embedding stands there twice, and accelerate would bring it twice.
+                self._part = residence.part("text_encoder", [self.module.encoder])
             with self._part.ready(_ACTIVATION_BYTES):
                 embeds = self.module(torch.tensor([ids], device=self._part.device))[0].to("cpu", self._dtype)
         if not embeds.isfinite().all():
