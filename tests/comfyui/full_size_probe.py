@@ -44,7 +44,10 @@ def as_loaded(name):
     model = model_config.get_model({}, "")
     patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
     scheduler = CogVideoXDDIMScheduler(**preset.scheduler)
-    base = SimpleNamespace(name=name, transformer_config=config, load_scheduler=lambda: scheduler)
+    sampling = SimpleNamespace(steps=50)
+    base = SimpleNamespace(
+        name=name, transformer_config=config, load_scheduler=lambda: scheduler, sampling=sampling
+    )
     return patcher, base, config, scheduler
 
 
