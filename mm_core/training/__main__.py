@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         with packages():
+            _take_device()
             config = load_config(args.config, dict(_setting(text) for text in args.set))
             return args.run(config, args) or 0
     except MagicMirrorError as error:
@@ -151,11 +152,27 @@ def progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
 
 def rehearse(config: TrainingConfig, args: argparse.Namespace) -> None:
     """Real sizes, random weights, a few steps of each stage: seconds, memory and hours beside the planner's."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
     from .rehearse import rehearse as run
 
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        print(run(config, args.steps, Path(folder)))
+    processes = PartialState()
+    with tempfile.TemporaryDirectory(dir=args.folder) as own:
+        folder = broadcast_object_list([own])[0]  # the first process's
+        table = run(config, args.steps, Path(folder))
+        processes.wait_for_everyone()
+    if processes.is_main_process:
+        print(table)
     _leave()
+
+
+def _take_device() -> None:
+    """Of several GPUs, the one that is this process's: precomputing asks nobody else which."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.getenv("LOCAL_RANK", "0")))
 
 
 def _leave() -> None:
