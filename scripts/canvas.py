@@ -24,6 +24,12 @@ SHOWN = {
 }  # fmt: skip
 GROWTH = {"MagicMirrorCogVideoXSampler": 356}
 NOTE, NOTE_HEIGHT = "MarkdownNote", 290
+# What App mode shows of a graph that has it: widgets to which nothing is connected, and what is made.
+APP_INPUTS = (
+    ("example", "person"), ("shots", "description"), ("shots", "shots"), ("shots", "seed"), ("apply", "prompt"),
+    ("sampler", "prompt"), ("sampler", "seed"), ("noise", "noise_seed"),
+)  # fmt: skip
+APP_OUTPUT = "video"
 # The page's ids of the nodes at a subgraph's edges.
 INPUTS, OUTPUTS = -10, -20
 
@@ -86,10 +92,18 @@ def to_canvas(name: str, note: str, nodes: dict[str, Node], info: dict[str, Any]
     }  # fmt: skip
     scale = next(s for s in SCALES if _place({NOTE: start} | made, nodes, (BOTTOM - TOP) / s) <= (RIGHT - LEFT) / s)
     placed = [*made.values(), start]
+    widgets = {
+        key: {slot["name"] for slot in node["inputs"] if "widget" in slot and slot["link"] is None}
+        for key, node in made.items()
+    }
+    app = {
+        "inputs": [[numbers[key], name] for key, name in APP_INPUTS if name in widgets.get(key, ())],
+        "outputs": [numbers[APP_OUTPUT]],
+    }
     return {
         "id": _identifier(name), "revision": 0, "last_node_id": len(placed),
         "last_link_id": len(links), "nodes": placed, "links": links, "groups": [], "config": {},
-        "extra": {"ds": {"scale": scale, "offset": [LEFT / scale, TOP / scale]}}, "version": 0.4,
+        "extra": {"ds": {"scale": scale, "offset": [LEFT / scale, TOP / scale]}, "linearData": app}, "version": 0.4,
     }  # fmt: skip
 
 

@@ -161,3 +161,17 @@ def test_it_opens_in_view(name: str) -> None:
     assert (note["pos"][0] + left) * scale > 60 and (note["pos"][1] + top) * scale > 145
     for axis, (offset, edge) in enumerate(((left, 1280), (top, 1000))):
         assert max(node["pos"][axis] + node["size"][axis] + offset for node in workflow["nodes"]) * scale <= edge
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_app_mode_shows_what_one_changes_and_gets(name: str) -> None:
+    """Widgets that are there and not connected, the prompt or the shots among them, and the result."""
+    workflow = canvas(name)
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    app = workflow["extra"]["linearData"]
+    for node, widget in app["inputs"]:
+        (slot,) = (slot for slot in nodes[node]["inputs"] if slot["name"] == widget)
+        assert "widget" in slot and slot["link"] is None
+    assert {"prompt", "shots"} & {widget for _, widget in app["inputs"]}
+    (made,) = app["outputs"]
+    assert nodes[made]["type"] in ("MagicMirrorVideoCombine", "SaveImage")

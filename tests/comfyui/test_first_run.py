@@ -47,6 +47,8 @@ def test_the_run_button_makes_a_clip(page: Page, fresh: ComfyServer) -> None:
     assert unknown_nodes(page) == []
     version = "oldest" if "Try it out" in page.content() else "newest"
     picture(page, f"first_run_{version}_before.png")
+    if version == "newest":
+        assert page.evaluate(APP) == ["person", "prompt", "seed"]
     name = run(page, "tiny_")
     assert (fresh.base / "output" / "magic_mirror" / name).is_file()
     page.wait_for_timeout(1000)
@@ -54,6 +56,9 @@ def test_the_run_button_makes_a_clip(page: Page, fresh: ComfyServer) -> None:
     assert "64 x 64 px, 9 frames, 12 ddim steps" in shown(page, "MagicMirrorCogVideoXSampler")
 
 
+# What App mode, which the oldest page does not have, shows of the workflow.
+APP = """() => document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s.get('appMode')
+    .selectedInputs.map(([, name]) => name)"""
 # What a node says in a run (web/said.js): the text, and whether it is drawn in a box that is as wide as the node.
 SAID = """kind => window.app.graph.nodes.filter(node => node.type === kind).flatMap(node => (node.widgets ?? []).filter(
     widget => widget.name === 'said' && widget.element.isConnected
