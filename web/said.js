@@ -47,7 +47,7 @@ app.registerExtension({
         nodeType.prototype.onExecuted = function (output) {
             executed?.apply(this, arguments);
             if (output?.text) say(this, output.text.join("\n"));
-            if (output && !output.animated) remember(this, output); // a video would send the widget that plays it
+            if (output && !output.animated?.[0]) remember(this, output); // a video would send the widget that plays it
         };
     },
     nodeCreated(node) {
