@@ -256,7 +256,6 @@ class MagicMirrorDecode(io.ComfyNode):
 def _encode(mirror: MagicMirror, clip: Any, text: str | list[int]) -> torch.Tensor:
     """(1, T, Dtxt) on the CPU, of a prompt or of token ids, by ComfyUI's CLIP or by the base model's own encoder."""
     if clip is None:
-        runtime.retire_others(mirror)  # or the text encoders of two base models would be in memory
         return mirror.encode_text(text)
     if isinstance(text, str):
         tokens = clip.tokenize(text)

@@ -9,7 +9,6 @@ import inspect
 import json
 import logging
 import os
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..mm_core.pipelines.clip import StepCallback
-    from ..mm_core.pipelines.magic_mirror import MagicMirror
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +44,6 @@ IDENTITIES = "magic_mirror_identities"
 _PREVIEW_SIZE = 512
 _KEY_LENGTH = 79  # of a text in a PNG
 _LOCALES = Path(__file__).resolve().parent.parent / "locales"
-
-_last_used: weakref.ref[MagicMirror] | None = None
 
 
 def in_users_language(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
@@ -152,20 +148,6 @@ def device() -> torch.device:
 def face_device() -> str:
     """Where faces are analysed, as FaceAnalyzer wants it said."""
     return "cpu" if device().type == "cpu" else "auto"
-
-
-def retire_others(mirror: MagicMirror) -> None:
-    """Before a model samples, drop the weights of the one of this pack that was used before.
-
-    ComfyUI may keep the outputs of earlier workflows, so a replaced model is not gone just because nothing uses it.
-    """
-    global _last_used
-    previous = None if _last_used is None else _last_used()
-    if previous is not None and previous is not mirror:
-        previous.unload(successor=mirror)
-        del previous
-        release_memory()
-    _last_used = weakref.ref(mirror)
 
 
 def release_memory() -> None:

@@ -92,13 +92,12 @@ class MagicMirror:
         """diffusers' pipeline of `loaded`; it has no text encoder."""
         return self.loaded.pipe
 
-    def unload(self, successor: MagicMirror | None = None) -> None:
-        """Let go of all weights, to be read again when needed; but not of a text encoder that `successor` has too."""
+    def unload(self) -> None:
+        """Let go of all weights, to be read again when needed."""
         vars(self).pop("loaded", None)
         vars(self).pop("adapter", None)
         self.id_encoder.unload()
-        if successor is None or successor.text is not self.text:
-            self.text.unload()
+        self.text.unload()
 
     def identity(self, references: Sequence[Reference], face_pack: str | None = None) -> Identity:
         """Encode photos of one person; see `IdentityEncoder.identity`."""

@@ -204,6 +204,19 @@ def out_of_memory(mirror, expected):
     return found
 
 
+def cached_steps(mirror):
+    """Steps that reuse the one before are the same streamed as whole, and the next clip has none."""
+    clip, clips = dict(steps=8, scheduler="ddim"), []
+    off = sample(mirror, **clip)
+    for state in (NORMAL, management.VRAMState.NO_VRAM):
+        management.vram_state = state
+        management.unload_all_models()
+        clips.append(sample(mirror, step_cache="fast", **clip))
+        equal = torch.equal(sample(mirror, **clip), off)
+    management.vram_state = NORMAL
+    return [torch.equal(*clips), not torch.equal(clips[0], off), equal]
+
+
 def loras(mirror, expected):
     """A LoRA changes the clip, in part on the device as whole, and is gone from the next one."""
     sizes = TRANSFORMERS["5b"] | dict(max_text_seq_length=PROMPT_TOKENS)
@@ -232,5 +245,6 @@ report = dict(
     turns=turns(mirror, expected, weights),
     out_of_memory=out_of_memory(mirror, expected),
     loras=loras(mirror, expected),
+    cached_steps=cached_steps(mirror),
 )
 print(json.dumps(report))

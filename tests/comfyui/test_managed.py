@@ -76,6 +76,7 @@ def test_out_of_memory(found: dict[str, Any]) -> None:
         assert abs(left) < NUMBERS and next_is_right, stage
 
 
-def test_loras(found: dict[str, Any]) -> None:
+@pytest.mark.parametrize("what", ["loras", "cached_steps"])
+def test_what_changes_one_clip(found: dict[str, Any], what: str) -> None:
     """The same whether the model is on the device or streamed to it; gone from the next clip."""
-    assert found["loras"] == [True, True, True]
+    assert found[what] == [True, True, True]

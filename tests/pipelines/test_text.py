@@ -59,17 +59,6 @@ def test_every_way_to_it_reads_it_once(folder: Path, read: list[torch.dtype]) ->
     assert read == [torch.float32]
 
 
-def test_a_successor_keeps_it(folder: Path, read: list[torch.dtype]) -> None:
-    first, second = model(folder), model(folder, adapter=False)
-    first.sample(CLIP, build_identity())
-    first.unload(successor=second)
-    second.sample(CLIP)
-    assert len(read) == 1
-    second.unload()
-    second.sample(CLIP)
-    assert len(read) == 2
-
-
 def test_it_goes_with_the_last_model(folder: Path, read: list[torch.dtype]) -> None:
     first = model(folder)
     first.encode_text("rain")
