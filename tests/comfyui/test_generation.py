@@ -114,7 +114,6 @@ def test_untrained_weights_say_so(server: ComfyServer, graph: Any) -> None:
     path.unlink()
     assert outputs[graph.id(LOADER)]["text"] == [UNTRAINED]
     assert outputs[graph.id(SAMPLER)]["text"][0].startswith(UNTRAINED)
-    assert len(outputs[graph.id(SAMPLER)]["images"]) == 1  # the warning as a picture, which every page draws
     assert f"[WARNING] MagicMirror: {UNTRAINED}" in server.log_text()
 
 
