@@ -89,7 +89,8 @@ def test_help_that_is_not_translated_is_not_found(any_server: ComfyServer) -> No
     assert raised.value.code == 404
 
 
-def test_no_scripts(any_server: ComfyServer) -> None:
-    """The web folder holds pages only; nothing of it is run."""
+def test_one_script(any_server: ComfyServer) -> None:
+    """What the page runs of the web folder is what draws a node's text; the rest are help pages."""
     pack = help_address(any_server, "").removesuffix("docs/")
-    assert not [path for path in json.loads(read(any_server, "/extensions")) if path.startswith(pack)]
+    scripts = [path for path in json.loads(read(any_server, "/extensions")) if path.startswith(pack)]
+    assert scripts == [f"{pack}said.js"]
