@@ -18,7 +18,7 @@ from .conditioning import FaceConditioning
 # How much the first block's change of the video may differ between two steps, relative to it, for the later step to
 # reuse what the other blocks added. `dpm` adds noise in each step, which changes it more. docs/reference.md says what
 # they cost and save.
-_THRESHOLDS = {"ddim": {"balanced": 0.1, "fast": 0.22}, "dpm": {"balanced": 0.25, "fast": 0.4}}
+_THRESHOLDS = {"ddim": {"balanced": 0.1, "fast": 0.22}, "dpm": {"balanced": 0.15, "fast": 0.2}}
 
 
 @contextmanager
