@@ -228,7 +228,7 @@ def test_a_signal_to_two_processes(tmp_path: Path, signalled: str) -> None:
     Killed without warning, one takes the other with it, and the run goes on from the checkpoint before."""
     folder, pids, killed = tmp_path / "run", tmp_path / "pid", signalled == "one, killed"
     save_every = 5 if killed else 400
-    process = start(folder, 2, task={"slow": 0.02, "pids": str(pids)}, steps=400, save_every=save_every)
+    process = start(folder, processes=2, task={"slow": 0.02, "pids": str(pids)}, steps=400, save_every=save_every)
     wait_for_steps(process, folder, 7 if killed else 3)
     first, second = (int(Path(f"{pids}-{rank}").read_text()) for rank in (0, 1))
     os.kill(second, signal.SIGKILL if killed else signal.SIGTERM)
@@ -239,14 +239,14 @@ def test_a_signal_to_two_processes(tmp_path: Path, signalled: str) -> None:
     step = int(latest_checkpoint(folder).name.removeprefix("step-"))
     assert 3 <= step <= max(losses(folder)) < 400
     assert step == max(losses(folder)) or killed
-    again = start(folder, 2, task={"slow": 0.0}, steps=400, save_every=400)
+    again = start(folder, processes=2, task={"slow": 0.0}, steps=400, save_every=400)
     assert again.wait(timeout=240) == 0, again.stderr.read()
     assert is_finished(folder, 400) and list(losses(folder)) == list(range(1, 401))
 
 
 def test_a_bad_gradient_on_one_of_two_processes(tmp_path: Path) -> None:
     """Both stop, with the message, and nothing is saved."""
-    process = start(tmp_path / "run", 2, task={"cliff": 55})
+    process = start(tmp_path / "run", processes=2, task={"cliff": 55})
     assert process.wait(timeout=120)
     assert "gradient's norm is nan at step 6" in process.stderr.read()
     assert latest_checkpoint(tmp_path / "run").name == "step-00000004"
