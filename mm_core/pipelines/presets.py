@@ -90,6 +90,11 @@ PRESETS = {
 }
 
 
+def published(name: str) -> Preset | None:
+    """The published model of this name, with its owner or without; None for any other name."""
+    return next((preset for preset in PRESETS.values() if name in (preset.repo, preset.repo.split("/")[-1])), None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How a base model samples where nothing else is asked for."""

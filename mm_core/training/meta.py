@@ -29,7 +29,7 @@ from ..models.id_encoder import PHOTOMAKER_V2, IDEncoder, IDEncoderConfig
 from ..pipelines import tiny
 from ..pipelines.base import FolderBase, TinyBase
 from ..pipelines.control import AdapterSettings
-from ..pipelines.presets import PRESETS, T5_XXL, ClipLimits
+from ..pipelines.presets import PRESETS, T5_XXL, ClipLimits, published
 from .config import ABLATIONS, StageConfig, TrainingConfig, adapter_config
 from .losses import TEMPORAL_COMPRESSION, predict_clean
 from .sample_losses import BEHIND, NoiseLoss, decode_frame
@@ -91,10 +91,10 @@ def build_models(config: TrainingConfig, precision: str) -> Models:
 
 def base_configs(base: str) -> tuple[str, Mapping[str, Any], Mapping[str, Any], T5Config]:
     """Name, transformer, VAE and T5 of a base: `tiny`, a published name, or a folder."""
-    for preset in PRESETS.values():
-        if base in (preset.repo, preset.repo.split("/")[-1]):
-            config = {"patch_size_t": None} | dict(preset.transformer)
-            return preset.repo, config, preset.vae, T5Config(**T5_XXL)
+    preset = published(base)
+    if preset is not None:
+        config = {"patch_size_t": None} | dict(preset.transformer)
+        return preset.repo, config, preset.vae, T5Config(**T5_XXL)
     folder = TinyBase().folder if base == tiny.NAME else Path(base).expanduser()
     if not folder.is_dir():
         raise SettingError(f"base is {base}; it must be tiny, one of {', '.join(PRESETS)}, or the folder of a model.")

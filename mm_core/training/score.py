@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from ..checkpoints.adapter_file import read_header
@@ -26,7 +28,6 @@ from .sources import base_of, features_of, id_encoder_of
 
 _log = logging.getLogger(__name__)
 
-
 REPORT = "report.html"
 
 
@@ -36,7 +37,7 @@ def scores_of(config: TrainingConfig, adapter: Path) -> Path:
     return Path(config.output).expanduser() / "scores" / f"{trained.stage}-{trained.steps:08d}"
 
 
-def _clips(config: TrainingConfig, adapter: Path) -> dict[Path, int]:
+def clips_of(config: TrainingConfig, adapter: Path) -> dict[Path, int]:
     """The clip of each person left out, and the row of the features that it is made of. Raises SettingError."""
     features = Features.open(features_of(config, "video"))
     entries = {row: features.entries[row] for row in split_people(features, config.validation_people)[1].tolist()}
@@ -47,22 +48,20 @@ def _clips(config: TrainingConfig, adapter: Path) -> dict[Path, int]:
     return {folder / f"person{number:03d}.mp4": row for number, row in enumerate(people.values())}
 
 
-def missing_clips(config: TrainingConfig, adapter: Path) -> list[Path]:
-    """Those that no process has made yet."""
-    return [clip for clip in _clips(config, adapter) if not clip.is_file()]
-
-
-def make_clips(config: TrainingConfig, adapter: Path, rank: int, world_size: int) -> None:
-    """A process's share of the clips, one of each person left out."""
-    mine = dict(list(_clips(config, adapter).items())[rank::world_size])
+def make_clips(config: TrainingConfig, adapter: Path, clips: Mapping[Path, int], rank: int, world_size: int) -> None:
+    """A process's share of `clips_of`."""
+    mine = dict(list(clips.items())[rank::world_size])
     wanted = {clip: row for clip, row in mine.items() if not clip.is_file()}
     if not wanted:
         return
-    features = Features.open(features_of(config, "video"))
+    features, data = Features.open(features_of(config, "video")), manifest_path(Path(config.video.data).expanduser())
+    captions = {sample.id: sample.caption for sample in read_manifest(data)}
     analyzer = FaceAnalyzer(Path(config.insightface_root).expanduser(), config.face_pack)
     mirror = MagicMirror(base_of(config), adapter=adapter, id_encoder=id_encoder_of(config))
     for clip, row in wanted.items():
-        _make(config, mirror, analyzer, features, row, clip)
+        entry = features.entries[row]
+        photos = [read_picture(data.parent, features.references[number]) for number in entry["references"]]
+        _make(config, mirror, analyzer, captions[entry["id"]], photos, clip)
     mirror.unload()
 
 
@@ -79,13 +78,10 @@ def write_scores(config: TrainingConfig, adapter: Path) -> Path:
 
 
 def _make(
-    config: TrainingConfig, mirror: MagicMirror, analyzer: FaceAnalyzer, features: Features, row: int, clip: Path
-) -> None:
+    config: TrainingConfig, mirror: MagicMirror, analyzer: FaceAnalyzer, caption: str, photos: Sequence[np.ndarray],
+    clip: Path,
+) -> None:  # fmt: skip
     """A clip from a sample's own caption and photos, which are copied beside it."""
-    data = manifest_path(Path(config.video.data).expanduser())
-    entry = features.entries[row]
-    caption = next(sample.caption for sample in read_manifest(data) if sample.id == entry["id"])
-    photos = [read_picture(data.parent, features.references[number]) for number in entry["references"]]
     for number, photo in enumerate(photos):
         with atomic_write(clip.parents[1] / "references" / clip.stem / f"{number}.png") as temporary:
             Image.fromarray(photo).save(temporary, format="png")

@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 from ..files import DOWNLOADS, write_json
 from ..pipelines import tiny
 from ..pipelines.base import BaseModel, FolderBase, TinyBase
-from ..pipelines.presets import PRESETS, Preset
+from ..pipelines.presets import Preset, published
 from .config import TrainingConfig
 
 FETCH = "Run `python -m mm_core.training fetch` with the same config"
@@ -20,8 +20,7 @@ FETCH = "Run `python -m mm_core.training fetch` with the same config"
 
 def published_base(config: TrainingConfig) -> Preset | None:
     """The published model that a config names as its base, with its owner or without; None for another base."""
-    known = {name: preset for preset in PRESETS.values() for name in (preset.repo, preset.repo.split("/")[-1])}
-    return known.get(config.base)
+    return published(config.base)
 
 
 def base_folder(config: TrainingConfig) -> Path:

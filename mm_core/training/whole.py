@@ -15,7 +15,7 @@ from ..data.precompute import precompute
 from .config import TrainingConfig
 from .publish import export, exported, write_card
 from .runs import is_finished
-from .score import REPORT, make_clips, missing_clips, scores_of, write_scores
+from .score import REPORT, clips_of, make_clips, scores_of, write_scores
 from .sources import check, feature_settings, features_of
 
 _log = logging.getLogger(__name__)
@@ -51,8 +51,9 @@ def train_whole(
         export(config)
     _wait(lambda: exported(config)[1])
     adapter, _ = exported(config)
-    make_clips(config, adapter, rank, world_size)
-    _wait(lambda: not missing_clips(config, adapter))
+    clips = clips_of(config, adapter)
+    make_clips(config, adapter, clips, rank, world_size)
+    _wait(lambda: all(clip.is_file() for clip in clips))
     if rank == 0:
         report = write_scores(config, adapter)
         write_card(config, adapter, report.with_name("results.json"))
