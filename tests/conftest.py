@@ -22,7 +22,7 @@ from comfy_server import ComfyServer
 if TYPE_CHECKING:
     from accelerator import Accelerator
 
-    from mm_core.training.arcface import DifferentiableArcFace
+    from mm_core.faces.arcface import DifferentiableArcFace
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,7 +77,7 @@ def recogniser_file(insightface_root: Path) -> Path:
 @pytest.fixture(scope="session")
 def recogniser(recogniser_file: Path) -> DifferentiableArcFace:
     """The recogniser of insightface as a torch module."""
-    from mm_core.training.arcface import DifferentiableArcFace
+    from mm_core.faces.arcface import DifferentiableArcFace
 
     return DifferentiableArcFace(recogniser_file)
 

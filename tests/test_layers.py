@@ -41,9 +41,19 @@ MAY_IMPORT = {
     },
     "mm_core.folders": {"mm_core.pipelines"},
     "mm_core.doctor": {"mm_core.checkpoints", "mm_core.folders", "mm_core.pipelines"},
+    # The command line of all three.
+    "mm_core.training.__main__": {"mm_core.training", "mm_core.data", "mm_core.planning", "mm_core.release"},
     "mm_core.training": {
         *("mm_core.models", "mm_core.checkpoints", "mm_core.data", "mm_core.pipelines", "mm_core.faces"),
-        *("mm_core.files", "mm_core.hosts", "mm_core.memory", "mm_core.video", "mm_core.evaluation"),
+        *("mm_core.files", "mm_core.hosts", "mm_core.memory", "mm_core.video"),
+    },
+    "mm_core.planning": {
+        *("mm_core.training", "mm_core.models", "mm_core.checkpoints", "mm_core.data", "mm_core.pipelines"),
+        *("mm_core.files", "mm_core.hosts"),
+    },
+    "mm_core.release": {
+        *("mm_core.training", "mm_core.checkpoints", "mm_core.data", "mm_core.pipelines", "mm_core.faces"),
+        *("mm_core.files", "mm_core.video", "mm_core.evaluation"),
     },
     "nodes": {
         *("mm_core.doctor", "mm_core.folders"),
@@ -54,7 +64,7 @@ MAY_IMPORT = {
     # Beside the product, which knows nothing of it.
     "lab": {
         *("mm_core.training", "mm_core.data", "mm_core.evaluation", "mm_core.pipelines", "mm_core.checkpoints"),
-        *("mm_core.models", "mm_core.faces", "mm_core.files", "mm_core.memory"),
+        *("mm_core.models", "mm_core.faces", "mm_core.files", "mm_core.memory", "mm_core.training.__main__"),
     },
 }
 FOR_ALL = {f"mm_core.{name}" for name in ("errors", "choices", "limits", "names", "json_file")}

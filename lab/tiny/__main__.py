@@ -149,8 +149,8 @@ class Recipe:
 
     @cached_property
     def recogniser(self) -> object:
+        from mm_core.faces.arcface import DifferentiableArcFace
         from mm_core.training.adapter_task import recogniser_file
-        from mm_core.training.arcface import DifferentiableArcFace
 
         return DifferentiableArcFace(recogniser_file(self.config))
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from mm_core.checkpoints.safetensors_file import read_tensors
 from mm_core.data.features import Features
+from mm_core.faces.arcface import align_faces
 from mm_core.files import atomic_write
 from mm_core.memory import default_device
 from mm_core.pipelines.base import FolderBase
-from mm_core.training.arcface import align_faces
 from mm_core.training.diffusion import add_noise, alphas_bar, rotary_embedding
 from mm_core.training.losses import TEMPORAL_COMPRESSION, predict_clean
 from mm_core.training.randomness import generator_for

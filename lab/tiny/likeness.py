@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm_core.training.arcface import align_faces
+from mm_core.faces.arcface import align_faces
 
 
 def centred_identity_loss(

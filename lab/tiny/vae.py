@@ -13,11 +13,11 @@ from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor, nn
 
 from mm_core.faces.analysis import FaceAnalyzer
+from mm_core.faces.arcface import ALIGNED_SIZE, DifferentiableArcFace, align_faces
 from mm_core.faces.tracking import find_faces, follow
 from mm_core.files import write_json
 from mm_core.memory import default_device
 from mm_core.pipelines import tiny
-from mm_core.training.arcface import ALIGNED_SIZE, DifferentiableArcFace, align_faces
 from mm_core.training.loop_config import LoopConfig
 from mm_core.training.optimizer import BETAS
 from mm_core.training.randomness import generator_for, shuffled

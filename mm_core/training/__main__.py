@@ -55,14 +55,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def plan(config: TrainingConfig, args: argparse.Namespace) -> None:
     """Print what the run needs; nothing is loaded."""
-    from .plan import plan as make_plan
+    from ..planning.plan import plan as make_plan
 
     print(make_plan(config))
 
 
 def fetch(config: TrainingConfig, args: argparse.Namespace) -> None:
     """Fetch base model, ID encoder and face pack, as far as they are missing."""
-    from .fetch import fetch as fetch_parts
+    from ..release.fetch import fetch as fetch_parts
 
     for path in fetch_parts(config, args.accept_licences):
         print(path)
@@ -105,7 +105,7 @@ def train(config: TrainingConfig, args: argparse.Namespace) -> None:
 
 def whole(config: TrainingConfig, args: argparse.Namespace) -> None:
     """Check, precompute, train both stages, export and score: what is finished is skipped."""
-    from .whole import train_whole
+    from ..release.whole import train_whole
 
     print(train_whole(config, train_stage, args.rank, args.world_size))
     _leave()
@@ -155,7 +155,7 @@ def rehearse(config: TrainingConfig, args: argparse.Namespace) -> None:
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    from .rehearse import rehearse as run
+    from ..planning.rehearse import rehearse as run
 
     processes = PartialState()
     with tempfile.TemporaryDirectory(dir=args.folder) as own:

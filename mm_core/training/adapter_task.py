@@ -16,10 +16,10 @@ from ..checkpoints.adapter_file import Trained, load_adapter, save_adapter
 from ..data.features import Features
 from ..errors import SettingError
 from ..faces.analysis import FaceAnalyzer
+from ..faces.arcface import DifferentiableArcFace
 from ..models.adapter import MagicMirrorAdapter
 from ..pipelines.base import BaseModel
 from ..pipelines.control import AdapterSettings
-from .arcface import DifferentiableArcFace
 from .config import ABLATIONS, TrainingConfig, adapter_config
 from .diffusion import add_noise, alphas_bar, rotary_embedding
 from .losses import TEMPORAL_COMPRESSION, face_area

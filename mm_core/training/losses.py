@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .arcface import align_faces
+from ..faces.arcface import align_faces
 
 # CogVideoX's VAE: a latent frame's cell covers 8 x 8 pixels; the first latent frame holds one frame, others four.
 SPATIAL_COMPRESSION = 8

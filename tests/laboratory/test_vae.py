@@ -17,8 +17,8 @@ from lab.tiny.base import Latents
 from lab.tiny.clips import SCENE, Clips
 from lab.tiny.vae import DecoderTask, RecogniserFeatures, VAETask, smooth
 from mm_core.faces.analysis import FaceAnalyzer
+from mm_core.faces.arcface import DifferentiableArcFace
 from mm_core.pipelines.base import TinyBase
-from mm_core.training.arcface import DifferentiableArcFace
 from mm_core.training.loop import train
 from mm_core.training.loop_config import LoopConfig
 

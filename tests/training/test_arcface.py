@@ -15,7 +15,7 @@ from insightface.utils import face_align
 from onnx import TensorProto, helper, numpy_helper
 
 from mm_core.errors import CheckpointError, MagicMirrorError
-from mm_core.training.arcface import ALIGNED_SIZE, DifferentiableArcFace, align_faces
+from mm_core.faces.arcface import ALIGNED_SIZE, DifferentiableArcFace, align_faces
 
 # Of 0..1, between crops in floating point. Releases of OpenCV that round the bilinear weights differ by far more.
 MEAN_ERROR, LARGEST_ERROR = 0.01 / 255, 0.1 / 255

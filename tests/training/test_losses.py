@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from diffusers import CogVideoXDDIMScheduler
 from torch import Tensor
 
+from mm_core.faces.arcface import align_faces
 from mm_core.pipelines.presets import PRESETS
-from mm_core.training.arcface import align_faces
 from mm_core.training.losses import face_area, identity_loss, noise_loss, predict_clean
 
 SHAPE = (4, 3, 2, 6, 5)  # B, F, C, H, W

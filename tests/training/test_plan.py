@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mm_core.errors import SettingError
 from mm_core.pipelines import tiny
+from mm_core.planning.meta import DryStep, MetaKernels, Models, SavedTensors, build_models, dry_run, measure
+from mm_core.planning.plan import Memory, Plan, plan
 from mm_core.training.config import TrainingConfig, load_config
-from mm_core.training.meta import DryStep, MetaKernels, Models, SavedTensors, build_models, dry_run, measure
-from mm_core.training.plan import Memory, Plan, plan
 
 RECIPE = Path(__file__).parents[2] / "mm_core" / "training" / "configs" / "cogvideox_5b.yaml"
 SMALL = dict(base="tiny", width="64", height="48", video__frames="9")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import SettingError
-from .config import StageConfig, TrainingConfig
+from ..training.config import StageConfig, TrainingConfig
 from .meta import DryStep, Models, Work, build_models, measure
 
 MFU = 0.4

@@ -15,8 +15,8 @@ from ..faces.analysis import download_pack
 from ..files import DOWNLOADS
 from ..pipelines.base import FolderBase, download_folder
 from ..pipelines.presets import HUB_ADDRESS
-from .config import TrainingConfig
-from .sources import base_folder, id_encoder_of, published_base
+from ..training.config import TrainingConfig
+from ..training.sources import base_folder, id_encoder_of, published_base
 
 _log = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from ..files import atomic_write
 from ..pipelines.clip import ClipSettings
 from ..pipelines.control import AdapterSettings
 from ..pipelines.magic_mirror import MagicMirror
+from ..training.adapter_task import split_people
+from ..training.config import ABLATIONS, TrainingConfig
+from ..training.sources import base_of, features_of, id_encoder_of
 from ..video import write_video
-from .adapter_task import split_people
-from .config import ABLATIONS, TrainingConfig
-from .sources import base_of, features_of, id_encoder_of
 
 _log = logging.getLogger(__name__)
 

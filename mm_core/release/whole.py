@@ -12,11 +12,11 @@ import torch
 
 from ..data.features import INDEX
 from ..data.precompute import precompute
-from .config import TrainingConfig
+from ..training.config import TrainingConfig
+from ..training.runs import is_finished
+from ..training.sources import check, feature_settings, features_of
 from .publish import export, exported, write_card
-from .runs import is_finished
 from .score import REPORT, clips_of, make_clips, scores_of, write_scores
-from .sources import check, feature_settings, features_of
 
 _log = logging.getLogger(__name__)
 _POLL = 2.0  # seconds

@@ -20,14 +20,14 @@ from ..data.precompute import write_shard
 from ..files import write_json
 from ..pipelines.parts import build_scheduler
 from ..pipelines.presets import SCHEDULER, ClipLimits
-from .adapter_task import ADAPTER_FILE, AdapterTask
-from .config import TrainingConfig
-from .loop import train
-from .losses import TEMPORAL_COMPRESSION
+from ..training.adapter_task import ADAPTER_FILE, AdapterTask
+from ..training.config import TrainingConfig
+from ..training.loop import train
+from ..training.losses import TEMPORAL_COMPRESSION
+from ..training.runs import METRICS
 from .meta import base_configs, id_encoder_sizes
 from .plan import PEAK_TFLOPS, StagePlan
 from .plan import plan as make_plan
-from .runs import METRICS
 
 _SAMPLES, _PHOTOS = 4, 2  # of each person
 _PEAK_MEMORY = "speed/peak_memory_gib"

@@ -30,10 +30,10 @@ from ..pipelines import tiny
 from ..pipelines.base import FolderBase, TinyBase
 from ..pipelines.control import AdapterSettings
 from ..pipelines.presets import PRESETS, T5_XXL, ClipLimits, published
-from .config import ABLATIONS, StageConfig, TrainingConfig, adapter_config
-from .losses import TEMPORAL_COMPRESSION, predict_clean
-from .sample_losses import BEHIND, NoiseLoss, decode_frame
-from .step import AdapterTraining
+from ..training.config import ABLATIONS, StageConfig, TrainingConfig, adapter_config
+from ..training.losses import TEMPORAL_COMPRESSION, predict_clean
+from ..training.sample_losses import BEHIND, NoiseLoss, decode_frame
+from ..training.step import AdapterTraining
 
 _META = torch.device("meta")
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -13,9 +13,9 @@ from ..errors import NumericsError
 from ..files import atomic_write
 from ..json_file import parse_object, read_object
 from ..pipelines.presets import HUB_ADDRESS
-from .config import TrainingConfig
-from .runs import METRICS, latest_checkpoint
-from .sources import features_of, published_base
+from ..training.config import TrainingConfig
+from ..training.runs import METRICS, latest_checkpoint
+from ..training.sources import features_of, published_base
 
 CARD, CURVE = "README.md", "curve.svg"
 _SHOWN = ("noise_loss", "identity_loss", "validation/id_similarity")
