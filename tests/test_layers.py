@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "mm_core.limits": set(),
     "mm_core.names": set(),
     "mm_core.json_file": set(),
+    "mm_core.settings_file": set(),
     "mm_core.files": set(),
     "mm_core.filenames": {"mm_core.files"},
     "mm_core.playback": set(),
@@ -67,7 +68,7 @@ MAY_IMPORT = {
         *("mm_core.models", "mm_core.faces", "mm_core.files", "mm_core.memory", "mm_core.training.__main__"),
     },
 }
-FOR_ALL = {f"mm_core.{name}" for name in ("errors", "choices", "limits", "names", "json_file")}
+FOR_ALL = {f"mm_core.{name}" for name in ("errors", "choices", "limits", "names", "json_file", "settings_file")}
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server", "execution", "nodes"}
 DIFFUSERS_HOST = "mm_core/hosts/cogvideox_diffusers.py"
 

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from ..errors import MagicMirrorError, SettingError, packages
+from ..settings_file import parse_setting
 from .config import TrainingConfig, load_config
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with packages():
             _take_device()
-            config = load_config(args.config, dict(_setting(text) for text in args.set))
+            config = load_config(args.config, dict(parse_setting(text) for text in args.set))
             return args.run(config, args) or 0
     except MagicMirrorError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -181,13 +182,6 @@ def _leave() -> None:
 
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def _setting(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise SettingError(f"--set {text} has no value: write --set video.loop.steps=100.")
-    return name, value
 
 
 def _parser() -> argparse.ArgumentParser:

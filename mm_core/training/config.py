@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from ..errors import SettingError, reason
-from ..limits import CONFIG_BYTES
+from ..errors import SettingError
 from ..models.config import AdapterConfig
 from ..pipelines import tiny
+from ..settings_file import load_settings
 from .loop_config import STRICT, Count, CountOrNone, LoopConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -141,78 +138,5 @@ def adapter_config(config: TrainingConfig, name: str, transformer: Mapping[str, 
 
 
 def load_config(path: Path, overrides: Mapping[str, str] | None = None) -> TrainingConfig:
-    """Read a YAML file. overrides: values by dotted name, `{"video.loop.steps": "100"}`, as on the command line.
-
-    Raises SettingError for a missing file, an unknown or missing name, or a value of another type or out of its range.
-    """
-    try:
-        if path.stat().st_size > CONFIG_BYTES:
-            raise SettingError(f"The config {path} has more than {CONFIG_BYTES:,} bytes, which no config has.")
-        content = _parse(path.read_text(encoding="utf-8"), f"The config {path}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(f"The config {path} cannot be read: {reason(error)}. Give a YAML file.") from error
-    for name, text in (overrides or {}).items():
-        *parents, last = name.split(".")
-        place = content
-        for parent in parents:
-            place = place.setdefault(parent, {}) if isinstance(place, dict) else None
-        if not isinstance(place, dict):
-            raise SettingError(f"{name} cannot be set: {'.'.join(parents)} is not a group of settings.")
-        place[last] = _parse(text, f"The value of {name}")
-    try:
-        # As JSON, whose lists may be tuples and whose groups dataclasses; nothing else is converted.
-        return TypeAdapter(TrainingConfig).validate_json(json.dumps(content, default=str))
-    except ValidationError as error:
-        raise SettingError(f"{path.name}: {'; '.join(_told(error))}.") from error
-    except (TypeError, ValueError, RecursionError) as error:
-        raise SettingError(f"{path.name} is no group of settings with names: {error}.") from error
-
-
-_GROUPS = {"image": StageConfig, "video": StageConfig, "loop": LoopConfig, "sampling": SamplingConfig}
-
-
-def _told(error: ValidationError) -> Iterator[str]:
-    """Each mistake with the setting's name, its value and what it must be; names alone where those are the mistake."""
-    found = error.errors(include_url=False)
-    for what, kind in (("unknown", "unexpected_keyword_argument"), ("missing", "missing")):
-        names = sorted((each["loc"] for each in found if each["type"] == kind), key=str)
-        if names:
-            yield f"{what} {', '.join('.'.join(map(str, name)) for name in names)}"
-    for each in found:
-        if each["type"] not in ("unexpected_keyword_argument", "missing"):
-            message, name = each["msg"].removeprefix("Value error, "), ".".join(map(str, each["loc"]))
-            if each["type"] == "value_error":
-                yield message
-            else:
-                yield f"{name or 'it'} is {str(each['input'])[:100]!r}; {message.replace('Input should', 'it must')}"
-    for each in found:
-        if each["type"] == "unexpected_keyword_argument":
-            group = _GROUPS.get(each["loc"][-2] if len(each["loc"]) > 1 else "", TrainingConfig)
-            yield f"the settings there are {', '.join(field.name for field in dataclasses.fields(group))}"
-            break
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's `no` and 1e-5, a text and a number, and no aliases, which a few lines of can unpack to gigabytes."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if first not in "yYnNoO" or not tag.endswith(":bool")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it uses an alias (*), which is not taken; write the value out")
-        return super().compose_node(parent, index)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except RecursionError as error:
-        raise SettingError(f"{where} cannot be read: it is nested too deeply.") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise SettingError(f"{where} cannot be read: {error}.") from error
+    """`settings_file.load_settings` of a run."""
+    return load_settings(TrainingConfig, path, overrides)
