@@ -31,6 +31,8 @@ FORMAT = 2
 INDEX = "index.json"
 SETTINGS = "settings.json"
 KINDS = ("prompts", "references", "samples")
+UNKNOWN = "unknown"
+"""The licence of samples whose line of the manifest names none."""
 ROWS = "rows"
 """The one entry of a shard's header: JSON with the names of its rows, and what was left out."""
 IN_MEMORY = 4 * 10**9  # bytes; larger sets stay on disk, mapped
@@ -59,12 +61,15 @@ class Features:
 
     entries: for each sample its id, person (may be None) and references, numbers for `reference`.
     references: paths of the pictures. counts: samples, references, and what was skipped by reason.
+    licences: how many samples have each, in a line.
     """
 
     def __init__(self, folder: Path, index: dict[str, Any], in_memory: bool) -> None:
         self.folder, self.counts, self.settings = folder, index["counts"], index["settings"]
         self.entries: list[dict[str, Any]] = index["samples"]
         self._references: list[dict[str, Any]] = index["references"]
+        licences = index.get("licences") or {UNKNOWN: len(self.entries)}
+        self.licences = ", ".join(f"{name} ({count:,})" for name, count in licences.items())
         self._kept = None if in_memory else _OPEN_SHARDS
         self._shards: OrderedDict[str, Any] = OrderedDict()
         self._prompts: list[dict[str, Any]] = index["prompts"]

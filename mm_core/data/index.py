@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import MagicMirrorError
 from ..json_file import read_object
-from .features import SETTINGS, header_of, seen_in, shard_name
+from .features import SETTINGS, UNKNOWN, header_of, seen_in, shard_name
 from .manifest import Sample
 
 
@@ -32,7 +32,7 @@ def build_index(folder: Path, samples: Sequence[Sample], shards: Sequence[Shard]
     """What `Features` opens. Raises MagicMirrorError if there is not one sample."""
     rows: dict[str, dict[str, dict[str, int]]] = {"prompts": {}, "references": {}, "samples": {}}
     left_out: dict[str, dict[str, list[str]]] = {kind: {} for kind in rows}
-    files, looked_at, seen = [], 0, 0
+    files, looked_at, seen, licences = [], 0, 0, Counter()
     for shard in shards:
         path = folder / shard.file
         header = header_of(path)
@@ -47,6 +47,7 @@ def build_index(folder: Path, samples: Sequence[Sample], shards: Sequence[Shard]
     for sample in samples:
         known = [numbers["references"][path] for path in sample.references if path in numbers["references"]]
         if sample.id in rows["samples"] and known:
+            licences[sample.licence or UNKNOWN] += 1
             entry = {"id": sample.id, "person": sample.person, "references": known}
             entries.append(entry | {"prompt": numbers["prompts"][sample.caption]} | rows["samples"][sample.id])
         elif not known:
@@ -65,6 +66,7 @@ def build_index(folder: Path, samples: Sequence[Sample], shards: Sequence[Shard]
             "skipped": counts,
         },
         "skipped": {kind: left_out[kind] for kind in ("references", "samples")},
+        "licences": dict(sorted(licences.items())),
         "shards": files,
         "prompts": list(rows["prompts"].values()),
         "references": [{"path": path} | row for path, row in rows["references"].items()],

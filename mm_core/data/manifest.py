@@ -23,8 +23,10 @@ MANIFEST = "manifest.jsonl"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv")
 _SOURCE = r"(?s)(?P<file>.+?)(?:@(?P<frame>[0-9]{1,9}))?"
-_FIELDS = {"id": str, "media": str, "caption": str, "references": list, "person": str}
-_OPTIONAL = {"caption", "person"}
+_FIELDS = {
+    "id": str, "media": str, "caption": str, "references": list, "person": str, "source": str, "licence": str,
+}  # fmt: skip
+_OPTIONAL = {"caption", "person", "source", "licence"}
 _KINDS = {str: "a text", list: "a list", int: "a whole number"}
 
 
@@ -76,6 +78,9 @@ class Sample:
     references: tuple[str, ...]
     """Pictures of the person, 1 or more; the medium itself if it is a picture (self-reference)."""
     person: str | None
+    source: str | None = None
+    """Where the medium is from: a collection's name, an address."""
+    licence: str | None = None
 
 
 def manifest_path(data: Path) -> Path:
@@ -194,4 +199,6 @@ def _parse_line(line: bytes) -> Sample:
         caption=entry.get("caption", "").strip(),
         references=tuple(dict.fromkeys(entry["references"])),
         person=entry.get("person"),
+        source=entry.get("source"),
+        licence=entry.get("licence"),
     )

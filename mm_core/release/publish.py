@@ -114,9 +114,9 @@ def _metrics(path: Path) -> list[dict[str, float]]:
 
 
 def _data_line(config: TrainingConfig, stage: str) -> str:
-    counts = Features.open(features_of(config, stage)).counts
-    which = f"{counts['samples']:,} samples, {counts['references']:,} photos of people"
-    return f"| data of the {stage} stage, {Path(config.stage(stage).data).name} | {which} | state yours here |"
+    features = Features.open(features_of(config, stage))
+    which = f"{features.counts['samples']:,} samples, {features.counts['references']:,} photos of people"
+    return f"| data of the {stage} stage, {Path(config.stage(stage).data).name} | {which} | {features.licences} |"
 
 
 def _stage_line(config: TrainingConfig, stage: str) -> str:

@@ -17,6 +17,7 @@ from ..data.features import Features
 from ..errors import SettingError
 from ..faces.analysis import FaceAnalyzer
 from ..faces.arcface import DifferentiableArcFace
+from ..limits import NAME_LENGTH
 from ..models.adapter import MagicMirrorAdapter
 from ..pipelines.base import BaseModel
 from ..pipelines.control import AdapterSettings
@@ -214,8 +215,8 @@ class AdapterTask:
         mine = {name.removeprefix("adapter."): tensor for name, tensor in weights.items()}
         whole = MagicMirrorAdapter(adapter.config)
         whole.load_state_dict(adapter.state_dict() | mine)
-        data = f"{len(self.training):,} samples of {Path(self.stage.data).name}"
-        trained = Trained(stage=self.name, steps=step, data=data)
+        data = f"{len(self.training):,} samples of {Path(self.stage.data).name}; licences: {self.features.licences}"
+        trained = Trained(stage=self.name, steps=step, data=data[:NAME_LENGTH])
         save_adapter(whole, path / ADAPTER_FILE, base_model=self.base.name, trained=trained)
 
     def exported(self, path: Path) -> dict[str, Tensor]:

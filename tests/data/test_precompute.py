@@ -64,7 +64,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "cut.mp4").write_bytes(b"no video")
     references = ["flat.png", "cut.png", *last["references"]]
     lines += [
-        last | {"id": "wide", "media": "wide.mp4", "references": references},
+        last | {"id": "wide", "media": "wide.mp4", "references": references, "licence": "CC-BY-4.0", "source": "fair"},
         last | {"id": "faceless", "media": "flat.mp4"},
         last | {"id": "short", "media": "short.mp4"},
         last | {"id": "small", "media": "small.mp4"},
@@ -152,6 +152,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(features: Features) -> None
         },
     }
     assert [entry["person"] for entry in features.entries] == ["0", "0", "1", "1", "1", "1"]
+    assert features.licences == "CC-BY-4.0 (1), unknown (5)"
 
 
 def test_the_check_finds_the_same_without_looking_for_faces(config: TrainingConfig) -> None:
