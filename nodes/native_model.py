@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import uuid
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import comfy.ldm.cogvideo.model
 import comfy.model_management
 import comfy.model_patcher
-import comfy.ops
 import comfy.patcher_extension
 import comfy.supported_models
 import comfy.utils
@@ -32,7 +32,7 @@ from .native_factors import Factors
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
 
-    from ..mm_core.hosts.cogvideox_comfyui import ComfyCogVideoX
+    from ..mm_core.hosts.cogvideox_comfyui import ComfyCogVideoX, Place
     from ..mm_core.models.adapter import MagicMirrorAdapter
     from ..mm_core.models.block import FaceState
     from ..mm_core.pipelines.control import Acting, AdapterSettings, Window
@@ -106,10 +106,12 @@ def adapter_of(mirror: MagicMirror, dtype: torch.dtype) -> NativeAdapter:
     """The mirror's adapter, read once, shared by all models that it is put on."""
     from ..mm_core.checkpoints.adapter_file import load_adapter
     from ..mm_core.memory import sampling_parts
+    from .runtime_memory import with_cores_layers
 
     loaded = _adapters.setdefault(mirror, {})
     if dtype not in loaded:
-        adapter = with_cores_layers(load_adapter(mirror.adapter_path, dtype=dtype)[0])
+        adapter = load_adapter(mirror.adapter_path, dtype=dtype)[0]
+        with_cores_layers(adapter, casting=True)
         # Looked up now: core replaces this class as it starts.
         patcher = comfy.model_patcher.CoreModelPatcher(
             FaceAttention(sampling_parts(adapter)),
@@ -118,15 +120,6 @@ def adapter_of(mirror: MagicMirror, dtype: torch.dtype) -> NativeAdapter:
         )
         loaded[dtype] = NativeAdapter(adapter=adapter, patcher=patcher)
     return loaded[dtype]
-
-
-def with_cores_layers(adapter: MagicMirrorAdapter) -> MagicMirrorAdapter:
-    """Make every layer with weights one of core's, which adds a way to compute and no state. Where a layer's weights
-    are not on the device, or of another type, it casts them for the call."""
-    for layer in adapter.modules():
-        if isinstance(layer, (nn.Linear, nn.LayerNorm)):
-            layer.__class__ = getattr(comfy.ops.manual_cast, type(layer).__name__)
-    return adapter
 
 
 @functools.cache
@@ -177,19 +170,22 @@ def with_identity(
     model: ModelPatcher, native: NativeAdapter, identity: NativeIdentity, settings: AdapterSettings
 ) -> ModelPatcher:
     """A clone of the model that makes this person; the model stays as it is."""
+    from ..mm_core.hosts.cogvideox_comfyui import Place
+
     transformer, adapter, binding = transformer_of(model), native.adapter, host()
     model = model.clone()
     key = f"{ADDITIONAL}.{uuid.uuid4()}"  # a later Apply finds no state of an earlier one
-    positions = torch.arange(len(adapter.config.adapted_layers), device=model.load_device).split(1)
-    for where, layer in zip(positions, adapter.config.adapted_layers):
+    places = [Place() for _ in adapter.config.adapted_layers]
+    for place, layer in zip(places, adapter.config.adapted_layers):
         name = f"diffusion_model.blocks.{layer}.forward"
         block, adapter_block = transformer.blocks[layer], adapter.blocks[str(layer)]
-        forward = binding.adapted_forward(block, adapter_block, where, model.get_model_object(name), key)
+        forward = binding.adapted_forward(block, adapter_block, place, model.get_model_object(name), key)
         model.add_object_patch(name, forward)
     model.set_additional_models(ADDITIONAL, [native.patcher])
     sampling = model.get_model_object("model_sampling")
     wrapper = _Identity(
         key=key,
+        places=places,
         adapter=adapter,
         identity=identity,
         settings=settings,
@@ -211,6 +207,8 @@ class _Run:
     """(1, Q, D), on the device."""
     ip_scale: Tensor
     """(), on the device."""
+    positions: Sequence[Tensor]
+    """For each place."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -235,6 +233,7 @@ class _Identity:
 
     key: str
     """Of the step in core's options, then of the state that the blocks find there."""
+    places: Sequence[Place]
     adapter: MagicMirrorAdapter
     identity: NativeIdentity
     settings: AdapterSettings
@@ -252,10 +251,12 @@ class _Identity:
                     options[ADDITIONAL] = self._run(executor.class_obj.inner_model, options["sample_sigmas"], x.device)
                 run: _Run = options[ADDITIONAL]
                 options[self.key] = _Step(run=run, acting=acting, packed=run.factors.at(sigma))
+                self._tell(run.positions)
             try:
                 return executor(x, timestep, model_options, seed)
             finally:
                 options.pop(self.key, None)
+                self._tell([None] * len(self.places))
 
     def forward(
         self,
@@ -281,6 +282,10 @@ class _Identity:
         result = executor(x, timestep, context, ofs, options, **kwargs)
         return _halves(result, [order.index(number) for number in range(len(halves))])
 
+    def _tell(self, positions: Sequence[Tensor | None]) -> None:
+        for place, position in zip(self.places, positions):
+            place.position = position
+
     def _acting(self, sigma: float) -> Acting:
         def inside(window: Window) -> bool:
             first, last = self.sigmas[window]
@@ -302,6 +307,7 @@ class _Identity:
             ),
             face_tokens=None if face is None else face.to(device, dtype),
             ip_scale=torch.full((), self.settings.ip_scale, device=device, dtype=dtype),
+            positions=torch.arange(len(self.places), device=device).split(1),
         )
 
 

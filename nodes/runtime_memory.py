@@ -79,8 +79,7 @@ class ManagedPart:
 
     def _manage(self) -> None:
         self._weights = MagicMirrorWeights(self._weights)  # core notes on it what of it is loaded
-        for layer in self._weights.modules():
-            _let_core_cast(layer)
+        with_cores_layers(self._weights)
         # Looked up now: core replaces this class as it starts, and an older one has no such name.
         patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
         self.patcher = patcher(
@@ -109,14 +108,21 @@ class ManagedPart:
             self._manage()
 
 
-def _let_core_cast(layer: nn.Module) -> None:
-    """Make a layer one of core's, which compute with weights that rest elsewhere or are stored in 8 bits."""
-    cls = _CASTING.get(type(layer))
-    if cls is None:
-        return
-    layer.__class__ = cls
-    layer.bias = getattr(layer, "bias", None)
-    if vars(layer).pop("_diffusers_hook", None) is not None:
+def with_cores_layers(module: nn.Module, *, casting: bool = False) -> None:
+    """Make layers core's, which compute with weights that rest elsewhere or are stored in 8 bits, with the
+    same numbers.
+
+    casting: also those weights that core has not in its charge.
+    """
+    for layer in module.modules():
+        cls = _CASTING.get(type(layer))
+        if cls is None:
+            continue
+        layer.__class__ = cls
+        layer.bias = getattr(layer, "bias", None)
         # Stored in 8 bits: diffusers would replace the weight at each call, under core's pinned memory.
-        del layer.forward
-        layer.comfy_cast_weights = True
+        stored = vars(layer).pop("_diffusers_hook", None) is not None
+        if stored:
+            del layer.forward
+        if stored or casting:
+            layer.comfy_cast_weights = True

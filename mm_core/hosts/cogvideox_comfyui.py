@@ -7,6 +7,7 @@ casting and offloading see the model that they know, and a bypass removes it aga
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,13 +61,12 @@ class ComfyCogVideoX(Host):
         self,
         block: nn.Module,
         adapter_block: AdapterBlock,
-        position: Tensor,
+        place: Place,
         inner: Callable[..., tuple[Tensor, Tensor]],
         key: Hashable,
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         """A forward for a block: ours where `transformer_options[key]` is a `FaceState`, else the one before.
 
-        position: (1,), on the device, which of the adapted blocks this is.
         inner: the forward that was there.
         """
         def forward(
@@ -91,9 +91,19 @@ class ComfyCogVideoX(Host):
             if state is None:
                 return plain(hidden_states, encoder_hidden_states, temb)
             parts = ComfyParts(self, block, image_rotary_emb, options)
-            return run_block(parts, adapter_block, position, state, plain, hidden_states, encoder_hidden_states, temb)
+            return run_block(
+                parts, adapter_block, place.position, state, plain, hidden_states, encoder_hidden_states, temb
+            )
 
         return forward
+
+
+@dataclass(eq=False)
+class Place:
+    """Which of the adapted blocks one is. A tensor says it: to `torch.compile` all blocks are the same."""
+
+    position: Tensor | None = None
+    """(1,), on the device; during a step only."""
 
 
 class ComfyParts(CogVideoXModulation):

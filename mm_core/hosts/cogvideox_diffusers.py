@@ -106,6 +106,7 @@ class _AdaptedForward:
         self.block = block
         self.adapter_block: AdapterBlock | None = adapter_block
         self.position = torch.tensor([position], device="cpu")
+        """(1,), which of the adapted blocks this is."""
 
     def __call__(
         self,
@@ -154,11 +155,14 @@ class Attached:
     def ready(self, state: FaceState) -> FaceState:
         """The state, for a forward pass on the device that it is on."""
         # Moved here, not in the block: there it would be a second graph to `torch.compile`.
-        device = state.streams.device
-        for position, forward in enumerate(self._forwards):
-            if forward.position.device != device:
-                forward.position = torch.tensor([position], device=device)
+        self.to(state.streams.device)
         return state
+
+    def to(self, device: torch.device) -> None:
+        """Move the blocks' numbers, all that is here beside the modules."""
+        if self._forwards[0].position.device != device:
+            for forward, position in zip(self._forwards, torch.arange(len(self._forwards), device=device).split(1)):
+                forward.position = position
 
     def face_state(
         self,

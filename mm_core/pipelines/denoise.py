@@ -87,6 +87,10 @@ def denoise(
                 output_type="latent",
             ).frames
     finally:
-        attention_kwargs.clear()  # the pipeline keeps it after an error
+        # After an error the pipeline keeps both.
+        attention_kwargs.clear()
+        pipe._current_timestep = None
+        if face is not None:
+            face.attached.to(torch.device("cpu"))
     wanted = (clip.num_frames - 1) // pipe.vae_scale_factor_temporal + 1
     return latents[:, latents.shape[1] - wanted :]  # 1.5 pads in front to whole patches

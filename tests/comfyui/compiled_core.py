@@ -26,6 +26,8 @@ spec = importlib.util.spec_from_file_location("pack", PACK / "__init__.py", subm
 sys.modules["pack"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["pack"])
 native_model = importlib.import_module("pack.nodes.native_model")
+runtime_memory = importlib.import_module("pack.nodes.runtime_memory")
+Place = importlib.import_module("pack.mm_core.hosts.cogvideox_comfyui").Place
 
 
 def graphs(*, adapted: bool, whole: bool) -> list[int]:
@@ -34,12 +36,14 @@ def graphs(*, adapted: bool, whole: bool) -> list[int]:
         **TRANSFORMERS["5b"], dtype=torch.float32, operations=comfy.ops.disable_weight_init
     )
     fill_with_noise(transformer).requires_grad_(False)
-    adapter = native_model.with_cores_layers(build_adapter(build_transformer("5b")).requires_grad_(False))
+    adapter = build_adapter(build_transformer("5b")).requires_grad_(False)
+    runtime_memory.with_cores_layers(adapter, casting=True)
     host = native_model.host()
     if adapted:
         for position, layer in enumerate(adapter.config.adapted_layers):
             block, ours = transformer.blocks[layer], adapter.blocks[str(layer)]
-            block.forward = host.adapted_forward(block, ours, torch.tensor([position]), block.forward, "state")
+            place = Place(torch.tensor([position]))
+            block.forward = host.adapted_forward(block, ours, place, block.forward, "state")
     backend, counts = CompileCounterWithBackend("eager"), []
     for module in [transformer] if whole else transformer.blocks:
         module.compile(backend=backend)

@@ -45,7 +45,7 @@ sys.modules["pack"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules["pack"])
 ComfyUI = importlib.import_module("pack.nodes.runtime_memory").ComfyUI
 
-STEPS = 4
+STEPS = 3
 CLIP = ClipSettings(
     prompt="A woman img smiles.", width=48, height=32, num_frames=9, steps=STEPS, guidance_scale=3.0, scheduler="dpm"
 )
@@ -115,7 +115,8 @@ def modes(expected, weights):
         mirror, there = build(case.get("offload", "auto"), precision), []
         latents = mirror.sample(CLIP, build_identity(), on_step=lambda *_, there=there: there.append(loaded()))
         equal = torch.equal(latents, plenty.setdefault(precision, latents))
-        equal &= torch.equal(sample(mirror), latents)
+        if "half" in name:  # with what is there of it already
+            equal &= torch.equal(sample(mirror), latents)
         found[name] = [equal, there[-1]]
         management.vram_state, accelerator.limit_bytes = NORMAL, None
         management.EXTRA_RESERVED_VRAM = reserved
@@ -156,10 +157,10 @@ def places(mirror):
 
 
 def turns(mirror, expected, weights):
-    """Ours and another model, ten times in turn."""
+    """Ours and another model, three times in turn."""
     management.unload_all_models()
     other, sizes, equal = Elsewhere(), [], True
-    for _ in range(10):
+    for _ in range(3):
         accelerator.limit_bytes = ROOM + management.extra_reserved_memory() + 1.2 * weights
         equal &= torch.equal(sample(mirror), expected)
         ours = live()
@@ -177,7 +178,7 @@ def out_of_memory(mirror, expected):
         text=mirror.text.module.encoder.block[0].layer[0].SelfAttention.o,
         factors=mirror.adapter.blocks["2"].face_modulation,
         decode=mirror.pipeline.vae.decoder.mid_block.resnets[1].conv2,
-    ) | {f"step {step}": mirror.pipeline.transformer.transformer_blocks[2].ff for step in range(1, STEPS + 1)}
+    ) | {f"step {step}": mirror.pipeline.transformer.transformer_blocks[2].ff for step in (1, STEPS)}
     for stage, module in where.items():
         management.unload_all_models()
         rest, calls = live(), []
@@ -212,8 +213,8 @@ def cached_steps(mirror):
         management.vram_state = state
         management.unload_all_models()
         clips.append(sample(mirror, step_cache="fast", **clip))
-        equal = torch.equal(sample(mirror, **clip), off)
     management.vram_state = NORMAL
+    equal = torch.equal(sample(mirror, **clip), off)
     return [torch.equal(*clips), not torch.equal(clips[0], off), equal]
 
 
@@ -226,11 +227,12 @@ def loras(mirror, expected):
         management.vram_state = state
         management.unload_all_models()
         clips.append(mirror.sample(CLIP, build_identity(), loras=[lora]))
-        equal = torch.equal(sample(mirror), expected)
     management.vram_state = NORMAL
+    equal = torch.equal(sample(mirror), expected)
     return [torch.equal(*clips), not torch.equal(clips[0], expected), equal]
 
 
+gc.freeze()  # or each look at what is live would go through all that is imported
 mirror = build()
 expected = MagicMirror(
     FolderBase(FOLDER), adapter=FOLDER / "adapter.safetensors", device=torch.device("cpu")
