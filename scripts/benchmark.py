@@ -22,8 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from diffusers import CogVideoXTransformer3DModel
-from step_cost import GIB, GPUS, Cost, counted
 
+from mm_core.counting import GIB, GPUS, Counter, counted
 from mm_core.hosts.cogvideox_diffusers import STATE, Attached, attach
 from mm_core.memory import sampling_parts, size_in_bytes, store_in_fp8
 from mm_core.models.adapter import MagicMirrorAdapter
@@ -40,8 +40,8 @@ FRAMES, HEIGHT, WIDTH, STEPS = 49, 480, 720, 50
 class Comparison:
     """One step of the base and of the same with an adapter, at full size."""
 
-    base: Cost
-    adapted: Cost
+    base: Counter
+    adapted: Counter
     weights: int
     """Bytes of the adapter's weights on the device in the loop."""
 
@@ -86,7 +86,7 @@ def _known_state(attached: Attached) -> FaceState:
     return attached.ready(FaceState.entering(tokens, factors, like.new_ones(())))
 
 
-def _count_step(transformer: CogVideoXTransformer3DModel, state: FaceState | None) -> Cost:
+def _count_step(transformer: CogVideoXTransformer3DModel, state: FaceState | None) -> Counter:
     inputs = _step_inputs(transformer, FRAMES, HEIGHT, WIDTH, batch=2)
     with counted() as cost:
         for _ in range(2):
@@ -116,7 +116,7 @@ def _report(compared: Comparison, storage: str) -> None:
     base, adapted = compared.base, compared.adapted
     print(f"\n{storage} storage            base   adapted   ratio")
     rows = [("TFLOP", base.flops / 1e12, adapted.flops / 1e12), ("GB moved", base.bytes / 1e9, adapted.bytes / 1e9)]
-    rows += [(f"s on {gpu.name}, roofline", base.seconds(gpu), adapted.seconds(gpu)) for gpu in GPUS]
+    rows += [(f"s on {name}, roofline", base.seconds(gpu), adapted.seconds(gpu)) for name, gpu in GPUS.items()]
     rows += [("GiB of activations", base.peak / GIB, adapted.peak / GIB)]
     for name, theirs, ours in rows:
         print(f"{name:22s} {theirs:9.2f} {ours:9.2f}   {ours / theirs:.4f}")

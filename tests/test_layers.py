@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "mm_core.choices": set(),
     "mm_core.numerics": set(),
     "mm_core.out_of_memory": set(),
-    "mm_core.peak": set(),
+    "mm_core.counting": set(),
     "mm_core.limits": set(),
     "mm_core.names": set(),
     "mm_core.json_file": set(),
@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "mm_core.memory": {"mm_core.models"},
     "mm_core.pipelines": {
         *("mm_core.models", "mm_core.hosts", "mm_core.faces", "mm_core.checkpoints", "mm_core.memory"),
-        *("mm_core.files", "mm_core.numerics", "mm_core.out_of_memory", "mm_core.peak"),
+        *("mm_core.files", "mm_core.numerics", "mm_core.out_of_memory", "mm_core.counting"),
     },
     "mm_core.folders": {"mm_core.pipelines"},
     "mm_core.doctor": {"mm_core.checkpoints", "mm_core.folders", "mm_core.pipelines"},
@@ -50,7 +50,7 @@ MAY_IMPORT = {
     },
     "mm_core.planning": {
         *("mm_core.training", "mm_core.models", "mm_core.checkpoints", "mm_core.data", "mm_core.pipelines"),
-        *("mm_core.files", "mm_core.hosts"),
+        *("mm_core.files", "mm_core.counting"),
     },
     "mm_core.release": {
         *("mm_core.training", "mm_core.checkpoints", "mm_core.data", "mm_core.pipelines", "mm_core.faces"),

@@ -14,10 +14,10 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 
+from ..counting import counted
 from ..errors import DecodeError
 from ..numerics import precision_name, remedy
 from ..out_of_memory import is_out_of_memory
-from ..peak import counted
 
 log = logging.getLogger(__name__)
 

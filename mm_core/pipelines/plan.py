@@ -13,12 +13,12 @@ from torch import nn
 from transformers import T5Config, T5EncoderModel
 
 from ..choices import POLICIES
+from ..counting import counted
 from ..hosts.cogvideox_diffusers import HOST
 from ..memory import sampling_parts, size_in_bytes, store_in_fp8
 from ..models.adapter import MagicMirrorAdapter
 from ..models.config import AdapterConfig
 from ..models.id_encoder import FaceFeatures
-from ..peak import counted
 from .clip import ClipSettings
 from .decode import Key, as_key, choose_tiles, decode_bytes
 from .parts import stored_dtype

@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
+from ..counting import GPUS, Work, measure
 from ..errors import SettingError
 from ..training.config import StageConfig, TrainingConfig
-from .meta import DryStep, Models, Work, build_models, measure
+from .meta import DryStep, Models, autocast, build_models
 
 MFU = 0.4
 """Assumed part of a GPU's peak that training reaches."""
-PEAK_TFLOPS = {"A100": 312, "H100": 989, "RTX 4090": 165}
-"""The numbers of the vendors: dense, in bf16, adding in float32."""
+PEAK_TFLOPS = {name: GPUS[name].tflops for name in ("A100", "H100", "RTX 4090")}
 CARDS_GIB = (24, 40, 80)
 RESERVED = 0.1
 """Assumed part of a card that the CUDA context, kernels' workspaces and fragmentation take."""
@@ -163,16 +163,16 @@ def _stage(config: TrainingConfig, name: str, mfu: float) -> StagePlan:
 
 def _work(models: Models, config: TrainingConfig, stage: StageConfig) -> tuple[DryStep, Work, Work | None]:
     """Of one sample: the transformer's pass, and the identity loss's decoding where it is on."""
-    step, precision = DryStep(models, config, stage), stage.loop.precision
+    step, dtype = DryStep(models, config, stage), autocast(stage.loop.precision)
     weights = [*models.transformer.parameters(), *models.transformer.buffers(), *models.adapter.parameters()]
     with step.fitting():
-        work = measure(step.noise_loss, weights, models.transformer.transformer_blocks, precision)
+        work = measure(step.noise_loss, weights, models.transformer.transformer_blocks, dtype)
         if not stage.identity_weight:
             return step, work, None
         clean = step.predicted_clean().requires_grad_()
         outer = [models.vae.decoder.mid_block, *models.vae.decoder.up_blocks]
         blocks = [*outer, *(resnet for block in outer for resnet in block.resnets)]  # as diffusers nests them
-        return step, work, measure(lambda: step.decode(clean), models.vae.parameters(), blocks, precision)
+        return step, work, measure(lambda: step.decode(clean), models.vae.parameters(), blocks, dtype)
 
 
 def _memory(

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mm_core.counting import GpuKernels, SavedTensors, measure
 from mm_core.errors import SettingError
 from mm_core.pipelines import tiny
-from mm_core.planning.meta import DryStep, MetaKernels, Models, SavedTensors, build_models, dry_run, measure
+from mm_core.planning.meta import DryStep, Models, build_models, dry_run
 from mm_core.planning.plan import Memory, Plan, plan
 from mm_core.training.config import TrainingConfig, load_config
 
@@ -89,8 +90,8 @@ def test_saved_tensors_are_those_of_a_real_pass() -> None:
 
     step, blocks = DryStep(models, config, config.video), models.transformer.transformer_blocks
     clean = step.predicted_clean().requires_grad_()
-    counted = measure(step.noise_loss, weights(), blocks, "no")
-    decoded = measure(lambda: step.decode(clean), weights(), [], "no")
+    counted = measure(step.noise_loss, weights(), blocks)
+    decoded = measure(lambda: step.decode(clean), weights(), [])
 
     models = real_models(models)
     step, blocks = DryStep(models, config, config.video), models.transformer.transformer_blocks
@@ -123,11 +124,11 @@ def test_autocast_is_accelerates() -> None:
     with torch.device("meta"):
         linear, frozen, norm = nn.Linear(8, 8), nn.Linear(8, 8).requires_grad_(False), nn.LayerNorm(8)
         x = torch.empty(2, 8)
-    with MetaKernels("bf16") as kernels:
+    with GpuKernels(torch.bfloat16) as kernels:
         assert linear(x).dtype == frozen(linear(x)).dtype == torch.bfloat16
         assert norm(linear(x)).dtype == torch.float32
     assert {key: copy.numel() for key, copy in kernels.copies.items()} == {id(linear.weight): 64, id(linear.bias): 8}
-    with MetaKernels("no"):
+    with GpuKernels():
         assert norm(linear(x)).dtype == torch.float32
 
 
