@@ -1,10 +1,11 @@
-"""`python -m mm_core.evaluation`: measure a folder of videos against reference photos of the people in them."""
+"""`python -m mm_core.evaluation score`: measure a folder of videos against reference photos of the people in them."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import MagicMirrorError, packages
@@ -16,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         with packages():
-            return evaluate_folder(args)
+            return args.run(args)
     except MagicMirrorError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -25,13 +26,15 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def evaluate_folder(args: argparse.Namespace) -> int:
-    """Measure, write, print the summary. 0, or 1 if some videos could not be measured."""
+def score(args: argparse.Namespace) -> int:
+    """Measure a folder of videos, write, print the summary. 0, or 1 if some videos could not be measured."""
     from tqdm import tqdm
 
     from ..faces.analysis import FaceAnalyzer
+    from .opens2v import FaceSim
     from .people import mean_face
     from .raft import Raft
+    from .recognisers import other_judges
     from .report import write_report
     from .run import evaluate
     from .text import TextAlignment
@@ -43,6 +46,8 @@ def evaluate_folder(args: argparse.Namespace) -> int:
         "centre": centre,
         "alignment": TextAlignment(args.clip) if args.clip else None,
         "flow_between": Raft(args.raft) if args.raft else None,
+        "judges": other_judges(analyzer),
+        "facesim": FaceSim(analyzer, args.curricularface),
     }
     with tqdm(unit="video") as bar:
 
@@ -61,6 +66,7 @@ def evaluate_folder(args: argparse.Namespace) -> int:
         "centred": centre is not None,
         "flow": args.raft.name if args.raft else "DIS",
         "clip": args.clip.name if args.clip else None,
+        "judges": [judge.name for judge in options["judges"]],
     }
     for path in write_report(args.out, evaluation, settings):
         print(path)
@@ -82,11 +88,22 @@ def _cosine(text: str) -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mm_core.evaluation",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog="python -m mm_core.evaluation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    commands = parser.add_subparsers(dest="command", required=True)
+    _score_arguments(_command(commands, "score", score))
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction, name: str, run: Callable[..., int]) -> argparse.ArgumentParser:
+    first = run.__doc__.splitlines()[0]
+    command = commands.add_parser(name, help=first, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    command.set_defaults(run=run)
+    return command
+
+
+def _score_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     add("--videos", type=Path, required=True, help="folder of <identity>*.mp4 or <identity>/*.mp4")
     add("--references", type=Path, required=True, help="folder of <identity>/*.jpg or <identity>_1.jpg, ...")
     add("--out", type=Path, required=True, help="folder for results.json, results.csv and report.html")
@@ -96,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--centre", type=Path, help="folder of many people's photos whose mean embedding is subtracted")
     add("--clip", type=Path, help="folder of a CLIPModel, to compare clips with <video>.txt or prompts.json")
     add("--raft", type=Path, help="state dict of torchvision's raft_small or raft_large, for flow as in VBench")
-    return parser
+    add("--curricularface", type=Path, help="CurricularFace's published weights, for FaceSim-Cur")
 
 
 if __name__ == "__main__":

@@ -5,14 +5,18 @@ A frame without a face is a row of NaN and stays one: nothing is put in its plac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+BOOTSTRAP_DRAWS = 1000
 DECAY_SAMPLES = 16  # frames, evenly spaced over the clip, that the decay is measured on
 DECAY_PART = 0.25  # of those samples: the first part is compared with the last
 TOP_FLOW_PART = 0.05  # VBench: a frame moves as much as the fastest twentieth of its pixels
 DYNAMIC_FLOW = 6.0  # VBench: pixels between two frames whose shorter side is FLOW_SIDE
 FLOW_SIDE = 256
 DYNAMIC_PART = 0.25  # VBench: so many of the frames must move for the clip to be dynamic
+YAW_LIMITS = (20.0, 45.0)  # degrees: nearly frontal, turned, and beyond
 STILL_FLOW = 0.25  # pixels: flow of this size is the codec's noise, whose direction means nothing
 
 
@@ -47,6 +51,33 @@ def decay(similarity: np.ndarray) -> float:
     sampled = similarity[sample_evenly(len(similarity), DECAY_SAMPLES)]
     part = max(1, int(len(sampled) * DECAY_PART))
     return mean_found(sampled[:part]) - mean_found(sampled[-part:])
+
+
+def success_by_yaw(similarity: np.ndarray, yaws: np.ndarray, threshold: float) -> tuple[float, float, float]:
+    """The part, 0 to 1, that reaches the threshold of the faces turned by less than 20 degrees, by 20 to 45, by more.
+
+    similarity, yaws: (F,), NaN without a face. NaN where no face is turned so far.
+    """
+    accepted = np.where(np.isnan(similarity), np.nan, similarity >= threshold)
+    turned = np.digitize(np.abs(np.nan_to_num(yaws)), YAW_LIMITS)
+    return tuple(mean_found(accepted[turned == number]) for number in range(len(YAW_LIMITS) + 1))
+
+
+def bootstrap(values: np.ndarray, people: Sequence[str]) -> tuple[float, float]:
+    """The 95% percentile interval of the mean over clips, from 1,000 draws of people, the same ones every time.
+
+    People are drawn, with all of their clips, since clips of one person are alike. values: (N,) a clip each, NaN where
+    it could not be measured. people: whose clip each is. NaN with fewer than two people that could be measured.
+    """
+    found = ~np.isnan(values)
+    _, owners = np.unique(np.asarray(people)[found], return_inverse=True)
+    number = owners.max(initial=-1) + 1
+    if number < 2:
+        return float("nan"), float("nan")
+    sums, counts = np.bincount(owners, values[found]), np.bincount(owners)
+    drawn = np.random.default_rng(0).integers(number, size=(BOOTSTRAP_DRAWS, number))
+    low, high = np.percentile(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1), (2.5, 97.5))
+    return float(low), float(high)
 
 
 def sample_evenly(frames: int, samples: int) -> np.ndarray:

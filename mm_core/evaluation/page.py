@@ -16,7 +16,7 @@ from ..faces.references import read_image
 from ..video import read_frames
 from .plot import similarity_plot
 from .run import ClipResult, Evaluation
-from .scores import MEANS, Summary, summarise
+from .scores import MEANS, Summary
 
 WORST_FRAMES = 3
 PICTURE_HEIGHT = 144  # pixels
@@ -32,6 +32,14 @@ _HEADINGS = {
     "smoothness": "smoothness",
     "motion_px": "motion, px",
     "text_alignment": "text alignment",
+    "id_similarity_dlib": "ID similarity, dlib",
+    "id_similarity_sface": "ID similarity, SFace",
+    "facesim_arc": "FaceSim-Arc",
+    "facesim_cur": "FaceSim-Cur",
+    "motion_amplitude": "motion amplitude, px",
+    "success_yaw_20": "accepted, yaw 0 to 20°",
+    "success_yaw_45": "accepted, yaw 20 to 45°",
+    "success_yaw_beyond": "accepted, yaw beyond",
 }
 _STYLE = Path(__file__).with_name("page.css")
 
@@ -46,7 +54,7 @@ def render_page(evaluation: Evaluation, settings: Mapping[str, Any]) -> str:
         f"<p>{escape(', '.join(f'{name}: {value}' for name, value in settings.items()))}</p>",
     ]
     if evaluation.clips:
-        parts.append(_summary(summarise([clip.scores for clip in evaluation.clips])))
+        parts.append(_summary(evaluation.summary))
         parts.append(_clip_table(evaluation.clips))
     if evaluation.skipped:
         items = "".join(
@@ -65,14 +73,17 @@ def worst_frames(clip: ClipResult) -> list[int]:
 
 def _summary(summary: Summary) -> str:
     rows = [
-        ("frames with a face", f"{summary.face_rate:.1%}", f"{summary.frames} frames"),
-        ("success: face found", f"{summary.success_face:.1%}", f"{summary.clips} clips"),
-        ("success: identity accepted", f"{summary.success_identity:.1%}", f"{summary.clips} clips"),
-        ("dynamic degree (success: motion)", f"{summary.success_motion:.1%}", f"{summary.clips} clips"),
+        ("frames with a face", "face_rate", summary.face_rate, f"{summary.frames} frames"),
+        ("success: face found", "success_face", summary.success_face, f"{summary.clips} clips"),
+        ("success: identity accepted", "success_identity", summary.success_identity, f"{summary.clips} clips"),
+        ("dynamic degree (success: motion)", "success_motion", summary.success_motion, f"{summary.clips} clips"),
     ]
-    rows += [(_HEADINGS[name], _number(summary.means[name]), f"{summary.measured[name]} clips") for name in MEANS]
-    body = "".join(f"<tr><td>{name}</td><td>{value}</td><td>{over}</td></tr>" for name, value, over in rows)
-    return f"<h2>All clips</h2><table><tr><th></th><th>mean</th><th>over</th></tr>{body}</table>"
+    rows += [(_HEADINGS[name], name, summary.means[name], f"{summary.measured[name]} clips") for name in MEANS]
+    body = ""
+    for heading, name, value, over in rows:
+        interval = " to ".join(_number(end) for end in summary.intervals[name])
+        body += f"<tr><td>{heading}</td><td>{_number(value)}</td><td>{interval}</td><td>{over}</td></tr>"
+    return f"<h2>All clips</h2><table><tr><th></th><th>mean</th><th>95% interval</th><th>over</th></tr>{body}</table>"
 
 
 def _clip_table(clips: list[ClipResult]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from ..errors import MagicMirrorError, NoFaceError
 from ..faces.analysis import Face, FaceAnalyzer, select_face
 from ..faces.references import read_image
 from ..faces.tracking import find_faces
+from .recognisers import Judge, describe
 
 PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 VIDEOS = {".mp4", ".webm", ".mkv", ".mov", ".avi", ".m4v"}  # a gif may hold equal frames once
@@ -24,6 +26,7 @@ class Person:
 
     embeddings: (R, C) float32, not normalised.
     landmarks: (5, 2) float32 x y in pixels of the first photo. picture_size: its width and height in pixels.
+    judged: embeddings by each of the other judges, (R, C), by its name.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Person:
     embeddings: np.ndarray
     landmarks: np.ndarray
     picture_size: tuple[int, int]
+    judged: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def find_references(folder: Path) -> dict[str, list[Path]]:
@@ -81,7 +85,7 @@ def identity_of(video: Path, root: Path, identities: list[str]) -> str:
     )
 
 
-def load_person(analyzer: FaceAnalyzer, name: str, photos: list[Path]) -> Person:
+def load_person(analyzer: FaceAnalyzer, name: str, photos: list[Path], judges: Sequence[Judge] = ()) -> Person:
     """The largest face of each photo. Raises MagicMirrorError naming a photo that is damaged or shows no face."""
     images = [read_image(path) for path in photos]
     faces = [_largest(analyzer, path, image) for path, image in zip(photos, images)]
@@ -91,6 +95,10 @@ def load_person(analyzer: FaceAnalyzer, name: str, photos: list[Path]) -> Person
         embeddings=np.stack([face.embedding for face in faces]),
         landmarks=faces[0].landmarks,
         picture_size=(images[0].shape[1], images[0].shape[0]),
+        judged={
+            judge.name: np.stack([describe(judge, image, face) for image, face in zip(images, faces)])
+            for judge in judges
+        },
     )
 
 

@@ -9,8 +9,10 @@ find the face once with `find_face` and give it to each judge's `describe`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,15 +51,27 @@ def find_face(analyzer: FaceAnalyzer, frame: np.ndarray) -> tuple[np.ndarray, Fa
 
     The picture is the frame, enlarged until its shorter side is at least MIN_SIDE.
     """
-    height, width = frame.shape[:2]
-    scale = MIN_SIDE / min(height, width)
-    if scale > 1:
-        size = (math.ceil(width * scale), math.ceil(height * scale))
-        frame = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
+    frame, _ = _enlarged(frame)
     try:
         return frame, select_face(analyzer.detect(frame), "largest")
     except NoFaceError:
         return None
+
+
+def describe(judge: Judge, frame: np.ndarray, face: Face) -> np.ndarray:
+    """`judge.describe` of a face that was found in the frame as it is, (H, W, 3) uint8 RGB."""
+    picture, scale = _enlarged(frame)
+    return judge.describe(picture, replace(face, box=face.box * scale, landmarks=face.landmarks * scale))
+
+
+def _enlarged(frame: np.ndarray) -> tuple[np.ndarray, float]:
+    """A frame with at least MIN_SIDE on its shorter side, and by how much it grew."""
+    height, width = frame.shape[:2]
+    scale = MIN_SIDE / min(height, width)
+    if scale <= 1:
+        return frame, 1.0
+    size = (math.ceil(width * scale), math.ceil(height * scale))
+    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)), scale
 
 
 class ArcFaceJudge:
@@ -142,6 +156,15 @@ class SFaceJudge:
 def all_judges(analyzer: FaceAnalyzer) -> list[Judge]:
     """ArcFace, dlib and SFace, all on the faces that this analyzer finds."""
     return [ArcFaceJudge(analyzer), DlibJudge(analyzer), SFaceJudge(analyzer)]
+
+
+def other_judges(analyzer: FaceAnalyzer) -> list[Judge]:
+    """dlib and SFace, as far as they are installed: neither conditions a model or is trained against."""
+    judges: list[Judge] = []
+    for kind in (DlibJudge, SFaceJudge):
+        with contextlib.suppress(MagicMirrorError):
+            judges.append(kind(analyzer))
+    return judges
 
 
 def _sface_session(path: Path) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 from ..files import atomic_write
 from .page import render_page
 from .run import Evaluation
-from .scores import ClipScores, summarise
+from .scores import ClipScores
 
 DIGITS = 6  # decimals in the files
 
@@ -32,7 +32,7 @@ def write_report(folder: Path, evaluation: Evaluation, settings: Mapping[str, An
 
 def to_json(evaluation: Evaluation, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Everything but the pictures; what could not be measured is null."""
-    summary = asdict(summarise([clip.scores for clip in evaluation.clips])) if evaluation.clips else None
+    summary = asdict(evaluation.summary) if evaluation.clips else None
     clips = [
         {
             "video": clip.name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +13,10 @@ from ..faces.analysis import FaceAnalyzer
 from ..video import read_frames
 from .clip import ClipAnalysis, analyse_clip
 from .flow import FlowFunction
+from .opens2v import FaceSim
 from .people import Person, find_references, find_videos, identity_of, load_person
-from .scores import ClipScores, frame_similarities, score_clip
+from .recognisers import Judge
+from .scores import ClipScores, Summary, frame_similarities, score_clip, summarise
 from .text import TextAlignment, find_prompts, sampled
 
 
@@ -45,6 +47,11 @@ class Evaluation:
     clips: list[ClipResult]
     skipped: list[Skipped]
 
+    @property
+    def summary(self) -> Summary:
+        """Of at least one clip."""
+        return summarise([clip.scores for clip in self.clips], [clip.person.name for clip in self.clips])
+
 
 def evaluate(
     analyzer: FaceAnalyzer,
@@ -55,20 +62,23 @@ def evaluate(
     centre: np.ndarray | None = None,
     alignment: TextAlignment | None = None,
     flow_between: FlowFunction | None = None,
+    judges: Sequence[Judge] = (),
+    facesim: FaceSim | None = None,
     on_video: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> Evaluation:
     """Measure every video of a folder.
 
     threshold: cosine from which a clip counts as of the person. centre: as in `metrics.similarities`.
     alignment: measures the videos that have a prompt, see text. flow_between: optical flow, DIS by default.
+    judges: other recognisers. facesim: compares with each person's first photo.
     on_video: called before each video with its name, how many are done, and how many there are.
 
     Raises MagicMirrorError if a folder is missing or empty; a video, or an identity's photos, that cannot be used only
     leaves its videos out.
     """
-    people = _People(analyzer, find_references(references))
+    people = _People(analyzer, find_references(references), judges)
     paths = find_videos(videos)
-    prompts = find_prompts(videos, paths) if alignment else {}
+    prompts = find_prompts(videos, paths, references) if alignment else {}
     clips: list[ClipResult] = []
     skipped: list[Skipped] = []
     for done, path in enumerate(paths):
@@ -76,7 +86,7 @@ def evaluate(
         on_video(name, done, len(paths))
         try:
             person = people[identity_of(path, videos, list(people.photos))]
-            analysis = analyse_clip(analyzer, read_frames(path), flow_between)
+            analysis = analyse_clip(analyzer, read_frames(path), flow_between, judges)
         except MagicMirrorError as error:
             skipped.append(Skipped(video=name, reason=str(error)))
             continue
@@ -85,6 +95,9 @@ def evaluate(
         if path in prompts:
             text = alignment(sampled(read_frames(path), len(analysis)), prompts[path])
             scores = replace(scores, text_alignment=text)
+        if facesim is not None:
+            arc, cur = facesim(person.photos[0], read_frames(path), len(analysis))
+            scores = replace(scores, facesim_arc=arc, facesim_cur=cur)
         clips.append(
             ClipResult(path=path, name=name, person=person, analysis=analysis, similarity=similarity, scores=scores)
         )
@@ -94,15 +107,15 @@ def evaluate(
 class _People:
     """Identities by name; photos are read when first asked for, and their error is raised each time."""
 
-    def __init__(self, analyzer: FaceAnalyzer, photos: dict[str, list[Path]]) -> None:
+    def __init__(self, analyzer: FaceAnalyzer, photos: dict[str, list[Path]], judges: Sequence[Judge]) -> None:
         self.photos = photos
-        self._analyzer = analyzer
+        self._analyzer, self._judges = analyzer, judges
         self._known: dict[str, Person | MagicMirrorError] = {}
 
     def __getitem__(self, name: str) -> Person:
         if name not in self._known:
             try:
-                self._known[name] = load_person(self._analyzer, name, self.photos[name])
+                self._known[name] = load_person(self._analyzer, name, self.photos[name], self._judges)
             except MagicMirrorError as error:
                 self._known[name] = error
         person = self._known[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -30,6 +31,10 @@ class ClipScores:
     face_found: MIN_FACE_RATE of the frames have a face. dynamic: VBench's rule.
     identity_accepted: a face was found and id_similarity reaches the threshold.
     text_alignment: CLIP's cosine of frames and prompt, -1 to 1; see text.
+    id_similarity_dlib, id_similarity_sface: as id_similarity, by recognisers that no model was trained with.
+    facesim_arc, facesim_cur: OpenS2V-Eval's, 0 to 1. motion_amplitude: OpenS2V-Eval's, in pixels.
+    success_yaw_20, _45, _beyond: the part of the faces that reach the threshold, of those turned by less than 20
+        degrees, by 20 to 45, and by more, 0 to 1.
     """
 
     frames: int
@@ -46,7 +51,15 @@ class ClipScores:
     face_found: bool
     identity_accepted: bool
     dynamic: bool
+    motion_amplitude: float = math.nan
+    success_yaw_20: float = math.nan
+    success_yaw_45: float = math.nan
+    success_yaw_beyond: float = math.nan
     text_alignment: float = math.nan
+    id_similarity_dlib: float = math.nan
+    id_similarity_sface: float = math.nan
+    facesim_arc: float = math.nan
+    facesim_cur: float = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +67,7 @@ class Summary:
     """Means over clips, each over the clips that it could be measured on, and rates of all clips, 0 to 1.
 
     measured: for each mean, on how many clips. face_rate is over all frames of all clips.
+    intervals: of each mean and rate, as `metrics.bootstrap`.
     """
 
     clips: int
@@ -64,12 +78,15 @@ class Summary:
     success_face: float
     success_identity: float
     success_motion: float
+    intervals: dict[str, tuple[float, float]]
 
 
 MEANS = (
     *("id_similarity", "id_decay", "fm_ref", "fm_ref_pose", "fm_inter", "fm_inter_px", "smoothness", "motion_px"),
-    "text_alignment",
+    *("text_alignment", "id_similarity_dlib", "id_similarity_sface", "facesim_arc", "facesim_cur"),
+    *("motion_amplitude", "success_yaw_20", "success_yaw_45", "success_yaw_beyond"),
 )
+RATES = {"success_face": "face_found", "success_identity": "identity_accepted", "success_motion": "dynamic"}
 
 
 def frame_similarities(clip: ClipAnalysis, person: Person, centre: np.ndarray | None = None) -> np.ndarray:
@@ -86,6 +103,12 @@ def score_clip(clip: ClipAnalysis, person: Person, similarity: np.ndarray, thres
     step = metrics.largest_found(metrics.motion_between(clip.landmarks))
     mean_similarity = metrics.mean_found(similarity)
     face_rate = float(clip.found.mean())
+    yaw_20, yaw_45, yaw_beyond = metrics.success_by_yaw(similarity, clip.yaws, threshold)
+    judged = {
+        f"id_similarity_{name}": metrics.mean_found(metrics.similarities(found, person.judged[name]))
+        for name, found in clip.judged.items()
+        if found.size
+    }
     return ClipScores(
         frames=len(clip),
         faces=int(clip.found.sum()),
@@ -101,19 +124,25 @@ def score_clip(clip: ClipAnalysis, person: Person, similarity: np.ndarray, thres
         face_found=face_rate >= MIN_FACE_RATE,
         identity_accepted=face_rate >= MIN_FACE_RATE and mean_similarity >= threshold,
         dynamic=metrics.is_dynamic(clip.strengths, clip.size),
+        motion_amplitude=clip.amplitude,
+        success_yaw_20=yaw_20,
+        success_yaw_45=yaw_45,
+        success_yaw_beyond=yaw_beyond,
+        **judged,
     )
 
 
-def summarise(scores: list[ClipScores]) -> Summary:
-    """Of at least one clip."""
+def summarise(scores: list[ClipScores], people: Sequence[str]) -> Summary:
+    """Of at least one clip. people: whose clip each is."""
     columns = {field.name: np.array([vars(score)[field.name] for score in scores]) for field in fields(ClipScores)}
+    measures = {name: columns[name] for name in MEANS} | {name: columns[of] for name, of in RATES.items()}
+    measures["face_rate"] = columns["faces"] / columns["frames"]
     return Summary(
         clips=len(scores),
         frames=int(columns["frames"].sum()),
         face_rate=float(columns["faces"].sum() / columns["frames"].sum()),
         means={name: metrics.mean_found(columns[name]) for name in MEANS},
         measured={name: int((~np.isnan(columns[name])).sum()) for name in MEANS},
-        success_face=float(columns["face_found"].mean()),
-        success_identity=float(columns["identity_accepted"].mean()),
-        success_motion=float(columns["dynamic"].mean()),
+        **{name: float(columns[of].mean()) for name, of in RATES.items()},
+        intervals={name: metrics.bootstrap(values.astype(float), people) for name, values in measures.items()},
     )

@@ -68,18 +68,21 @@ def sampled(frames: Iterable[np.ndarray], count: int) -> list[np.ndarray]:
     return [frame for index, frame in enumerate(frames) if index in wanted]
 
 
-def find_prompts(folder: Path, videos: list[Path]) -> dict[Path, str]:
+def find_prompts(folder: Path, videos: list[Path], references: Path | None = None) -> dict[Path, str]:
     """The prompts of those videos that have one: `<video>.txt` beside it, or its name in the folder's prompts.json.
 
-    The file maps paths below the folder, with or without ending, to prompts.
+    The file maps paths below the folder, with or without ending, to prompts. references: there, the prompt of
+    anna_prompt2.mp4 may be anna/prompt2.txt, as in the IPVG challenge.
     Raises MagicMirrorError for a prompts.json that does not.
     """
     listed = _read_prompts(folder / PROMPTS_FILE)
     prompts = {}
     for video in videos:
         beside, name = video.with_suffix(".txt"), video.relative_to(folder)
-        if beside.is_file():
-            prompts[video] = beside.read_text(encoding="utf-8").strip()
+        person, _, prompt = video.stem.rpartition("_")
+        of_person = references / person / f"{prompt}.txt" if references and person else beside
+        if file := next((file for file in (beside, of_person) if file.is_file()), None):
+            prompts[video] = file.read_text(encoding="utf-8").strip()
         else:
             prompts[video] = listed.get(name.as_posix()) or listed.get(name.with_suffix("").as_posix()) or ""
     return {video: prompt for video, prompt in prompts.items() if prompt}

@@ -128,6 +128,23 @@ class FaceAnalyzer:
                         faces.append(self._describe(image, box, landmarks, score, recognise=True))
         return merged(faces)
 
+    def largest_at(self, image: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray] | None:
+        """Landmarks, (5, 2) in pixels, and embedding, (512,), of the face with the largest box; None without a face.
+
+        As insightface's own `get` with this `det_size`, width and height: one look, for protocols that fix it.
+        """
+        from insightface.app.common import Face as Found
+
+        bgr = np.ascontiguousarray(image[:, :, ::-1])
+        boxes, landmarks = self._app.det_model.detect(bgr, input_size=size)
+        if not len(boxes):
+            return None
+        largest = int(np.argsort((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), kind="stable")[-1])
+        found = Found(bbox=boxes[largest, :4], kps=landmarks[largest], det_score=boxes[largest, 4])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # insightface's, about its own call of scikit-image
+            return found.kps, self._app.models["recognition"].get(bgr, found)
+
     def covered(self, image: np.ndarray, face: Face) -> str | None:
         """What is covered of a face that was found in the picture: a name of PARTS or HALVES, None if nothing is.
 

@@ -50,7 +50,7 @@ def commands(folder: Path, insightface_root: Path) -> Iterator[Command]:
             yield training.main, ["plan", f"--config={config['--config']}", "--set", f"{name}={value}"]
     measured = {"--videos": files[1], "--references": files[1], "--out": str(folder / "out"), "--face-pack":
                 "buffalo_sc", "--insightface-root": str(insightface_root)}  # fmt: skip
-    yield from _of_parser(evaluating, None, measured, files)
+    yield from _of_parser(evaluating, "score", measured, files)
 
 
 def _files(folder: Path) -> list[str]:

@@ -116,7 +116,7 @@ def test_the_summary_says_over_how_many_clips(analyzer, photos, person_a):
     good = scored(analyzer, person_a, [photos["person_a_2"]] * 2)[2]
     other = scored(analyzer, person_a, [photos["person_b_1"]] * 2)[2]
     empty = scored(analyzer, person_a, [FLAT] * 4)[2]
-    summary = summarise([good, other, empty])
+    summary = summarise([good, other, empty], ["a", "b", "c"])
     assert (summary.clips, summary.frames, summary.face_rate) == (3, 8, 0.5)
     assert summary.measured["id_similarity"] == 2
     assert summary.means["id_similarity"] == pytest.approx((good.id_similarity + other.id_similarity) / 2)

@@ -50,7 +50,7 @@ def arguments(folder: Path, insightface_root: Path) -> list[str]:
 
 def test_a_folder_end_to_end(folders, insightface_root, repository):
     run = subprocess.run(
-        [sys.executable, "-m", "mm_core.evaluation", *arguments(folders, insightface_root)],
+        [sys.executable, "-m", "mm_core.evaluation", "score", *arguments(folders, insightface_root)],
         cwd=repository,
         capture_output=True,
         text=True,
@@ -79,7 +79,8 @@ def test_a_folder_end_to_end(folders, insightface_root, repository):
     assert results["summary"]["clips"] == 3
     assert results["summary"]["measured"]["id_similarity"] == 2
     assert results["settings"] == {
-        "face_pack": "buffalo_sc", "threshold": 0.25, "centred": False, "flow": "DIS", "clip": None
+        "face_pack": "buffalo_sc", "threshold": 0.25, "centred": False, "flow": "DIS", "clip": None,
+        "judges": ["dlib", "sface"],
     }  # fmt: skip
     assert clips["person_a_still.mp4"]["scores"]["text_alignment"] is None
 
@@ -101,25 +102,31 @@ def check_page(page: str) -> None:
 def test_mistakes_are_told_and_nothing_is_written(folders, insightface_root, capsys):
     missing = arguments(folders, insightface_root)
     missing[1] = str(folders / "nowhere")
-    assert command.main(missing) == 2
+    assert command.main(["score", *missing]) == 2
     assert "nowhere does not exist" in capsys.readouterr().err
     assert not (folders / "out").exists()
     with pytest.raises(SystemExit):
-        command.main([*arguments(folders, insightface_root), "--threshold", "25"])
+        command.main(["score", *arguments(folders, insightface_root), "--threshold", "25"])
 
 
-def test_all_bad_videos_still_make_a_report(folders, insightface_root, capsys):
+@pytest.fixture
+def without_judges(monkeypatch) -> None:
+    """Their networks take seconds to load."""
+    monkeypatch.setattr("mm_core.evaluation.recognisers.other_judges", lambda analyzer: [])
+
+
+def test_all_bad_videos_still_make_a_report(folders, insightface_root, capsys, without_judges):
     for path in (folders / "videos").rglob("*.mp4"):
         path.write_bytes(b"no video")
-    assert command.main(arguments(folders, insightface_root)) == 1
+    assert command.main(["score", *arguments(folders, insightface_root)]) == 1
     assert "0 videos measured, 5 not" in capsys.readouterr().out
     assert json.loads((folders / "out" / "results.json").read_text(encoding="utf-8"))["summary"] is None
 
 
-def test_centring_is_on_request(folders, insightface_root):
+def test_centring_is_on_request(folders, insightface_root, without_judges):
     for path in [*(folders / "videos").glob("person_b/*"), *(folders / "videos").glob("*[!l].mp4")]:
         path.unlink()  # all but person_a_still
-    argv = [*arguments(folders, insightface_root), "--centre", str(folders / "references")]
+    argv = ["score", *arguments(folders, insightface_root), "--centre", str(folders / "references")]
     assert command.main(argv) == 0
     results = json.loads((folders / "out" / "results.json").read_text(encoding="utf-8"))
     assert results["settings"]["centred"] is True

@@ -62,6 +62,10 @@ def test_prompts_beside_the_videos_come_first(tmp_path: Path) -> None:
     (tmp_path / "prompts.json").write_text(json.dumps(listed), encoding="utf-8")
     a, b, c, d = videos = [tmp_path / name for name in ("a.mp4", "sub/b.mp4", "c.webm", "d.mp4")]
     assert find_prompts(tmp_path, videos) == {a: "beside", b: "listed b", c: "listed c"}
+    (tmp_path / "of" / "id_1").mkdir(parents=True)
+    (tmp_path / "of" / "id_1" / "prompt2.txt").write_text("IPVG's\n", encoding="utf-8")
+    theirs = tmp_path / "id_1_prompt2.mp4"
+    assert find_prompts(tmp_path, [theirs, d], tmp_path / "of") == {theirs: "IPVG's"}
     (tmp_path / "prompts.json").write_text('["a"]', encoding="utf-8")
     with pytest.raises(MagicMirrorError, match="one object of prompts"):
         find_prompts(tmp_path, [d])
