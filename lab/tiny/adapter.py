@@ -18,8 +18,8 @@ from torch import Tensor
 from mm_core.data.features import Features
 from mm_core.training.adapter_task import AdapterTask
 from mm_core.training.config import TrainingConfig
+from mm_core.training.diffusion import predict_clean
 from mm_core.training.loop_config import LoopConfig
-from mm_core.training.losses import predict_clean
 from mm_core.training.rollouts import Rollouts
 from mm_core.training.sample_losses import IdentityLoss, NoiseLoss, Pass, SampleLoss
 from mm_core.training.step import AdapterTraining, guide

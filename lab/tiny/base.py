@@ -24,9 +24,9 @@ from mm_core.files import atomic_folder, atomic_write
 from mm_core.memory import default_device
 from mm_core.pipelines import tiny
 from mm_core.pipelines.prompt import without_trigger
-from mm_core.training.diffusion import add_noise, alphas_bar, rotary_embedding
+from mm_core.training.diffusion import add_noise, alphas_bar, predict_clean, rotary_embedding
 from mm_core.training.loop_config import LoopConfig
-from mm_core.training.losses import noise_loss, predict_clean
+from mm_core.training.losses import noise_loss
 from mm_core.training.randomness import generator_for, shuffled
 
 from .clips import SCENE, Clips, of_latents, to_unit, windows

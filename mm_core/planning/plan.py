@@ -12,7 +12,7 @@ from torch import nn
 from ..counting import GPUS, Work, measure
 from ..errors import SettingError
 from ..training.config import StageConfig, TrainingConfig
-from .meta import DryStep, Models, autocast, build_models
+from .step import DryStep, Models, autocast, build_models
 
 MFU = 0.4
 """Assumed part of a GPU's peak that training reaches."""

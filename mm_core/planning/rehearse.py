@@ -25,9 +25,9 @@ from ..training.config import TrainingConfig
 from ..training.loop import train
 from ..training.losses import TEMPORAL_COMPRESSION
 from ..training.runs import METRICS
-from .meta import base_configs, id_encoder_sizes
 from .plan import PEAK_TFLOPS, StagePlan
 from .plan import plan as make_plan
+from .step import base_configs, id_encoder_sizes
 
 _SAMPLES, _PHOTOS = 4, 2  # of each person
 _PEAK_MEMORY = "speed/peak_memory_gib"

@@ -1,4 +1,8 @@
-"""The forward process of CogVideoX's diffusion, and the positions its transformer is given."""
+"""CogVideoX's diffusion: noise, the clean latents that a prediction means, and the positions of its transformer.
+
+Computed in float32 at least: the schedulers of diffusers round the noise level to the dtype of the latents, in bfloat16
+to none at the first two timesteps.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +19,39 @@ def alphas_bar(scheduler: CogVideoXDDIMScheduler) -> Tensor:
 
 
 def add_noise(clean: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """Clean latents, (B, F, C, H, W), with noise of the level that alpha_bar, (B,), gives each of them.
-
-    The schedulers of diffusers cast these levels to the dtype of the latents: in bfloat16 that adds nothing at the
-    first two timesteps. This keeps float32 at least.
-    """
+    """Clean latents, (B, F, C, H, W), with noise of the level that alpha_bar, (B,), 0 to 1, gives each of them."""
     # x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise
-    dtype = torch.promote_types(clean.dtype, torch.float32)
-    shape = (-1, *[1] * (clean.ndim - 1))
-    signal, deviation = alpha_bar.sqrt().to(dtype).view(shape), (1 - alpha_bar).sqrt().to(dtype).view(shape)
-    return signal * clean.to(dtype) + deviation * noise.to(dtype)
+    clean, noise = at_least_float32(clean), at_least_float32(noise)
+    signal, deviation = signal_and_deviation(alpha_bar, clean)
+    return signal * clean + deviation * noise
+
+
+def predict_clean(prediction: Tensor, noisy: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The clean latents that a prediction of v means, which the identity loss decodes.
+
+    Args:
+        prediction, noisy: (B, F, C, H, W), as the result: what the transformer says, and what it was given.
+        alpha_bar: (B,), 0 to 1.
+    """
+    # x0 = sqrt(alpha_bar) * x_t - sqrt(1 - alpha_bar) * v
+    prediction, noisy = at_least_float32(prediction), at_least_float32(noisy)
+    signal, deviation = signal_and_deviation(alpha_bar, noisy)
+    return signal * noisy - deviation * prediction
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def signal_and_deviation(alpha_bar: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """`sqrt(alpha_bar)` and `sqrt(1 - alpha_bar)` in the latents' dtype, shaped to multiply them."""
+    if not ((alpha_bar >= 0) & (alpha_bar <= 1)).all():
+        raise ValueError(f"alpha_bar must be 0..1, not {alpha_bar.tolist()}: pass the scheduler's alphas_cumprod")
+    if alpha_bar.shape != latents.shape[:1]:
+        raise ValueError(f"alpha_bar must be (B,) = ({len(latents)},), not {tuple(alpha_bar.shape)}")
+    # 1 - alpha_bar before rounding: the scheduler keeps alphas_cumprod in float64.
+    factors = (alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+    return tuple(factor.to(latents).view(-1, *[1] * (latents.ndim - 1)) for factor in factors)
 
 
 def rotary_embedding(

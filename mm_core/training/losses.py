@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..faces.arcface import align_faces
+from .diffusion import at_least_float32, signal_and_deviation
 
 # CogVideoX's VAE: a latent frame's cell covers 8 x 8 pixels; the first latent frame holds one frame, others four.
 SPATIAL_COMPRESSION = 8
@@ -37,8 +38,8 @@ def noise_loss(
     """
     # 1 / (1 - alpha_bar) * (x0_predicted - x0)^2, and x0_predicted - x0 = sqrt(1 - alpha_bar) * (v - v_predicted).
     # At alpha_bar = 0 (zero terminal SNR) the target is -x0, at alpha_bar = 1 the noise.
-    prediction, clean, noise = (_at_least_float32(tensor) for tensor in (prediction, clean, noise))
-    signal, deviation = _signal_and_deviation(alpha_bar, clean)
+    prediction, clean, noise = (at_least_float32(tensor) for tensor in (prediction, clean, noise))
+    signal, deviation = signal_and_deviation(alpha_bar, clean)
     error = (prediction - (signal * noise - deviation * clean)).square()  # (B, F, C, H, W)
     if face_mask is None:
         return error.flatten(1).mean(dim=1)
@@ -51,22 +52,6 @@ def noise_loss(
             "or pass ones to count the whole frame"
         )
     return (weight * error.flatten(1)).sum(dim=1) / area
-
-
-def predict_clean(prediction: Tensor, noisy: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The clean latents that a prediction means, which the identity loss decodes: (B, F, C, H, W), float32 at least.
-
-    In float32 the same as what the schedulers of diffusers make of it. They round the noise level to the dtype of the
-    latents: in bfloat16 to none, at the first two timesteps of CogVideoX.
-
-    Args:
-        prediction, noisy: (B, F, C, H, W), what the transformer says, v, and what it was given.
-        alpha_bar: (B,), 0 to 1.
-    """
-    # x0 = sqrt(alpha_bar) * x_t - sqrt(1 - alpha_bar) * v
-    prediction, noisy = _at_least_float32(prediction), _at_least_float32(noisy)
-    signal, deviation = _signal_and_deviation(alpha_bar, noisy)
-    return signal * noisy - deviation * prediction
 
 
 def identity_loss(frames: Tensor, landmarks: Tensor, target_embedding: Tensor, recogniser: nn.Module) -> Tensor:
@@ -111,18 +96,3 @@ def _touched(low: Tensor, high: Tensor, cells: int, cell: int) -> Tensor:
     """(B, T, 1) edges in pixels -> (B, T, cells), whether a cell overlaps the span between them."""
     start = torch.arange(cells, device=low.device) * cell
     return (high > low) & (low < start + cell) & (high > start)
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _signal_and_deviation(alpha_bar: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """`sqrt(alpha_bar)` and `sqrt(1 - alpha_bar)` in the latents' dtype, shaped to multiply them."""
-    if not ((alpha_bar >= 0) & (alpha_bar <= 1)).all():
-        raise ValueError(f"alpha_bar must be 0..1, not {alpha_bar.tolist()}: pass the scheduler's alphas_cumprod")
-    if alpha_bar.shape != latents.shape[:1]:
-        raise ValueError(f"alpha_bar must be (B,) = ({len(latents)},), not {tuple(alpha_bar.shape)}")
-    # 1 - alpha_bar before rounding: the scheduler keeps alphas_cumprod in float64.
-    factors = (alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
-    return tuple(factor.to(latents).view(-1, *[1] * (latents.ndim - 1)) for factor in factors)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..faces.analysis import FaceAnalyzer
 from ..faces.tracking import find_faces, follow
-from .losses import identity_loss, noise_loss, predict_clean
+from .diffusion import predict_clean
+from .losses import identity_loss, noise_loss
 
 BEHIND = 2
 """Latent frames that a judged one is decoded behind: with one, eight pictures are computed, with two nine."""

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, send_to_device
+from diffusers import CogVideoXPipeline
 from torch import Tensor
 
+from ..data.features import Features
 from ..faces.analysis import FaceAnalyzer
 from ..faces.tracking import find_faces
 from ..files import write_json
 from ..memory import on_device
 from ..models.id_encoder import FaceFeatures
+from ..pipelines.base import BaseModel
 from ..pipelines.clip import ClipSettings
 from ..pipelines.conditioning import condition
 from ..pipelines.control import AdapterSettings
@@ -25,12 +29,31 @@ from ..pipelines.decode import decode
 from ..pipelines.denoise import denoise
 from ..pipelines.identity import Identity
 from ..video import write_video
+from .config import StageConfig, TrainingConfig
 from .losses import noise_loss
-from .stage import TrainedStage
+from .step import AdapterTraining
 
 STEPS, GUIDANCE = 25, 4.0
 SAMPLES, LEVELS = 16, (100, 300, 500, 700, 900)
 """Held-out samples, and noise levels of each, that the noise loss is measured on, with the same noise each time."""
+
+
+class TrainedStage(Protocol):
+    """What `adapter_task.AdapterTask` holds, as far as it is read here."""
+
+    config: TrainingConfig
+    stage: StageConfig
+    base: BaseModel
+    features: Features
+    validation: np.ndarray
+    """Rows of the features of people who are left out of training."""
+    pipe: CogVideoXPipeline
+    model: AdapterTraining
+    alphas_bar: Tensor
+
+    def draw(self, row: int, number: int, whole: bool = False) -> dict[str, Tensor]: ...
+
+    def stacked(self, drawn: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]: ...
 
 
 @torch.no_grad()

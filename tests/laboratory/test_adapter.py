@@ -22,8 +22,8 @@ from lab.tiny.muon import muon
 from mm_core.errors import SettingError
 from mm_core.training.adapter_task import AdapterTask
 from mm_core.training.config import SamplingConfig, StageConfig, TrainingConfig
+from mm_core.training.diffusion import predict_clean
 from mm_core.training.loop_config import LoopConfig
-from mm_core.training.losses import predict_clean
 
 BATCH, STEPS, GUIDANCE = 4, 4, 3.0
 SHAPE = (4, 3, 2, 6, 5)  # B, F, C, H, W

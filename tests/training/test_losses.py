@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mm_core.faces.arcface import align_faces
 from mm_core.pipelines.presets import PRESETS
-from mm_core.training.losses import face_area, identity_loss, noise_loss, predict_clean
+from mm_core.training.diffusion import predict_clean
+from mm_core.training.losses import face_area, identity_loss, noise_loss
 
 SHAPE = (4, 3, 2, 6, 5)  # B, F, C, H, W
 LAST = 999

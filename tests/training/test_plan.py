@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mm_core.counting import GpuKernels, SavedTensors, measure
 from mm_core.errors import SettingError
 from mm_core.pipelines import tiny
-from mm_core.planning.meta import DryStep, Models, build_models, dry_run
 from mm_core.planning.plan import Memory, Plan, plan
+from mm_core.planning.step import DryStep, Models, build_models, dry_run
 from mm_core.training.config import TrainingConfig, load_config
 
 RECIPE = Path(__file__).parents[2] / "mm_core" / "training" / "configs" / "cogvideox_5b.yaml"

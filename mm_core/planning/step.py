@@ -27,7 +27,8 @@ from ..pipelines.base import FolderBase, TinyBase
 from ..pipelines.control import AdapterSettings
 from ..pipelines.presets import PRESETS, T5_XXL, ClipLimits, published
 from ..training.config import ABLATIONS, StageConfig, TrainingConfig, adapter_config
-from ..training.losses import TEMPORAL_COMPRESSION, predict_clean
+from ..training.diffusion import predict_clean
+from ..training.losses import TEMPORAL_COMPRESSION
 from ..training.sample_losses import BEHIND, NoiseLoss, decode_frame
 from ..training.step import AdapterTraining
 
