@@ -31,6 +31,7 @@ def score(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..faces.analysis import FaceAnalyzer
+    from .inception import Inception
     from .opens2v import FaceSim
     from .people import mean_face
     from .raft import Raft
@@ -48,6 +49,7 @@ def score(args: argparse.Namespace) -> int:
         "flow_between": Raft(args.raft) if args.raft else None,
         "judges": other_judges(analyzer),
         "facesim": FaceSim(analyzer, args.curricularface),
+        "inception": Inception(args.inception) if args.inception else None,
     }
     with tqdm(unit="video") as bar:
 
@@ -114,6 +116,7 @@ def _score_arguments(command: argparse.ArgumentParser) -> None:
     add("--clip", type=Path, help="folder of a CLIPModel, to compare clips with <video>.txt or prompts.json")
     add("--raft", type=Path, help="state dict of torchvision's raft_small or raft_large, for flow as in VBench")
     add("--curricularface", type=Path, help="CurricularFace's published weights, for FaceSim-Cur")
+    add("--inception", metavar="FILE", help="torchvision's inception_v3, or download, for the Inception Score")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,8 @@ def render_page(evaluation: Evaluation, settings: Mapping[str, Any]) -> str:
     ]
     if evaluation.clips:
         parts.append(_summary(evaluation.summary))
+        if not np.isnan(evaluation.inception_score):
+            parts.append(f"<p>Inception Score: {_number(evaluation.inception_score)}</p>")
         parts.append(_clip_table(evaluation.clips))
     if evaluation.skipped:
         items = "".join(

@@ -46,7 +46,8 @@ def to_json(evaluation: Evaluation, settings: Mapping[str, Any]) -> dict[str, An
         for clip in evaluation.clips
     ]
     skipped = [asdict(left_out) for left_out in evaluation.skipped]
-    return _plain({"settings": dict(settings), "summary": summary, "clips": clips, "skipped": skipped})
+    scores = {"summary": summary, "inception_score": evaluation.inception_score, "clips": clips, "skipped": skipped}
+    return _plain({"settings": dict(settings), **scores})
 
 
 def to_csv(evaluation: Evaluation) -> str:

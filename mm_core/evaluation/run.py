@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..faces.analysis import FaceAnalyzer
 from ..video import read_frames
 from .clip import ClipAnalysis, analyse_clip
 from .flow import FlowFunction
+from .inception import Inception
 from .opens2v import FaceSim
 from .people import Person, find_references, find_videos, identity_of, load_person
 from .recognisers import Judge
@@ -42,10 +44,11 @@ class Skipped:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A folder's results, in the order of the videos' names."""
+    """A folder's results, in the order of the videos' names. inception_score: NaN if it was not measured."""
 
     clips: list[ClipResult]
     skipped: list[Skipped]
+    inception_score: float = math.nan
 
     @property
     def summary(self) -> Summary:
@@ -64,13 +67,14 @@ def evaluate(
     flow_between: FlowFunction | None = None,
     judges: Sequence[Judge] = (),
     facesim: FaceSim | None = None,
+    inception: Inception | None = None,
     on_video: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> Evaluation:
     """Measure every video of a folder.
 
     threshold: cosine from which a clip counts as of the person. centre: as in `metrics.similarities`.
     alignment: measures the videos that have a prompt, see text. flow_between: optical flow, DIS by default.
-    judges: other recognisers. facesim: compares with each person's first photo.
+    judges: other recognisers. facesim: compares with each person's first photo. inception: sees alignment's frames.
     on_video: called before each video with its name, how many are done, and how many there are.
 
     Raises MagicMirrorError if a folder is missing or empty; a video, or an identity's photos, that cannot be used only
@@ -92,16 +96,19 @@ def evaluate(
             continue
         similarity = frame_similarities(analysis, person, centre)
         scores = score_clip(analysis, person, similarity, threshold)
-        if path in prompts:
-            text = alignment(sampled(read_frames(path), len(analysis)), prompts[path])
-            scores = replace(scores, text_alignment=text)
+        if path in prompts or inception is not None:
+            frames = sampled(read_frames(path), len(analysis))
+            if path in prompts:
+                scores = replace(scores, text_alignment=alignment(frames, prompts[path]))
+            if inception is not None:
+                inception.add(frames)
         if facesim is not None:
             arc, cur = facesim(person.photos[0], read_frames(path), len(analysis))
             scores = replace(scores, facesim_arc=arc, facesim_cur=cur)
         clips.append(
             ClipResult(path=path, name=name, person=person, analysis=analysis, similarity=similarity, scores=scores)
         )
-    return Evaluation(clips=clips, skipped=skipped)
+    return Evaluation(clips=clips, skipped=skipped, inception_score=inception.score if inception else math.nan)
 
 
 class _People:
