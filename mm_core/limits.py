@@ -27,6 +27,8 @@ TOKENIZER_BYTES = 64 * MB
 """T5's has 2.4 MB for 32,100 pieces."""
 PICTURE_BYTES = 256 * MB
 """A picture file; a camera's largest JPEG has 50 MB."""
+VIDEO_BYTES = 4 * GB
+"""Raw footage that is made a training set of: an hour in 4K at 9 Mbit/s."""
 MANIFEST_LINE_BYTES = 1 * MB
 """One sample of a data set: a caption and some paths."""
 HEADER_BYTES = 32 * MB

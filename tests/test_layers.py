@@ -33,6 +33,9 @@ MAY_IMPORT = {
         *("mm_core.models", "mm_core.checkpoints", "mm_core.pipelines", "mm_core.faces", "mm_core.memory"),
         *("mm_core.files", "mm_core.video"),
     },
+    "mm_core.curation": {
+        *("mm_core.data", "mm_core.evaluation", "mm_core.faces", "mm_core.files", "mm_core.pipelines", "mm_core.video"),
+    },
     "mm_core.evaluation": {"mm_core.faces", "mm_core.files", "mm_core.video"},
     "mm_core.checkpoints": {"mm_core.models", "mm_core.files"},
     "mm_core.memory": {"mm_core.models"},
@@ -65,6 +68,7 @@ MAY_IMPORT = {
     # Beside the product, which knows nothing of it.
     "lab": {
         *("mm_core.training", "mm_core.data", "mm_core.evaluation", "mm_core.pipelines", "mm_core.checkpoints"),
+        *("mm_core.curation", "mm_core.video"),
         *("mm_core.models", "mm_core.faces", "mm_core.files", "mm_core.memory", "mm_core.training.__main__"),
     },
 }

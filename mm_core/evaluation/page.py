@@ -41,13 +41,13 @@ _HEADINGS = {
     "success_yaw_45": "accepted, yaw 20 to 45°",
     "success_yaw_beyond": "accepted, yaw beyond",
 }
-_STYLE = Path(__file__).with_name("page.css")
+STYLE = Path(__file__).with_name("page.css")
 
 
 def render_page(evaluation: Evaluation, settings: Mapping[str, Any]) -> str:
     """The HTML of the whole page. settings: shown as they are; "threshold" is drawn into the plots."""
     threshold = float(settings["threshold"])
-    style = _STYLE.read_text(encoding="utf-8")
+    style = STYLE.read_text(encoding="utf-8")
     parts = [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title><style>{style}</style>',
         "<h1>Evaluation</h1>",
@@ -106,11 +106,11 @@ def _clip_table(clips: list[ClipResult]) -> str:
 def _clip_section(number: int, clip: ClipResult, threshold: float) -> str:
     scores = clip.scores
     verdict = "accepted" if scores.identity_accepted else '<span class="bad">not accepted</span>'
-    reference = _thumbnail(read_image(clip.person.photos[0]))
-    figures = [_figure(reference, f"{clip.person.name}, first of {len(clip.person.photos)}")]
+    reference = thumbnail(read_image(clip.person.photos[0]))
+    figures = [figure(reference, f"{clip.person.name}, first of {len(clip.person.photos)}")]
     worst = worst_frames(clip)
     pictures = _pictures(clip, worst)
-    figures += [_figure(pictures[index], f"frame {index}: {clip.similarity[index]:.3f}") for index in worst]
+    figures += [figure(pictures[index], f"frame {index}: {clip.similarity[index]:.3f}") for index in worst]
     return (
         f'<section id="clip-{number}"><h2>{escape(clip.name)}</h2>'
         f"<p>{escape(clip.person.name)}: {verdict}; {scores.faces} of {scores.frames} frames with a face; "
@@ -124,13 +124,13 @@ def _pictures(clip: ClipResult, indices: list[int]) -> dict[int, str]:
     pictures: dict[int, str] = {}
     for index, frame in enumerate(read_frames(clip.path) if indices else ()):
         if index in indices:
-            pictures[index] = _thumbnail(frame, clip.analysis.boxes[index])
+            pictures[index] = thumbnail(frame, clip.analysis.boxes[index])
         if len(pictures) == len(indices):
             break
     return pictures
 
 
-def _thumbnail(image: np.ndarray, box: np.ndarray | None = None) -> str:
+def thumbnail(image: np.ndarray, box: np.ndarray | None = None) -> str:
     """A data URL of a picture, (H, W, 3) uint8 RGB, made smaller, with the box of the face, (4,) in its pixels."""
     scale = PICTURE_HEIGHT / image.shape[0]
     picture = Image.fromarray(image).resize((max(1, round(image.shape[1] * scale)), PICTURE_HEIGHT))
@@ -141,7 +141,7 @@ def _thumbnail(image: np.ndarray, box: np.ndarray | None = None) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
 
 
-def _figure(url: str, caption: str) -> str:
+def figure(url: str, caption: str) -> str:
     return f'<figure><img src="{url}" alt=""><figcaption>{escape(caption)}</figcaption></figure>'
 
 

@@ -1,9 +1,11 @@
 """Reference photos: reading them, taking one face from each, and saying in plain words what will cost likeness."""
 
+import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -144,26 +146,38 @@ def read_image(path: str | Path) -> np.ndarray:
     Raises MagicMirrorError if the file is missing, damaged, too large or no picture.
     """
     try:
-        size = Path(path).stat().st_size
+        with Path(path).open("rb") as file:
+            return decode_image(file, str(path))
+    except OSError as error:
+        raise _unreadable(str(path), error) from error
+
+
+def decode_image(file: BinaryIO, name: str) -> np.ndarray:
+    """`read_image` of an open file. name: of the photo, for messages."""
+    try:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
         if size > PICTURE_BYTES:
             raise MagicMirrorError(
-                f"The photo {path} has {size} bytes, more than {PICTURE_BYTES}. Save it as a smaller JPEG file"
+                f"The photo {name} has {size} bytes, more than {PICTURE_BYTES}. Save it as a smaller JPEG file"
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
-            with Image.open(path, formats=_readable()) as file:
-                check_pixels(f"The photo {path}", file.height, file.width)
-                return np.array(_to_rgb(ImageOps.exif_transpose(file)))
+            with Image.open(file, formats=_readable()) as picture:
+                check_pixels(f"The photo {name}", picture.height, picture.width)
+                return np.array(_to_rgb(ImageOps.exif_transpose(picture)))
     except Image.DecompressionBombError as error:
         raise MagicMirrorError(
-            f"The photo {path} has more than the {PIXELS // 1_000_000} megapixels that are read. Make it smaller"
+            f"The photo {name} has more than the {PIXELS // 1_000_000} megapixels that are read. Make it smaller"
         ) from error
     except MagicMirrorError:
         raise
     except Exception as error:  # Pillow's readers raise a dozen kinds
-        raise MagicMirrorError(
-            f"Cannot read the photo {path}: {reason(error)}. Use a JPEG, PNG or WebP file"
-        ) from error
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> MagicMirrorError:
+    return MagicMirrorError(f"Cannot read the photo {name}: {reason(error)}. Use a JPEG, PNG or WebP file")
 
 
 def check_pixels(name: str, height: int, width: int) -> None:

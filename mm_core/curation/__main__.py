@@ -1,0 +1,91 @@
+"""`python -m mm_core.curation`: from raw photos and footage to the trainer's manifest and files.
+
+    pictures   photos with captions (the paper's source A)
+    portraits  square portraits, which get black borders and the standard caption (B)
+    pairs      a photo and another of the same person, from any generator: 7.jpg and 7.reference.jpg (C)
+    video      footage: clips of one person, with references from the person's other clips (D)
+
+Interrupted commands go on where they stopped when they are given again. Other thresholds decide anew by what is
+measured already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import MagicMirrorError, packages
+
+_NEEDED = 'python -m pip install ".[training,data]"'
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit code: 0, 1 if nothing was kept, 2 for a mistake of the user's, 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        with packages(), _data_packages():
+            return _curate(args)
+    except MagicMirrorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+def _curate(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from ..settings_file import load_settings, parse_setting
+    from .config import CurationConfig
+    from .run import PAGE, curate
+
+    config = load_settings(CurationConfig, args.config, dict(parse_setting(text) for text in args.set))
+    bars: dict[str, tqdm] = {}
+
+    def show(what: str, done: int, of: int) -> None:
+        bar = bars.setdefault(what, tqdm(desc=f"shards {what}", total=of, disable=None))
+        bar.update(done - bar.n)
+
+    try:
+        tally = curate(
+            args.kind, args.inputs, args.out, config, address=args.address, workers=args.workers, on_progress=show
+        )
+    finally:
+        for bar in bars.values():
+            bar.close()
+    print(tally)
+    print(args.out / PAGE)
+    return int(not tally.kept)
+
+
+@contextmanager
+def _data_packages() -> Iterator[None]:
+    """What the pack itself does not need."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("ray", "pyarrow", "scenedetect", "faiss", "imagehash", "yaml", "pydantic"):
+            raise
+        raise MagicMirrorError(f"Training sets need a package that is missing, {error.name}: {_NEEDED}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mm_core.curation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("kind", choices=("pictures", "portraits", "pairs", "video"))
+    parser.add_argument("inputs", type=Path, nargs="+", metavar="INPUT", help="a folder, .tar or .parquet file")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the manifest and what it names")
+    parser.add_argument("--config", type=Path, help="a YAML file; docs/data.md has the settings")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="replace settings")
+    parser.add_argument("--workers", type=int, help="processes; default: one for each core")
+    parser.add_argument("--address", help="of a Ray cluster that shares these paths; default: this machine alone")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""Footage: scenes, clips of the model's length and rate in them, and what is measured of each.
+
+A clip's frames are the nearest ones in time, not means of several: a mean of neighbours shows a moving face twice, and
+the face is what is learnt. Their times are off by at most half a frame of the footage.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import av
+import numpy as np
+
+from ..errors import MagicMirrorError
+from ..faces.analysis import Face
+from ..faces.tracking import find_faces, follow
+from ..video import open_video
+from .items import Item
+from .measure import Measurer, Row, content_id, face_row, number, packed, perceptual_hash, said_of, spread
+
+LOOK_EVERY = 4
+"""Frames of a clip: faces are looked for in each latent frame, as the trainer's `precompute` does."""
+_SEEN_WIDTH = 160  # pixels: of what cuts are looked for in
+_FLOW_SIDE = 256  # pixels: the shorter side of what motion is measured in
+_KEYS = 6  # faces of a clip that are kept as embeddings
+_RECOGNISED = 60.0  # degrees of yaw: beyond, an embedding says little of who it is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footage:
+    """times: (N,) seconds of each frame. cuts: numbers of the frames that begin a scene, the first one among them."""
+
+    times: np.ndarray
+    cuts: list[int]
+
+    @property
+    def rate(self) -> float:
+        """Frames a second, on average; 0 for a single frame."""
+        return float((len(self.times) - 1) / np.ptp(self.times)) if len(self.times) > 1 and np.ptp(self.times) else 0.0
+
+    def clips(self, frames: int, fps: float) -> Iterator[list[int]]:
+        """Frame numbers of each clip, one after the other through each scene."""
+        for first, last in zip(self.cuts, [*self.cuts[1:], len(self.times)]):
+            times = self.times[first:last]
+            start, half = times[0], 0.5 / max(self.rate, fps)
+            while start + (frames - 1) / fps <= times[-1] + half:
+                wanted = start + np.arange(frames) / fps
+                yield [first + int(index) for index in _nearest(times, wanted)]
+                start += frames / fps
+
+
+def _nearest(times: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    after = np.searchsorted(times, wanted).clip(1, max(1, len(times) - 1))
+    if len(times) == 1:
+        return np.zeros(len(wanted), int)
+    return np.where(wanted - times[after - 1] <= times[after] - wanted, after - 1, after)
+
+
+def measure_video(measurer: Measurer, item: Item) -> Iterator[Row]:
+    """A row for each clip of a video, or one that says why there is none."""
+    said, settings = said_of(item), measurer.settings
+    try:
+        with measurer.stage("read"):
+            content = item.read()
+        said["of"] = content_id(content)
+        with on_disk(content, item.suffix) as path:
+            del content
+            with measurer.stage("scenes"):
+                footage = look_through(path, settings.cut_threshold)
+            clips = list(footage.clips(settings.frames, settings.fps))
+            if not clips:
+                length = f"{len(footage.cuts)} scenes, {np.ptp(footage.times):.1f} s in all"
+                wanted = f"a clip takes {settings.frames / settings.fps:.1f} s"
+                yield said | {"id": said["of"], "error": ["short", f"{length}; {wanted}"]}
+            pictures = _pictures(path, sorted({index for clip in clips for index in clip}))
+            for place, clip in enumerate(clips):
+                row = said | {"id": f"{said['of']}-{place}", "frames": clip, "rate": number(footage.rate)}
+                yield row | _measure_clip(measurer, clip, pictures, said["caption"])
+    except (MagicMirrorError, av.FFmpegError, OSError) as error:
+        yield said | {"id": said.get("of", item.name), "error": ["unreadable", str(error)]}
+
+
+@contextmanager
+def on_disk(content: bytes, suffix: str) -> Iterator[Path]:
+    """A file of these bytes, for as long as it is used: videos are sought in."""
+    with tempfile.NamedTemporaryFile(suffix=suffix) as file:
+        file.write(content)
+        file.flush()
+        yield Path(file.name)
+
+
+def look_through(path: Path, cut_threshold: float) -> Footage:
+    """Times and cuts of a video. Raises av.FFmpegError, OSError, MagicMirrorError."""
+    from scenedetect import FrameTimecode
+    from scenedetect.detectors import ContentDetector
+
+    detector = ContentDetector(threshold=cut_threshold, min_scene_len=1)
+    times, cuts = [], [0]
+    with open_video(path) as container:
+        if not container.streams.video:
+            raise MagicMirrorError(f"{path.name} holds no pictures. Use a video file.")
+        for index, frame in enumerate(container.decode(video=0)):
+            height = max(2, round(frame.height * _SEEN_WIDTH / frame.width))
+            small = frame.to_ndarray(format="bgr24", width=_SEEN_WIDTH, height=height)
+            cuts += [cut.frame_num for cut in detector.process_frame(FrameTimecode(index, 1.0), small)]
+            times.append(index if frame.time is None else frame.time)
+    if not times:
+        raise MagicMirrorError(f"{path.name} holds no frame. Make or copy it again.")
+    return Footage(times=np.array(times, np.float64), cuts=sorted(set(cuts)))
+
+
+def _pictures(path: Path, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """These frames, in order, each with its number."""
+    wanted = iter(indices)
+    following = next(wanted, None)
+    with open_video(path) as container:
+        for index, frame in enumerate(container.decode(video=0)):
+            if following is None:
+                return
+            if index == following:
+                yield index, frame.to_ndarray(format="rgb24")
+                following = next(wanted, None)
+
+
+def clip_frames(path: Path, indices: Sequence[int]) -> np.ndarray:
+    """(F, H, W, 3) uint8 RGB of a clip."""
+    pictures = dict(_pictures(path, sorted(set(indices))))
+    return np.stack([pictures[index] for index in indices])
+
+
+def _measure_clip(
+    measurer: Measurer, clip: list[int], pictures: Iterator[tuple[int, np.ndarray]], caption: str | None
+) -> Row:
+    """Size, hash of three frames, motion, the tracked face; `pictures` is read as far as the clip goes."""
+    import cv2
+
+    from ..evaluation.flow import FlowMeter
+
+    meter, hashes, last, by_models = FlowMeter(), [], None, {}
+    looks: list[list[Row]] = []
+    found: list[tuple[int, Face]] = []
+    index, picture = -1, np.zeros((1, 1, 3), np.uint8)
+    for place, wanted in enumerate(clip):
+        if wanted != index:
+            with measurer.stage("decode"):
+                index, picture = next(pictures)
+        with measurer.stage("motion"):
+            scale = min(1.0, _FLOW_SIDE / min(picture.shape[:2]))
+            small = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+            meter.add(small)
+        if place in (0, len(clip) // 2, len(clip) - 1):
+            with measurer.stage("hash"):
+                hashes.append(perceptual_hash(picture))
+        if place == len(clip) // 2:
+            by_models = measurer.by_models(picture, caption)
+        if place % LOOK_EVERY == 0:
+            with measurer.stage("faces"):
+                faces = find_faces(measurer.analyzer, picture)
+            tracked = follow(faces, last)
+            looks.append([face_row(face) for face in sorted(faces, key=lambda face: face is not tracked)])
+            if tracked is not None:
+                last = tracked
+                found.append((place, tracked))
+    motion = 100 * float(np.mean(meter.strengths)) / min(small.shape[:2])
+    known = [(place, face) for place, face in found if abs(face.yaw) <= _RECOGNISED]
+    embeddings = [face.normed_embedding for _, face in known]
+    return by_models | {
+        "size": [picture.shape[1], picture.shape[0]],
+        "hash": "".join(hashes),
+        "motion": number(motion),
+        "looks": looks,
+        "same": number(min((one @ other for one, other in pairwise(embeddings)), default=1.0)),
+        "keys": [
+            {"frame": known[chosen][0], "yaw": number(known[chosen][1].yaw), "embedding": packed(embeddings[chosen])}
+            for chosen in spread([face.yaw for _, face in known], _KEYS)
+        ],
+    }

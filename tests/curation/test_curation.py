@@ -1,0 +1,131 @@
+"""Whole runs: a made corpus, kills, one worker or two, other thresholds; by Ray and the face models."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lab.corpus.__main__ import became, inputs, plant, scores, settings, table
+from mm_core.curation.__main__ import main
+from mm_core.curation.config import CurationConfig, Kind
+from mm_core.curation.run import DROPPED, MEASURED, PAGE, curate
+from mm_core.curation.workers import Workers
+from mm_core.data.check import check_dataset
+from mm_core.data.manifest import MANIFEST, read_manifest
+from mm_core.json_file import read_lines
+from mm_core.pipelines.prompt import mark_identity
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    """One Ray for all runs of this module that do not start their own."""
+    with Workers(None, 2) as workers:
+        workers.start()
+        yield
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("corpus")
+
+
+def config_of(kind: Kind, insightface_root: Path) -> CurationConfig:
+    return settings(kind, insightface_root, "buffalo_sc")
+
+
+@pytest.fixture(scope="module")
+def pictures(ray: None, corpus: Path, insightface_root: Path) -> tuple[Path, dict[str, str]]:
+    """The folder of a run that nothing disturbed, and what was planted."""
+    truth = plant("pictures", corpus / "pictures", range(1))
+    raw = inputs(corpus / "pictures" / "raw")
+    curate("pictures", raw, corpus / "set", config_of("pictures", insightface_root), workers=1)
+    return corpus / "set", truth
+
+
+def test_every_rule_takes_what_was_planted_for_it(pictures: tuple[Path, dict[str, str]]) -> None:
+    folder, truth = pictures
+    found = became(folder)
+    assert found == truth, table(truth, found)
+    assert all(score[2:] == (1, 1) for score in scores(truth, found).values())
+    samples = read_manifest(folder)
+    assert [sample.id for sample in samples] == sorted(sample.id for sample in samples)
+    assert {(sample.source, sample.licence) for sample in samples} == {("the one collection", "MIT")}
+    report = check_dataset(folder, width=720, height=480, frames=1, check_caption=mark_identity)
+    assert len(report.usable) == len(samples) == 2 and not report.problems
+
+
+def test_the_page_shows_counts_histograms_and_examples(pictures: tuple[Path, dict[str, str]]) -> None:
+    page = (pictures[0] / PAGE).read_text()
+    assert "2 of 15 pictures kept" in page and "--set keep.min_face_size=112" in page
+    # Of the three kinds of examples that cannot be seen, one is corrupt.
+    assert page.count("data:image/jpeg") == 14 and "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_other_thresholds_measure_nothing_again(
+    pictures: tuple[Path, dict[str, str]], insightface_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do they need Ray, as long as nothing new is kept."""
+    folder, _ = pictures
+    before = (folder / MANIFEST).read_bytes()
+    config = config_of("pictures", insightface_root)
+    raw = inputs(folder.parent / "pictures" / "raw")
+    monkeypatch.setattr(Workers, "start", lambda self: pytest.fail("there is nothing to do"))
+    assert curate("pictures", raw, folder, replace(config, keep=replace(config.keep, max_yaw=20.0))).kept == 1
+    assert {line["rule"] for line in read_lines(folder / DROPPED) if "turned" in line["name"]} == {"yaw"}
+    curate("pictures", raw, folder, config)
+    assert (folder / MANIFEST).read_bytes() == before
+
+
+def test_a_killed_run_and_two_workers_make_the_same(
+    pictures: tuple[Path, dict[str, str]], insightface_root: Path, tmp_path: Path
+) -> None:
+    folder, _ = pictures
+    raw = inputs(folder.parent / "pictures" / "raw")
+    names = (f"measure.insightface_root={insightface_root}", "measure.face_pack=buffalo_sc", "keep.min_score=0.5")
+    command = [*map(str, raw), "--out", str(tmp_path), "--workers", "1", "--set", *names]
+    command = [sys.executable, "-m", "mm_core.curation", "pictures", *command]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not list((tmp_path / MEASURED).glob("*.jsonl")):
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    first = {path: path.stat().st_mtime_ns for path in (tmp_path / MEASURED).glob("*.jsonl")}
+    curate("pictures", raw, tmp_path, config_of("pictures", insightface_root), workers=2)
+    for name in (MANIFEST, DROPPED):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    assert all(path.stat().st_mtime_ns == at for path, at in first.items())
+    assert {p.name for p in tmp_path.rglob("*.jpg")} == {p.name for p in (folder / "media").rglob("*.jpg")}
+
+
+def test_footage_becomes_clips_with_references(ray: None, corpus: Path, insightface_root: Path) -> None:
+    truth = plant("video", corpus / "video", range(1))
+    config = config_of("video", insightface_root)
+    curate("video", [corpus / "video" / "raw"], corpus / "video" / "set", config, workers=2)
+    found = became(corpus / "video" / "set")
+    assert found == truth, table(truth, found)
+    folder = corpus / "video" / "set"
+    report = check_dataset(folder, width=256, height=256, frames=config.measure.frames, check_caption=mark_identity)
+    assert len(report.usable) == 3 and not report.problems, report
+
+
+def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "1.jpg").write_bytes(b"")
+    out = ["--out", str(tmp_path / "set")]
+    for command, said in (
+        (["pictures", str(tmp_path / "none"), *out], "holds nothing to look at"),
+        (["pictures", str(tmp_path), *out, "--set", "keep.min_lines=x"], "keep.min_lines is 'x'"),
+        (["pictures", str(tmp_path), *out, "--set", f"measure.insightface_root={tmp_path}"], "face models are missing"),
+    ):
+        assert main(command) == 2
+        assert said in capsys.readouterr().err

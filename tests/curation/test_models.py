@@ -1,0 +1,105 @@
+"""A captioner and a classifier from local folders, as tiny models of the real classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+from mm_core.curation.config import Keeping, Measuring
+from mm_core.curation.items import Item
+from mm_core.curation.measure import Measurer
+from mm_core.curation.rules import judged, rules
+from mm_core.errors import CheckpointError
+
+TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}a {% endif %}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier")
+    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=16)
+    model = ViTForImageClassification(ViTConfig(**sizes, patch_size=8, id2label={0: "fine", 1: "nsfw"}))
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor([0.0, 3.0]))
+    model.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Knows five words, and ends its text after so many."""
+    folder = tmp_path_factory.mktemp("captioner")
+    words = {word: number for number, word in enumerate(("<pad>", "</s>", "<image>", "a", "man", "reads", "<unk>"))}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    special = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>", additional_special_tokens=["<image>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    sizes = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=1, intermediate_size=8)
+    vision = CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    text = LlamaConfig(**sizes, num_key_value_heads=1, vocab_size=len(words), pad_token_id=0, eos_token_id=1)
+    torch.manual_seed(0)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=2, image_seq_length=4)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    LlavaProcessor(
+        images,
+        fast,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_they_say_what_is_seen_and_what_is_refused(
+    tmp_path: Path, insightface_root: Path, captioner: Path, classifier: Path
+) -> None:
+    Image.fromarray(np.full((40, 30, 3), 99, np.uint8)).save(tmp_path / "1.png")
+    settings = Measuring(
+        insightface_root=str(insightface_root), face_pack="buffalo_sc", captioner=str(captioner), safety=str(classifier)
+    )
+    measurer = Measurer(settings)
+    item = Item(name="1", suffix=".png", content=tmp_path / "1.png")
+    row = measurer.picture(item)
+    assert row["labels"] == {"nsfw": 0.9526, "fine": 0.0474}
+    assert row["caption"] and set(row["caption"].split()) <= {"a", "man", "reads", "<unk>", "<image>", "<pad>"}
+    assert measurer.picture(item)["caption"] == row["caption"]
+    item.info = {"caption": "A man."}
+    given = measurer.picture(item)
+    assert given["caption"] == "A man." and {"caption", "safety", "faces"} <= measurer.seconds.keys()
+    fine = given | {"size": [800, 800], "looks": [[{"score": 0.9, "size": 200, "yaw": 0, "roll": 0, "sharpness": 99}]]}
+    asked = rules("pictures", settings)
+    assert judged(fine, asked, Keeping()) is None
+    assert judged(fine, asked, Keeping(refused_labels=("nsfw",)))[0] == "safety"
+
+
+def test_a_folder_without_a_model_is_told(tmp_path: Path, insightface_root: Path) -> None:
+    settings = Measuring(insightface_root=str(insightface_root), face_pack="buffalo_sc", safety=str(tmp_path))
+    with pytest.raises(CheckpointError, match="holds no model"):
+        Measurer(settings).by_models(np.zeros((8, 8, 3), np.uint8), "A man.")
