@@ -27,8 +27,8 @@ TOKENIZER_BYTES = 64 * MB
 """T5's has 2.4 MB for 32,100 pieces."""
 PICTURE_BYTES = 256 * MB
 """A picture file; a camera's largest JPEG has 50 MB."""
-VIDEO_BYTES = 4 * GB
-"""Raw footage that is made a training set of: an hour in 4K at 9 Mbit/s."""
+MEDIUM_BYTES = 1 * GB
+"""A picture or video in a tar or parquet file, which is read at once; a video by itself may be longer."""
 MANIFEST_LINE_BYTES = 1 * MB
 """One sample of a data set: a caption and some paths."""
 HEADER_BYTES = 32 * MB

@@ -6,9 +6,7 @@ the face is what is learnt. Their times are off by at most half a frame of the f
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +19,7 @@ from ..faces.analysis import Face
 from ..faces.tracking import find_faces, follow
 from ..video import open_video
 from .items import Item
-from .measure import Measurer, Row, content_id, face_row, number, packed, perceptual_hash, said_of, spread
+from .measure import Measurer, Row, face_row, file_id, number, packed, perceptual_hash, said_of, spread
 
 LOOK_EVERY = 4
 """Frames of a clip: faces are looked for in each latent frame, as the trainer's `precompute` does."""
@@ -65,11 +63,9 @@ def measure_video(measurer: Measurer, item: Item) -> Iterator[Row]:
     """A row for each clip of a video, or one that says why there is none."""
     said, settings = said_of(item), measurer.settings
     try:
-        with measurer.stage("read"):
-            content = item.read()
-        said["of"] = content_id(content)
-        with on_disk(content, item.suffix) as path:
-            del content
+        with item.on_disk() as path:
+            with measurer.stage("read"):
+                said["of"] = file_id(path)
             with measurer.stage("scenes"):
                 footage = look_through(path, settings.cut_threshold)
             clips = list(footage.clips(settings.frames, settings.fps))
@@ -83,15 +79,6 @@ def measure_video(measurer: Measurer, item: Item) -> Iterator[Row]:
                 yield row | _measure_clip(measurer, clip, pictures, said["caption"])
     except (MagicMirrorError, av.FFmpegError, OSError) as error:
         yield said | {"id": said.get("of", item.name), "error": ["unreadable", str(error)]}
-
-
-@contextmanager
-def on_disk(content: bytes, suffix: str) -> Iterator[Path]:
-    """A file of these bytes, for as long as it is used: videos are sought in."""
-    with tempfile.NamedTemporaryFile(suffix=suffix) as file:
-        file.write(content)
-        file.flush()
-        yield Path(file.name)
 
 
 def look_through(path: Path, cut_threshold: float) -> Footage:

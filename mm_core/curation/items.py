@@ -9,16 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..data.manifest import PICTURES, VIDEOS
-from ..errors import CheckpointError, SettingError
+from ..errors import CheckpointError, SampleError, SettingError
 from ..json_file import parse_object, read_object
-from ..limits import CONFIG_BYTES, VIDEO_BYTES
+from ..limits import CONFIG_BYTES, MEDIUM_BYTES
 from ..names import is_below, stays_within
 
 ORIGIN = "source.json"
@@ -42,6 +44,8 @@ class Item:
     """Another picture of the person, in a set of pairs."""
     reference_suffix: str = ""
     info: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+    """Why it cannot be read, where that is known already."""
 
     def said(self, what: str) -> str | None:
         """caption, source or licence."""
@@ -49,16 +53,30 @@ class Item:
         return next((text.strip() for text in found if isinstance(text, str) and text.strip()), None)
 
     def read(self) -> bytes:
-        """Raises SettingError where the medium is missing or too large."""
+        """Raises SampleError where the medium is missing, empty or too large."""
+        if self.problem is not None:
+            raise SampleError("unreadable", self.problem)
         return read(self.content, self.name)
+
+    @contextmanager
+    def on_disk(self) -> Iterator[Path]:
+        """The medium as a file, for as long as it is used: videos are sought in. Raises as `read`."""
+        if isinstance(self.content, Path) and self.problem is None and self.content.is_file():
+            yield self.content
+            return
+        with tempfile.NamedTemporaryFile(suffix=self.suffix) as file:
+            file.write(self.read())
+            file.flush()
+            yield Path(file.name)
 
 
 def read(content: bytes | Path | None, name: str) -> bytes:
-    """Raises SettingError."""
+    """Raises SampleError."""
     if isinstance(content, Path):
-        content = content.read_bytes() if content.is_file() and content.stat().st_size <= VIDEO_BYTES else None
+        content = content.read_bytes() if content.is_file() and content.stat().st_size <= MEDIUM_BYTES else None
     if not content:
-        raise SettingError(f"{name} is missing, empty or larger than {VIDEO_BYTES:,} bytes; put the file there again")
+        wanted = f"{name} is missing, empty or has more than {MEDIUM_BYTES:,} bytes; put the file there again"
+        raise SampleError("unreadable", wanted)
     return content
 
 
@@ -85,15 +103,18 @@ class Shard:
         return hashlib.sha256(said.encode()).hexdigest()[:32]
 
     def items(self) -> Iterator[Item]:
-        """In the order of the files, one at a time."""
+        """In the order of the files, one at a time; where one is damaged, an item that says so, and no more."""
         first = Path(self.root, self.files[0])
-        if first.suffix == ".tar":
-            yield from _of_tar(first)
-        elif first.suffix == ".parquet":
-            yield from _of_parquet(first)
-        else:
-            for name in self.files:
-                yield _of_file(Path(self.root), name)
+        try:
+            if first.suffix == ".tar":
+                yield from _of_tar(first)
+            elif first.suffix == ".parquet":
+                yield from _of_parquet(first)
+            else:
+                for name in self.files:
+                    yield _of_file(Path(self.root), name)
+        except CheckpointError as error:
+            yield Item(name=self.files[0], problem=str(error))
 
 
 def shards_of(path: Path, media: tuple[str, ...]) -> list[Shard]:
@@ -169,9 +190,9 @@ def _of_tar(path: Path) -> Iterator[Item]:
                     if item is not None:
                         yield item
                     item = Item(name=stem)
-                content = tar.extractfile(member).read() if member.size <= VIDEO_BYTES else None
+                content = tar.extractfile(member).read() if member.size <= MEDIUM_BYTES else None
                 _add(item, dot + suffix.lower(), content, bool(of_reference))
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error}. Download it again.") from error
     if item is not None:
         yield item
@@ -189,7 +210,10 @@ def _add(item: Item, suffix: str, content: bytes | Path | None, is_reference: bo
 def _add_said(item: Item, suffix: str, content: bytes) -> None:
     text = content.decode("utf-8", "replace")
     if suffix == ".json":
-        item.info |= parse_object(text, f"What is said of {item.name}")
+        try:
+            item.info |= parse_object(text, f"What is said of {item.name}")
+        except CheckpointError as error:
+            item.problem = str(error)
     else:
         item.info["caption"] = text
 

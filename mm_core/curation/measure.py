@@ -28,6 +28,7 @@ HASH_SIDE = 16
 """Of a perceptual hash: 16 x 16 bits."""
 _ASK = "Describe the person in this picture, and what they do, in one sentence."
 _CAPTION_TOKENS = 80
+_ID_DIGITS = 20
 
 
 class Measurer:
@@ -140,7 +141,16 @@ def perceptual_hash(image: np.ndarray) -> str:
 
 
 def content_id(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:20]
+    return hashlib.sha256(content).hexdigest()[:_ID_DIGITS]
+
+
+def file_id(path: Path) -> str:
+    """`content_id` of a file of any size."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()[:_ID_DIGITS]
 
 
 def packed(embedding: np.ndarray) -> str:

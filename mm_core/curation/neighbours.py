@@ -93,6 +93,8 @@ def _same_video(one: Row, other: Row) -> bool:
 def repeated_identities(rows: Sequence[Row], keep: Keeping) -> dict[int, tuple[str, str]]:
     """Numbers of the pairs whose reference is another picture of a person who is there already."""
     references = {row["reference"]: row["identity"] for row in sorted(rows, key=lambda row: row["reference"])}
+    if not references:
+        return {}
     names = list(references)
     embeddings = np.stack([unpacked(identity) for identity in references.values()])
     near: dict[int, list[int]] = {}

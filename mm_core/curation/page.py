@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import MagicMirrorError
 from ..evaluation.page import STYLE, figure, thumbnail
 from ..faces.references import decode_image
-from .clips import clip_frames, on_disk
+from .clips import clip_frames
 from .config import Keeping
 from .items import Item, Shard
 from .measure import Row
@@ -112,7 +112,7 @@ def _picture(item: Item, row: Row) -> Iterator[np.ndarray]:
     """The picture, or the frame in the middle of the clip; nothing if the input changed since."""
     try:
         if "frames" in row:
-            with on_disk(item.read(), item.suffix) as path:
+            with item.on_disk() as path:
                 yield clip_frames(path, [row["frames"][len(row["frames"]) // 2]])[0]
         else:
             yield decode_image(io.BytesIO(item.read()), item.name)

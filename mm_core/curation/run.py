@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,31 +87,30 @@ def _decide(
     kind: Kind, config: CurationConfig, shards: Sequence[Shard], files: Sequence[Path], tally: Tally, output: Path
 ) -> list[tuple[int, Row]]:
     """The rows that are kept, each with its shard's number; the others go into `dropped.jsonl`, all into the tally."""
-    asked, passed, dropped = rules(kind, config.measure), [], []
-    for number, (shard, file) in enumerate(zip(shards, files)):
-        for row in read_lines(file):
-            row["source"], row["licence"] = row["source"] or shard.source, row["licence"] or shard.licence
-            why = judged(row, asked, config.keep)
-            tally.measure(row)
-            if why is None:
-                passed.append((number, row))
-            else:
-                dropped.append(_dropped(tally, number, row, why))
-    for find in (duplicates, *([repeated_identities] if kind == "pairs" else [])):
-        found = find([row for _, row in passed], config.keep)
-        dropped += [_dropped(tally, *passed[at], found[at]) for at in sorted(found)]
-        passed = [each for at, each in enumerate(passed) if at not in found]
+    passed: list[tuple[int, Row]] = []
+
+    def dropped() -> Iterator[dict[str, str]]:
+        asked = rules(kind, config.measure)
+        for number, (shard, file) in enumerate(zip(shards, files)):
+            for row in read_lines(file):
+                row["source"], row["licence"] = row["source"] or shard.source, row["licence"] or shard.licence
+                why = judged(row, asked, config.keep)
+                tally.measure(row)
+                if why is None:
+                    passed.append((number, row))
+                else:
+                    yield tally.drop(number, row, why)
+        for find in (duplicates, *([repeated_identities] if kind == "pairs" else [])):
+            found = find([row for _, row in passed], config.keep)
+            yield from (tally.drop(*passed[at], found[at]) for at in sorted(found))
+            passed[:] = [each for at, each in enumerate(passed) if at not in found]
+
+    _write_lines(output / DROPPED, dropped())
     for number, row in passed:
         tally.keep(number, row)
-    _write_lines(output / DROPPED, dropped)
     return passed
 
 
-def _dropped(tally: Tally, number: int, row: Row, why: tuple[str, str]) -> dict[str, str]:
-    tally.drop(number, row, why)
-    return {"name": row["name"], "id": row.get("id", ""), "rule": why[0], "why": why[1]}
-
-
-def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+def _write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

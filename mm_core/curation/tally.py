@@ -41,9 +41,11 @@ class Tally:
                 if value is not None:
                     self.values[limit.name].append(value)
 
-    def drop(self, shard: int, row: Row, why: tuple[str, str]) -> None:
+    def drop(self, shard: int, row: Row, why: tuple[str, str]) -> dict[str, str]:
+        """A line about the item."""
         self.dropped[why[0]] += 1
         self._show(why[0], (shard, row, why[1]))
+        return {"name": row["name"], "id": row.get("id", ""), "rule": why[0], "why": why[1]}
 
     def keep(self, shard: int, row: Row) -> None:
         self.kept += 1

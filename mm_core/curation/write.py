@@ -14,7 +14,7 @@ from ..errors import MagicMirrorError
 from ..faces.references import decode_image
 from ..files import atomic_write
 from ..video import write_video
-from .clips import clip_frames, on_disk
+from .clips import clip_frames
 from .config import CurationConfig, Kind
 from .items import Item, Shard, read
 from .measure import Row
@@ -91,7 +91,7 @@ def _write_picture(kind: Kind, item: Item, row: Row, output: Path, config: Curat
 def _write_clips(item: Item, rows: Sequence[Row], output: Path, config: CurationConfig) -> None:
     if not rows:
         return
-    with on_disk(item.read(), item.suffix) as path:
+    with item.on_disk() as path:
         for row in rows:
             frames = clip_frames(path, row["frames"])
             write_video(output / media_path("video", row), frames, config.measure.fps, quality=_QUALITY)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from mm_core.curation.config import CurationConfig, Kind
 from mm_core.curation.run import DROPPED, MEASURED, PAGE, curate
 from mm_core.curation.workers import Workers
 from mm_core.data.check import check_dataset
-from mm_core.data.manifest import MANIFEST, read_manifest
+from mm_core.data.manifest import MANIFEST, read_manifest, read_picture
 from mm_core.json_file import read_lines
 from mm_core.pipelines.prompt import mark_identity
 
@@ -117,6 +119,53 @@ def test_footage_becomes_clips_with_references(ray: None, corpus: Path, insightf
     folder = corpus / "video" / "set"
     report = check_dataset(folder, width=256, height=256, frames=config.measure.frames, check_caption=mark_identity)
     assert len(report.usable) == 3 and not report.problems, report
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers' code without Ray, which other tests have."""
+
+    def each(self: Workers, worker: type, arguments: tuple, tasks: list, on_progress: object) -> Iterator[dict]:
+        made = worker(*arguments)
+        yield from (json.loads(made({"task": json.dumps(task)})["result"]) for task in tasks)
+
+    monkeypatch.setattr(Workers, "each", each)
+
+
+def test_pairs_are_of_one_person_and_each_person_is_there_once(
+    in_this_process: None, tmp_path: Path, photographs: Path, insightface_root: Path
+) -> None:
+    pairs = {"a": "person_a_1 person_a_2", "b": "person_b_1 person_b_2", "c": "person_b_2 person_b_1"}
+    pairs |= {"stranger": "impostor_1 person_a_2", "alone": "impostor_2"}
+    for name, photos in pairs.items():
+        for file, photo in zip((f"{name}.jpg", f"{name}.reference.jpg"), photos.split()):
+            shutil.copyfile(photographs / f"{photo}.jpg", tmp_path / file)
+        (tmp_path / f"{name}.txt").write_text("A person looks into the camera.")
+    config = config_of("pictures", insightface_root)
+    low = dict(min_lines=200, min_face_size=60.0, min_pair_cosine=0.4, same_identity=0.4)
+    folder = tmp_path / "set"
+    curate("pairs", [tmp_path], folder, replace(config, keep=replace(config.keep, **low)))
+    dropped = {line["name"]: line["rule"] for line in read_lines(folder / DROPPED)}
+    repeated = dropped.keys() & {"b.jpg", "c.jpg"}
+    assert len(repeated) == 1
+    assert dropped == {"stranger.jpg": "pair", "alone.jpg": "reference", repeated.pop(): "identity"}
+    samples = {(folder / sample.media).read_bytes(): sample for sample in read_manifest(folder)}
+    a = samples[(photographs / "person_a_1.jpg").read_bytes()]
+    assert (folder / a.references[0]).read_bytes() == (photographs / "person_a_2.jpg").read_bytes()
+
+
+def test_portraits_are_bordered_and_need_no_caption(
+    in_this_process: None, tmp_path: Path, photographs: Path, insightface_root: Path
+) -> None:
+    shutil.copyfile(photographs / "person_b_1.jpg", tmp_path / "1.jpg")
+    config = config_of("pictures", insightface_root)
+    config = replace(config, keep=replace(config.keep, min_lines=200, min_face_size=60.0))
+    curate("portraits", [tmp_path], tmp_path / "set", config)
+    (sample,) = read_manifest(tmp_path / "set")
+    assert sample.caption == "A squared ID photo of a person img, with pure black on two sides."
+    assert sample.references == (sample.media,)
+    height, width = read_picture(tmp_path / "set", sample.media).shape[:2]
+    assert width == round(1.5 * height)
 
 
 def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from mm_core.curation.measure import packed, spread
 from mm_core.curation.rules import judged, marked, portrait_caption, rules
 from mm_core.curation.write import bordered, samples
 from mm_core.data.manifest import PICTURES
-from mm_core.errors import SettingError
+from mm_core.errors import SampleError, SettingError
 from mm_core.pipelines.prompt import mark_identity
 from mm_core.settings_file import load_settings
 
@@ -137,7 +137,7 @@ def test_what_leads_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "in" / "own" / "1.jpg").unlink()
     (tmp_path / "in" / "own" / "1.jpg").symlink_to(tmp_path / "secret.jpg")
     items = list(shards_of(tmp_path / "in" / "list.parquet", PICTURES)[0].items())
-    with pytest.raises(SettingError, match="missing"):
+    with pytest.raises(SampleError, match="missing"):
         items[0].read()
     assert items[1].read() == jpeg(1)
 
@@ -145,8 +145,18 @@ def test_what_leads_out_of_the_folder_is_not_read(tmp_path: Path) -> None:
 def test_nothing_to_look_at_is_told(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"holds nothing to look at: no \.png"):
         shards_of(tmp_path, PICTURES)
-    with pytest.raises(SettingError, match="missing, empty"):
+    with pytest.raises(SampleError, match="missing, empty"):
         Item(name="1").read()
+
+
+def test_what_is_damaged_ends_its_shard_with_an_item_that_says_so(tmp_path: Path) -> None:
+    in_tar(tmp_path, {"1.jpg": jpeg(1), "1.json": b"{", "2.jpg": bytes(3000)})
+    (tmp_path / "00000.tar").write_bytes((tmp_path / "00000.tar").read_bytes()[:4000])
+    items = list(shards_of(tmp_path, PICTURES)[0].items())
+    assert [item.name for item in items] == ["1", "00000.tar"]
+    for item, said in zip(items, ("it is no JSON", "is damaged")):
+        with pytest.raises(SampleError, match=said):
+            item.read()
 
 
 @pytest.mark.parametrize(
