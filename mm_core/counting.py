@@ -207,10 +207,10 @@ class SavedTensors:
     """What autograd keeps of a forward pass, on any device. Blocks may lie within others: checkpoints nest."""
 
     def __init__(self, weights: Iterable[Tensor], blocks: Iterable[nn.Module]) -> None:
-        self._weights = {weight.untyped_storage()._cdata for weight in weights}
+        self._storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+        self._weights = {self._key(weight) for weight in weights}
         self._blocks = list(blocks)
         self._path: tuple[int, ...] = ()  # numbers of the running blocks, from the outermost in
-        self._storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
         self._saved: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)
         self._inputs: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)  # of the blocks within
 

@@ -53,7 +53,7 @@ MAY_IMPORT = {
     },
     "mm_core.planning": {
         *("mm_core.training", "mm_core.models", "mm_core.checkpoints", "mm_core.data", "mm_core.pipelines"),
-        *("mm_core.files", "mm_core.counting"),
+        *("mm_core.files", "mm_core.counting", "mm_core.memory"),
     },
     "mm_core.release": {
         *("mm_core.training", "mm_core.checkpoints", "mm_core.data", "mm_core.pipelines", "mm_core.faces"),

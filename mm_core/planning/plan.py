@@ -22,6 +22,8 @@ RESERVED = 0.1
 """Assumed part of a card that the CUDA context, kernels' workspaces and fragmentation take."""
 # Bytes of a trained parameter, as accelerate keeps it: float32 weight and gradient, Adam's two moments, the average.
 WEIGHT, GRADIENT, ADAM, EMA = 4, 4, 8, 4
+# bitsandbytes' 8-bit Adam: a byte for each moment and a float32 for each block of them; small tensors stay as they are.
+ADAM_8BIT, BLOCK_8BIT, LEAST_8BIT = 2, 256, 4096
 _GPUS = (1, 8)
 _PARTS = {
     "face perceiver": ("face_perceiver",),
@@ -185,7 +187,7 @@ def _memory(
         "frozen weights": _bytes(models.transformer) + (_bytes(models.vae) if identity else 0),
         "trained weights": WEIGHT * trained,
         "gradients": GRADIENT * trained,
-        "Adam": ADAM * trained,
+        "Adam": sum(_adam_bytes(p.numel(), stage.loop.use_8bit_adam) for p in models.adapter.parameters()),
         "EMA": EMA * trained if stage.loop.ema_decay else 0,
         "weight copies": work.weight_copies,
         "activations": clips * (work.saved_checkpointed if checkpointing else work.saved),
@@ -193,9 +195,9 @@ def _memory(
     }
     if identity is not None:
         parts["identity loss"] = micro * (identity.saved_checkpointed if checkpointing else identity.saved)
-    # Adam's update makes as many temporaries as there are weights, when the backward pass has freed its own.
+    # torch's Adam makes as many temporaries as there are weights, when the backward pass has freed its own.
     freed = sum(parts[name] for name in ("weight copies", "activations", "identity loss"))
-    parts["update"] = max(0, WEIGHT * trained - freed)
+    parts["update"] = 0 if stage.loop.use_8bit_adam else max(0, WEIGHT * trained - freed)
     total = sum(parts.values())
     return Memory(
         gpus=gpus,
@@ -205,6 +207,13 @@ def _memory(
         total=total,
         fits={f"{card} GB": total <= card * 2**30 * (1 - RESERVED) for card in CARDS_GIB},
     )
+
+
+def _adam_bytes(size: int, small: bool) -> int:
+    """Of the moments of a tensor with so many elements."""
+    if not small or size < LEAST_8BIT:
+        return ADAM * size
+    return ADAM_8BIT * size + 8 * -(-size // BLOCK_8BIT)
 
 
 def _count(module: nn.Module) -> int:

@@ -20,6 +20,7 @@ from transformers import T5Config, T5EncoderModel
 from ..checkpoints.photomaker import read_id_encoder_config
 from ..counting import GpuKernels
 from ..errors import SettingError
+from ..memory import store_in_fp8
 from ..models.adapter import MagicMirrorAdapter
 from ..models.id_encoder import PHOTOMAKER_V2, IDEncoder, IDEncoderConfig
 from ..pipelines import tiny
@@ -84,6 +85,8 @@ def build_models(config: TrainingConfig, precision: str) -> Models:
         raise SettingError(f"The adapter sizes {dict(config.adapter)} do not fit {name}: {error}.") from error
     for module in (models.transformer, models.vae, models.text_encoder, models.id_encoder):
         nn.Module.to(module, DTYPES[precision]).requires_grad_(False).eval()
+    if config.fp8_base:
+        store_in_fp8(models.transformer, None, DTYPES[precision])
     return models
 
 

@@ -18,6 +18,7 @@ from ..errors import SettingError
 from ..faces.analysis import FaceAnalyzer
 from ..faces.arcface import DifferentiableArcFace
 from ..limits import NAME_LENGTH
+from ..memory import store_in_fp8
 from ..models.adapter import MagicMirrorAdapter
 from ..pipelines.base import BaseModel
 from ..pipelines.control import AdapterSettings
@@ -52,6 +53,8 @@ class AdapterTask:
         self.training, self.validation = split_people(self.features, config.validation_people)
         # Without the text encoder: its work is in the features.
         pipe = self.pipe = self.base.load(DTYPES[self.stage.loop.precision], text_encoder=False)
+        if config.fp8_base:
+            store_in_fp8(pipe.transformer, None, DTYPES[self.stage.loop.precision])
         adapter = self._adapter(start)
         if config.gradient_checkpointing:
             pipe.transformer.enable_gradient_checkpointing()
@@ -96,7 +99,7 @@ class AdapterTask:
             del stage[name]
         return stage | dict(
             stage=self.name, base=self.base.name, ablation=config.ablation, adapter=self.model.adapter.config.to_dict(),
-            face_pack=config.face_pack, start=self._start, samples=len(self.features.entries),
+            fp8_base=config.fp8_base, face_pack=config.face_pack, start=self._start, samples=len(self.features.entries),
             held_out=[self.features.entries[row]["id"] for row in self.validation],
         )  # fmt: skip
 

@@ -104,6 +104,9 @@ class TrainingConfig:
     """Sizes that differ from the paper's, by the names of `AdapterConfig`."""
     ablation: Literal["ours", "A", "B", "C", "D", "E", "F", "G"] = "ours"
     """A row of the paper's Tab. 3."""
+    fp8_base: bool = False
+    """Store the frozen transformer's layers as 8-bit floats, as precision `fp8` does at inference; each is widened as
+    it computes."""
     gradient_checkpointing: bool = False
     """Trade time for memory: each block runs again in the backward pass."""
     validation_people: CountOrNone = 4

@@ -27,6 +27,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, send_
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch import compile as compiled
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -139,6 +140,9 @@ class _Run:
             torch.compiler.reset()  # what a run before this one compiled counts towards a limit
             part = getattr(task.model, "compiled", task.model)
             part.forward = compiled(part.forward)
+        # What is frozen is the same in all processes, and not every backend sends 8-bit floats.
+        frozen = [name for name, parameter in task.model.named_parameters() if not parameter.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task.model, frozen)
         self.model, *self.optimizers = self.accelerator.prepare(task.model, *optimizers)
         trained = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
         self.names, self.parameters = list(trained), list(trained.values())

@@ -31,6 +31,8 @@ class LoopConfig:
     """Reached at the last step, along a cosine."""
     warmup_steps: CountOrNone = 0
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    use_8bit_adam: bool = False
+    """bitsandbytes' AdamW, whose two moments take a byte each instead of four."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999

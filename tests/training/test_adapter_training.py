@@ -132,9 +132,12 @@ def test_stages_hand_over_weights_not_optimizer(config: TrainingConfig) -> None:
     assert train_stage(config, "video").is_file()
 
 
-def test_resume(config: TrainingConfig) -> None:
-    """A stage that stopped after two steps goes on to the same weights, dropout and references included."""
-    loop = config.video.loop
+@pytest.mark.parametrize("small", [False, True], ids=["", "quantised"])
+def test_resume(config: TrainingConfig, small: bool) -> None:
+    """A stage that stopped after two steps goes on to the same weights, dropout and references included; with all that
+    saves memory too."""
+    loop = replace(config.video.loop, use_8bit_adam=small)
+    config = replace(config, fp8_base=small, gradient_checkpointing=small)
     whole = train(AdapterTask(config, "video"), loop, Path(config.output) / "whole")
     cut = Path(config.output) / "cut"
     train(AdapterTask(config, "video"), loop, cut)
@@ -146,12 +149,15 @@ def test_resume(config: TrainingConfig) -> None:
     assert losses(cut) == losses(whole.parents[1])
     ours, theirs = (load_adapter(path / ADAPTER_FILE)[0].state_dict() for path in (again, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    state = torch.load(again / "optimizer.bin", weights_only=True)["state"].values()
+    quantised = [entry.get("__bnb_optimizer_quant_state__", {}).get("state1") for entry in state]
+    assert any(moment is not None and moment.dtype == torch.uint8 for moment in quantised) == small
 
 
 def test_two_processes_equal_one(config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same global batch on two processes: the same losses; three people validated by both: the same scores."""
     stand_ins.install_validation(monkeypatch.setattr)
-    config = replace(config, validation_people=3)
+    config = replace(config, validation_people=3, fp8_base=True)
     config = with_stage(config, loop=replace(config.video.loop, validate_every=4))
     train(AdapterTask(config, "video"), config.video.loop, tmp_path / "one")
     train_on_two_processes(config, tmp_path / "two", "import stand_ins; stand_ins.install_validation()")
@@ -190,6 +196,25 @@ def test_gradient_checkpointing_changes_nothing(config: TrainingConfig) -> None:
     gradients = []
     for checkpointing in (False, True):
         task = AdapterTask(replace(config, gradient_checkpointing=checkpointing), "video")
+        task.model.train()
+        task.model(task.batch(range(4)))["loss"].mean().backward()
+        gradients.append({n: p.grad.clone() for n, p in task.model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(tensor, gradients[1][name]) for name, tensor in gradients[0].items())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_through_an_fp8_base(config: TrainingConfig, checkpointing: bool) -> None:
+    """They are those through the base whose weights are what the 8-bit floats say."""
+    config = replace(config, gradient_checkpointing=checkpointing)
+    gradients = []
+    for fp8 in (True, False):
+        task = AdapterTask(replace(config, fp8_base=fp8), "video")
+        if fp8:
+            stored = {name: p.float() for name, p in task.pipe.transformer.named_parameters()}
+            assert {p.dtype for p in task.pipe.transformer.parameters()} == {torch.float8_e4m3fn, torch.float32}
+        else:
+            task.pipe.transformer.load_state_dict(stored, strict=False)
         task.model.train()
         task.model(task.batch(range(4)))["loss"].mean().backward()
         gradients.append({n: p.grad.clone() for n, p in task.model.named_parameters() if p.grad is not None})
@@ -278,7 +303,7 @@ def test_both_stages_on_a_device(
     monkeypatch.setattr("mm_core.training.adapter_task.DifferentiableArcFace", lambda path: LinearView())
     monkeypatch.setattr(validation, "STEPS", 1)
     config = replace(
-        config, gradient_checkpointing=True, validation_people=1, insightface_root=str(insightface_root),
+        config, gradient_checkpointing=True, fp8_base=True, validation_people=1, insightface_root=str(insightface_root),
         face_pack="buffalo_sc",
     )  # fmt: skip
     config = replace(config, ablation="G")  # which begins stage 2 anew

@@ -13,10 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mm_core.counting import GpuKernels, SavedTensors, measure
 from mm_core.errors import SettingError
+from mm_core.models.adapter import MagicMirrorAdapter
 from mm_core.pipelines import tiny
 from mm_core.planning.plan import Memory, Plan, plan
 from mm_core.planning.step import DryStep, Models, build_models, dry_run
 from mm_core.training.config import TrainingConfig, load_config
+from mm_core.training.optimizer import adamw
 
 RECIPE = Path(__file__).parents[2] / "mm_core" / "training" / "configs" / "cogvideox_5b.yaml"
 SMALL = dict(base="tiny", width="64", height="48", video__frames="9")
@@ -163,6 +165,23 @@ def test_memory_adds_up(full: Plan) -> None:
     assert [memory.gpus for memory in memories] == [1, 1]
     spread = plan(configured(**SMALL, video__loop__micro_batch="null")).stages["video"].memory
     assert [(memory.gpus, memory.micro_batch) for memory in spread] == [(1, 8), (1, 8), (8, 1), (8, 1)]
+
+
+def test_quantised_parts_take_what_is_planned(small: Plan) -> None:
+    """8-bit Adam's moments are those that bitsandbytes makes; the base loses a fourth, its norms and the VAE stay."""
+    loop = dict(video__loop__use_8bit_adam="true")
+    planned = plan(configured(**SMALL, **loop, fp8_base="true")).stages["video"].memory[0].parts
+    adapter = MagicMirrorAdapter(tiny.ADAPTER)
+    optimizer = adamw(adapter, configured(**SMALL, **loop).video.loop)
+    for parameter in adapter.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moments = [t for state in optimizer.state.values() for name, t in state.items() if name in _MOMENTS]
+    assert planned["Adam"] == sum(t.nbytes for t in moments)
+    assert planned["frozen weights"] < 0.8 * small.stages["video"].memory[0].parts["frozen weights"]
+
+
+_MOMENTS = ("state1", "state2", "absmax1", "absmax2")
 
 
 @pytest.mark.parametrize(("recipe", "card"), [("cogvideox_5b_80gb", "80 GB"), ("cogvideox_2b_24gb", "24 GB")])
