@@ -75,7 +75,7 @@ def _published(folder: Path, owner: str) -> dict[Path, str]:
 
 
 def fetch(config: TrainingConfig, accepted: bool) -> list[Path]:
-    """Fetch what is missing; files that are whole stay. Returns where everything is.
+    """Fetch what is missing, and hold all of it against the published hashes. Returns where everything is.
 
     accepted: the user accepts the licences. Raises MagicMirrorError without, naming what would be fetched, and for a
     file that is not the published one.
@@ -90,7 +90,7 @@ def fetch(config: TrainingConfig, accepted: bool) -> list[Path]:
     for part in missing:
         _log.info("fetching %s into %s", part.name, part.path)
         part.download()
-    for path, published in ((path, sha) for part in missing for path, sha in part.hashed.items() if path.is_file()):
+    for path, published in ((path, sha) for part in wanted for path, sha in part.hashed.items() if path.is_file()):
         found = sha256_of(path)
         if found != published:
             raise MagicMirrorError(
