@@ -352,12 +352,17 @@ def _pack_folder(root: Path, pack: str) -> Path:
 
 def _load_pack(folder: Path, device: str) -> Any:
     """An insightface FaceAnalysis on `folder`, ready to use."""
+    import torch
+
     with _face_packages():
         import onnxruntime
         from insightface.app import FaceAnalysis
     # onnxruntime offers CUDA whenever it was built with it, and goes on with the CPU if it then cannot be started.
     wants_cuda = device == "auto" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    providers = ["CUDAExecutionProvider"] * wants_cuda + ["CPUExecutionProvider"]
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if wants_cuda:  # torch knows which GPU is this process's; onnxruntime would take the first for all
+        gpu = torch.cuda.current_device() if torch.cuda.is_available() else 0
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": gpu}))
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # both libraries print while loading
             app = FaceAnalysis(name=str(folder), allowed_modules=list(MODULES), providers=providers)

@@ -345,3 +345,22 @@ def test_photos_without_a_face_may_be_left_out(analyzer, photos):
         with_faces([looked[0], looked[2]])
     with pytest.raises(FaceChoiceError, match=r"photo 2 .*face 1 .* 1 found"):
         look_at(analyzer, [BLANK, photos["person_a_1"]], which=1)
+
+
+def test_each_process_analyses_on_its_own_gpu(insightface_root, monkeypatch):
+    """What onnxruntime is asked for."""
+    from insightface.app import FaceAnalysis
+
+    asked = []
+
+    class Recorded(FaceAnalysis):
+        def __init__(self, *args, providers, **options):
+            asked.extend(providers)
+            super().__init__(*args, providers=["CPUExecutionProvider"], **options)
+
+    monkeypatch.setattr("insightface.app.FaceAnalysis", Recorded)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    assert FaceAnalyzer(insightface_root, "buffalo_sc").device == "cpu"
+    assert asked == [("CUDAExecutionProvider", {"device_id": 3}), "CPUExecutionProvider"]
