@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .choices import AS_MODEL, OFFLOADING, PRECISIONS, SCHEDULERS, STEP_CACHES, TINY, VIDEO_FORMATS
+from .choices import AS_MODEL, OFFLOADING, PRECISIONS, QUANTISED, SCHEDULERS, STEP_CACHES, TINY, VIDEO_FORMATS
 from .errors import MagicMirrorError, packages
 from .files import atomic_write
 
@@ -292,7 +292,8 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     add("--ip-scale", type=float, default=1.0, help="strength of the cross-attention, 0 to 3")
     add("--start", type=float, default=0.0, help="part of the schedule where the identity sets in, 0 to 1")
     add("--end", type=float, default=1.0, help="part of the schedule where it stops")
-    add("--precision", default="auto", choices=PRECISIONS)
+    stored = "; ".join(f"{name} needs {' and '.join(packages)}" for name, packages in QUANTISED.items())
+    add("--precision", default="auto", choices=PRECISIONS, help=stored)
     add("--offload", default="auto", choices=OFFLOADING)
 
 

@@ -14,16 +14,17 @@ from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .choices import OFFLOADING, PRECISIONS
+from .choices import OFFLOADING, check_precision
 from .errors import SettingError
 from .models.adapter import MagicMirrorAdapter
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _STORED = torch.float8_e4m3fn
-_STREAMING = ("cuda", "xpu")
-"""Kinds of devices that copy weights while they compute."""
+STREAMING = ("cuda", "xpu")
+"""Kinds of devices that copy weights while they compute: `group` has the next ones there meanwhile."""
 
 
 class Part(Protocol):
@@ -101,13 +102,12 @@ def default_device() -> torch.device:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type to compute in. auto: bf16 where the device has it, else fp16; fp32 on a CPU. fp8 is a storage type.
+    """The type to compute in. auto, and the storage types: bf16 where the device has it, else fp16; fp32 on a CPU.
 
     Raises:
-        SettingError: an unknown precision, or fp8 on a device that cannot store it.
+        SettingError: an unknown precision, one without its package, or fp8 on a device that cannot store it.
     """
-    if precision not in PRECISIONS:
-        raise SettingError(f"The precision is {precision!r}; choose one of {', '.join(PRECISIONS)}.")
+    check_precision(precision)
     if precision in _DTYPES:
         return _DTYPES[precision]
     if device.type == "cpu":
@@ -171,8 +171,38 @@ def device_memory(device: torch.device) -> tuple[int, int] | None:
     return free, total
 
 
+def check_policy(policy: str, precision: str) -> None:
+    """Raise SettingError for weights that a policy cannot bring in parts."""
+    if precision == "nf4" and policy in ("group", "sequential"):
+        raise SettingError(
+            f"offload is {policy} and precision nf4: bitsandbytes' layers come to a device whole. Choose model as "
+            "offload, or int8 as precision."
+        )
+
+
 def size_in_bytes(module: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in [*module.parameters(), *module.buffers()])
+    return sum(map(_bytes, [*module.parameters(), *module.buffers()]))
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Of a tensor, torchao's and bitsandbytes' with what they hold beside their numbers."""
+    if is_traceable_wrapper_subclass(tensor):
+        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.nbytes + sum(part.nbytes for part in _beside(tensor))
+
+
+def _beside(tensor: Tensor) -> list[Tensor]:
+    """What bitsandbytes has beside a weight: its scales, and theirs."""
+    state = getattr(tensor, "quant_state", None)
+    parts = [] if state is None else [state.absmax, state.code, state.offset]
+    if state is not None and state.nested:
+        parts += [state.state2.absmax, state.state2.code]
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether weights of it are torchao's or bitsandbytes' own."""
+    return any(is_traceable_wrapper_subclass(w) or hasattr(w, "quant_state") for w in module.parameters())
 
 
 class _OffloadedPart:
@@ -187,7 +217,7 @@ class _OffloadedPart:
         # for the one forward pass of a text encoder `group` means layer by layer too.
         self._grouped = policy == "group" and kind != "text_encoder"
         if self._grouped:
-            stream = dict(onload_device=device, use_stream=device.type in _STREAMING)
+            stream = dict(onload_device=device, use_stream=device.type in STREAMING)
             # Blocks, not layers, of the transformer: a prefetching layer hook expects the layers in the order of a
             # whole forward, and `precompute_factors` asks single ones.
             level = dict(offload_type="leaf_level")
@@ -271,7 +301,7 @@ def on_device(modules: Iterable[nn.Module], device: torch.device) -> Iterator[No
     """
     lent = [module for module in modules if not _is_hooked(module)]
     waiting = [
-        (tensors, name, tensor, tensor.data.cpu())
+        (tensors, name, tensor, tensor.detach() if is_traceable_wrapper_subclass(tensor) else tensor.data.cpu())
         for module in lent
         for part in module.modules()
         for tensors in (part._parameters, part._buffers)
@@ -284,8 +314,13 @@ def on_device(modules: Iterable[nn.Module], device: torch.device) -> Iterator[No
         yield
     finally:
         for tensors, name, tensor, on_cpu in waiting:
+            if is_traceable_wrapper_subclass(on_cpu):  # torchao's: `to` gave the old parameter the new one's content
+                tensors[name] = nn.Parameter(on_cpu, requires_grad=False)
+                continue
             tensor.data = on_cpu
             tensors[name] = tensor  # `to` puts new buffers in place of the old ones
+            if getattr(tensor, "quant_state", None) is not None:
+                tensor.quant_state.to("cpu")
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -8,8 +8,8 @@ from weakref import WeakValueDictionary
 
 from comfy_api.latest import io
 
-from ..mm_core.choices import OFFLOADING, PRECISIONS
-from ..mm_core.errors import CheckpointError
+from ..mm_core.choices import OFFLOADING, check_precision, precisions
+from ..mm_core.errors import CheckpointError, SettingError
 from ..mm_core.folders import check_name
 from . import catalog, runtime
 from .types import CATEGORY, Model, ModelSocket, advanced, with_aliases
@@ -43,17 +43,24 @@ class MagicMirrorLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, base_model: str | None = None, adapter: str | None = None, id_encoder: str | None = None
+        cls,
+        base_model: str | None = None,
+        adapter: str | None = None,
+        id_encoder: str | None = None,
+        precision: str | None = None,
     ) -> bool | str:
-        """Names that lead out of their folders are told before anything runs; None comes from another node, and
-        `execute` looks at it. Others that are not in the lists pass: `execute` says into which folder the missing file
-        belongs, and may download it. The inputs that are not looked at here must be in their lists, ComfyUI sees to it.
+        """Names that lead out of their folders, and a precision without its package, are told before anything runs;
+        None comes from another node, and `execute` looks at it. Others that are not in the lists pass: `execute` says
+        into which folder the missing file belongs, and may download it. The inputs that are not looked at here must be
+        in their lists, ComfyUI sees to it.
         """
         try:
             for name in (base_model, adapter, id_encoder):
                 if name is not None:
                     check_name(name)
-        except CheckpointError as error:
+            if precision is not None:
+                check_precision(precision)
+        except (CheckpointError, SettingError) as error:
             return str(error)
         return True
 
@@ -138,10 +145,11 @@ def _memory_inputs() -> list[io.Input]:
     return [
         io.Combo.Input(
             "precision",
-            options=list(PRECISIONS),
+            options=precisions(),
             default="auto",
-            tooltip="auto: bf16 where the GPU has it, else fp16; fp32 on a CPU. fp8 stores the transformer in half "
-            "the memory and computes as auto does.",
+            tooltip="auto: bf16 where the GPU has it, else fp16; fp32 on a CPU. fp8 and int8 store the transformer in "
+            "half the memory, nf4 in a quarter, int8 and nf4 the text encoder in half, and compute as auto does. int8 "
+            "needs the package torchao, nf4 bitsandbytes too.",
         ),
         io.Combo.Input(
             "offload",

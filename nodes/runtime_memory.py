@@ -13,7 +13,8 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSafeConv3d
 from torch import nn
 
-from ..mm_core.memory import check_fp8, compute_dtype, size_in_bytes
+from ..mm_core.choices import STORED, check_precision
+from ..mm_core.memory import Offloading, Part, check_fp8, compute_dtype, is_quantised, size_in_bytes
 
 _TYPES = [torch.bfloat16, torch.float16, torch.float32]
 _OPS = comfy.ops.disable_weight_init
@@ -43,7 +44,8 @@ class ComfyUI:
         device = self.device(kind)
         if kind == "vae":
             return management.vae_dtype(device, [self.dtype("transformer", precision)])
-        if precision not in ("auto", "fp8"):
+        check_precision(precision)
+        if precision not in ("auto", *STORED):
             return compute_dtype(precision, device)
         dtype = management.unet_dtype(device, supported_dtypes=_TYPES)
         if dtype.itemsize == 1:  # a type to store in, by a flag of ComfyUI's command line
@@ -56,13 +58,30 @@ class ComfyUI:
         device = self.device(kind)
         return management.get_free_memory(device), management.get_total_memory(device)
 
-    def part(self, kind: str, modules: Sequence[nn.Module], together: Sequence[nn.Module] = ()) -> ManagedPart:
+    def part(self, kind: str, modules: Sequence[nn.Module], together: Sequence[nn.Module] = ()) -> Part:
+        if any(map(is_quantised, modules)):
+            policy = self.policy if self.policy in ("group", "sequential") else "model"
+            return _LentPart(Offloading(policy, self.device(kind)).part(kind, modules, together), modules)
         offload = {"text_encoder": management.text_encoder_offload_device, "vae": management.vae_offload_device}
         rest = offload.get(kind, management.unet_offload_device)()
         return ManagedPart(modules, self.device(kind), rest, self.policy if kind == "transformer" else "auto")
 
     def settled(self, choose: Callable[[int], str]) -> ComfyUI:
         return self
+
+
+class _LentPart:
+    """Weights of kinds that core cannot cast: on its device for their turn only, core making room for them."""
+
+    def __init__(self, part: Part, modules: Sequence[nn.Module]) -> None:
+        self.device, self.changing, self._part = part.device, part.changing, part
+        self._size = sum(map(size_in_bytes, modules))
+
+    @contextmanager
+    def ready(self, beside: int = 0) -> Iterator[None]:
+        management.free_memory(self._size + beside, self.device)
+        with self._part.ready():
+            yield
 
 
 class MagicMirrorWeights(nn.ModuleList):

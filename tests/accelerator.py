@@ -213,6 +213,9 @@ def _compute(op: Any, *args: Any, **kwargs: Any) -> Any:
     if call.name in _READING:
         _present.count("values read")
     args, kwargs = call.host(args), {name: call.host(x) for name, x in kwargs.items()}
+    # A number that stands for a tensor comes here as a number.
+    kinds = zip(args, op._schema.arguments)
+    args = [torch.tensor(x) if type(x) is int and str(kind.type) == "Tensor" else x for x, kind in kinds]
     result = op(*args, **kwargs)
     call.fill()
     return call.device(result)

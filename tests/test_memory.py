@@ -43,8 +43,8 @@ CLIP = ClipSettings(prompt="a man img reading", width=48, height=32, num_frames=
 class UntiedBase(FolderBase):
     """Its T5 embedding stands once: accelerate cannot bring in tied weights layer by layer on a CPU."""
 
-    def load_text_encoder(self, dtype: torch.dtype) -> T5EncoderModel:
-        encoder = super().load_text_encoder(dtype)
+    def load_text_encoder(self, dtype: torch.dtype, quantised: str | None = None) -> T5EncoderModel:
+        encoder = super().load_text_encoder(dtype, quantised)
         encoder.encoder.embed_tokens = copy.deepcopy(encoder.shared)
         return encoder
 

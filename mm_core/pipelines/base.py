@@ -93,13 +93,13 @@ class BaseModel(Protocol):
     def latent_rgb(self) -> Tensor | None:
         """(C + 1, 3), the map of `preview.fit_latent_rgb` where it comes with the model."""
 
-    def load_text_encoder(self, dtype: torch.dtype) -> T5EncoderModel:
-        """The text encoder alone, on the CPU."""
+    def load_text_encoder(self, dtype: torch.dtype, quantised: str | None = None) -> T5EncoderModel:
+        """The text encoder alone, on the CPU. quantised: one of `choices.QUANTISED`."""
 
     def load_vae(self, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
         """The VAE alone, on the CPU."""
 
-    def load(self, dtype: torch.dtype, *, text_encoder: bool = True) -> Pipeline:
+    def load(self, dtype: torch.dtype, *, text_encoder: bool = True, quantised: str | None = None) -> Pipeline:
         """The pipeline with all weights, on the CPU; with no text encoder, half as large, where none is wanted."""
 
 
@@ -162,8 +162,8 @@ class FolderBase:
     def latent_rgb(self) -> Tensor | None:
         return None
 
-    def load_text_encoder(self, dtype: torch.dtype) -> T5EncoderModel:
-        return load_text_encoder(self.text_config, self.text_encoder_files, dtype)
+    def load_text_encoder(self, dtype: torch.dtype, quantised: str | None = None) -> T5EncoderModel:
+        return load_text_encoder(self.text_config, self.text_encoder_files, dtype, quantised)
 
     def load_vae(self, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
         return load_vae(self.vae_config, self._files("vae"), dtype)
@@ -178,14 +178,14 @@ class FolderBase:
             )
         return tokenizer
 
-    def load(self, dtype: torch.dtype, *, text_encoder: bool = True) -> Pipeline:
+    def load(self, dtype: torch.dtype, *, text_encoder: bool = True, quantised: str | None = None) -> Pipeline:
         self.check_complete()
         try:
             return Pipeline(
                 tokenizer=self.tokenizer,
-                text_encoder=self.load_text_encoder(dtype) if text_encoder else None,
+                text_encoder=self.load_text_encoder(dtype, quantised) if text_encoder else None,
                 vae=self.load_vae(dtype),
-                transformer=load_transformer(self.transformer_config, self.transformer_files, dtype),
+                transformer=load_transformer(self.transformer_config, self.transformer_files, dtype, quantised),
                 scheduler=self.load_scheduler(),
             )
         except CheckpointError as error:
@@ -347,8 +347,8 @@ class FileBase:
     def latent_rgb(self) -> Tensor | None:
         return None
 
-    def load_text_encoder(self, dtype: torch.dtype) -> T5EncoderModel:
-        return load_text_encoder(T5_XXL, [self.text_encoder], dtype)
+    def load_text_encoder(self, dtype: torch.dtype, quantised: str | None = None) -> T5EncoderModel:
+        return load_text_encoder(T5_XXL, [self.text_encoder], dtype, quantised)
 
     def load_vae(self, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
         return load_vae(self.preset.vae, [self.vae], dtype)
@@ -357,12 +357,12 @@ class FileBase:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.tokenizer_folder)
 
-    def load(self, dtype: torch.dtype, *, text_encoder: bool = True) -> Pipeline:
+    def load(self, dtype: torch.dtype, *, text_encoder: bool = True, quantised: str | None = None) -> Pipeline:
         return Pipeline(
             tokenizer=self.tokenizer,
-            text_encoder=self.load_text_encoder(dtype) if text_encoder else None,
+            text_encoder=self.load_text_encoder(dtype, quantised) if text_encoder else None,
             vae=self.load_vae(dtype),
-            transformer=load_transformer(self.preset.transformer, [self.transformer], dtype),
+            transformer=load_transformer(self.preset.transformer, [self.transformer], dtype, quantised),
             scheduler=self.load_scheduler(),
         )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
+from ..choices import QUANTISED
 from ..hosts.cogvideox_diffusers import Attached, attach
 from ..memory import Part, Residence, sampling_parts, store_in_fp8
 from ..models.adapter import MagicMirrorAdapter
@@ -71,19 +72,19 @@ def load_base(
     *,
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
-    fp8: bool,
+    stored: str | None,
     residence: Residence,
 ) -> LoadedBase:
     """Read the weights, put the adapter on, and give the weights into their residence's charge.
 
-    fp8: store the large layers as 8-bit floats.
+    stored: fp8, or one of `choices.QUANTISED`, for the large layers.
     """
-    pipe = base.load(dtype, text_encoder=False)
+    pipe = base.load(dtype, text_encoder=False, quantised=stored if stored in QUANTISED else None)
     if vae_dtype != dtype:
         pipe.register_modules(vae=base.load_vae(vae_dtype))
     pipe.set_progress_bar_config(disable=True)
     attached = None if adapter is None else attach(pipe.transformer, adapter)
-    if fp8:
+    if stored == "fp8":
         store_in_fp8(pipe.transformer, adapter, dtype)
     weights, twice = [pipe.transformer], []
     if adapter is not None:

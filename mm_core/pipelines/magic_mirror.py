@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.adapter_file import AdapterHeader, load_adapter, read_header
+from ..choices import STORED
 from ..faces.references import Reference
-from ..memory import Offloading, Residence, default_device
+from ..memory import Offloading, Residence, check_policy, default_device
 from ..models.adapter import MagicMirrorAdapter
 from .base import BaseModel, TinyBase
 from .checks import Checks
@@ -35,14 +36,14 @@ class MagicMirror:
         base: the CogVideoX model.
         adapter: an adapter file; None for the base model alone. `tiny` brings its own.
         id_encoder: `photomaker-v2.bin`; `tiny` brings its own.
-        precision: auto, bf16, fp16, fp32, or fp8 (storage of the transformer).
+        precision: auto, bf16, fp16, fp32, or what the transformer is stored in: fp8, int8, nf4.
         offload: auto, none, model, group, sequential.
         device: where to compute; the accelerator by default.
         residence: who decides both of these instead, such as ComfyUI.
 
     Raises:
         CheckpointError: the adapter file is damaged or was made for a base of other sizes. Weights are not read yet.
-        SettingError: an unknown precision, or fp8 on a device that has none.
+        SettingError: an unknown precision, one that needs a package or another device, or that `offload` does not take.
     """
 
     def __init__(
@@ -58,13 +59,15 @@ class MagicMirror:
     ) -> None:
         self.base, self.residence = base, residence or Offloading(offload, device or default_device())
         self.dtype = self.residence.dtype("transformer", precision)
-        self._vae_dtype, self._fp8 = self.residence.dtype("vae", precision), precision == "fp8"
+        self._vae_dtype = self.residence.dtype("vae", precision)
+        self._stored = precision if precision in STORED else None
+        check_policy(self.residence.policy, precision)
         self._settled: Residence | None = None
         if isinstance(base, TinyBase):
             adapter, id_encoder = adapter or base.adapter, id_encoder or base.id_encoder
         self.adapter_path = adapter
         self.id_encoder = IdentityEncoder(id_encoder, self.dtype, self.residence)
-        self.text = prompt_encoder(base, self.dtype, self.residence)
+        self.text = prompt_encoder(base, self.dtype, self.residence, self._stored)
         self.header: AdapterHeader | None = None if adapter is None else read_header(adapter)
         if self.header is not None:
             self.header.check_fits(base.transformer_config, adapter=adapter.name, base=base.name)
@@ -83,7 +86,7 @@ class MagicMirror:
     def loaded(self) -> LoadedBase:
         """Transformer and VAE with the adapter on them, in their residence's charge."""
         return load_base(
-            self.base, self.adapter, dtype=self.dtype, vae_dtype=self._vae_dtype, fp8=self._fp8,
+            self.base, self.adapter, dtype=self.dtype, vae_dtype=self._vae_dtype, stored=self._stored,
             residence=self._settled or self.residence,
         )  # fmt: skip
 
@@ -121,7 +124,8 @@ class MagicMirror:
             clip=clip,
             dtype=self.dtype,
             vae_dtype=self._vae_dtype,
-            fp8=self._fp8,
+            stored=self._stored,
+            device=self.residence.device("transformer"),
             **photos,
         )
 

@@ -23,6 +23,7 @@ from transformers import T5Config, T5EncoderModel
 
 from ..checkpoints.safetensors_file import check_tensors, open_safetensors, read_weight, shapes_in, tensor_shapes
 from ..errors import CheckpointError
+from .quantised import Quantiser
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _SCHEDULERS = {cls.__name__: cls for cls in (CogVideoXDDIMScheduler, CogVideoXDPMScheduler)}
@@ -45,16 +46,17 @@ class Pipeline(CogVideoXPipeline):
 
 
 def load_transformer(
-    config: Mapping[str, Any], files: Sequence[Path], dtype: torch.dtype
+    config: Mapping[str, Any], files: Sequence[Path], dtype: torch.dtype, quantised: str | None = None
 ) -> CogVideoXTransformer3DModel:
-    """config: checked settings. Raises CheckpointError for files that are not exactly its tensors."""
+    """config: checked settings. quantised: see `load_strictly`. Raises CheckpointError for files that are not exactly
+    its tensors."""
     transformer = _transformer(config, files)
     embed = transformer.patch_embed
     if not (config.get("use_rotary_positional_embeddings") or config.get("use_learned_positional_embeddings")):
         # The sine table of 2B is computed, not stored: it must not stay on `meta`.
         table = embed._get_positional_embeddings(embed.sample_height, embed.sample_width, embed.sample_frames)
         embed.register_buffer("pos_embedding", table, persistent=False)
-    return load_strictly(transformer, files, dtype)
+    return load_strictly(transformer, files, dtype, quantised=quantised)
 
 
 def check_transformer(config: Mapping[str, Any], files: Sequence[Path]) -> None:
@@ -71,9 +73,13 @@ def load_vae(config: Mapping[str, Any], files: Sequence[Path], dtype: torch.dtyp
     return load_strictly(_built(lambda: AutoencoderKLCogVideoX(**config), files), files, dtype)
 
 
-def load_text_encoder(config: Mapping[str, Any], files: Sequence[Path], dtype: torch.dtype) -> T5EncoderModel:
-    """config: checked settings. Raises CheckpointError for files that are not exactly its tensors."""
-    encoder = load_strictly(_built(lambda: T5EncoderModel(T5Config(**config)), files), files, dtype, tied=_TIED)
+def load_text_encoder(
+    config: Mapping[str, Any], files: Sequence[Path], dtype: torch.dtype, quantised: str | None = None
+) -> T5EncoderModel:
+    """config: checked settings. quantised: see `load_strictly`. Raises CheckpointError for files that are not exactly
+    its tensors."""
+    encoder = _built(lambda: T5EncoderModel(T5Config(**config)), files)
+    load_strictly(encoder, files, dtype, tied=_TIED, quantised=quantised)
     encoder.set_input_embeddings(encoder.shared)  # one tensor in the memory, under both names
     return encoder
 
@@ -89,24 +95,34 @@ def build_scheduler(config: Mapping[str, Any], name: str) -> CogVideoXDDIMSchedu
 
 
 def load_strictly(
-    module: _Module, files: Sequence[Path], dtype: torch.dtype, *, tied: Mapping[str, str] = MappingProxyType({})
+    module: _Module,
+    files: Sequence[Path],
+    dtype: torch.dtype,
+    *,
+    tied: Mapping[str, str] = MappingProxyType({}),
+    quantised: str | None = None,
 ) -> _Module:
     """Load files into a module on `meta`, frozen. Headers are compared before any weight is read.
 
-    tied: names of one tensor, copy to original; a file may hold either.
+    Args:
+        tied: names of one tensor, copy to original; a file may hold either.
+        quantised: one of `choices.QUANTISED`, in which to store its blocks.
 
     Raises CheckpointError for a tensor that is missing, unexpected, of another shape, or not of finite numbers.
     """
     _check_headers(module, files, tied)
+    quantiser = None if quantised is None else Quantiser(module, quantised, dtype)
     weights = {}
     for path in files:
         with open_safetensors(path) as file:
             for key in shapes_in(file):
-                weights[key] = read_weight(file, key, path, stored_dtype(key, dtype))
+                weight = read_weight(file, key, path, stored_dtype(key, dtype))
+                if quantiser is None or not quantiser.take(key, weight):
+                    weights[key] = weight
     for copy, original in tied.items():
         one = weights.get(copy, weights.get(original))
         weights[copy] = weights[original] = one
-    module.load_state_dict(weights, assign=True)
+    module.load_state_dict(weights, assign=True, strict=quantiser is None)
     return module.requires_grad_(False).eval()
 
 

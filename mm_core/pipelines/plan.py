@@ -12,7 +12,8 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
-from ..choices import POLICIES
+from .. import memory
+from ..choices import POLICIES, QUANTISED, STORED
 from ..counting import counted
 from ..hosts.cogvideox_diffusers import HOST
 from ..memory import sampling_parts, size_in_bytes, store_in_fp8
@@ -23,10 +24,14 @@ from .clip import ClipSettings
 from .decode import Key, as_key, choose_tiles, decode_bytes
 from .parts import stored_dtype
 from .presets import PRESETS, T5_XXL, ClipLimits, Preset, Sampling
+from .quantised import shrink
 
 PHASES = {"text": "text_encoder", "identity": "transformer", "steps": "transformer", "decoding": "vae"}
 """In their order, and the part of the model whose turn it is."""
 _PHOTO_TOKENS = 257  # of the ViT of PhotoMaker-V2, for one photo
+_WORKSPACE = {"cuda": 32 * 2**20}
+"""What a device's matrix products take for themselves: torch gives cuBLAS this much from Hopper on, 8 MiB before."""
+_CUDA = torch.device("cuda")
 _GB = 1e9
 
 
@@ -42,6 +47,8 @@ class Plan:
     """What each phase needs for itself; decoding in the smallest tiles."""
     whole: int
     """What decoding needs for whole frames."""
+    policies: tuple[str, ...] = POLICIES
+    """Those that the weights can rest under."""
 
     def peaks(self, policy: str) -> dict[str, int]:
         """Bytes on the device in each phase, under one of `choices.POLICIES`."""
@@ -52,8 +59,8 @@ class Plan:
 
     def choose(self, free: int) -> str:
         """The policy that moves the fewest weights of those that fit; the smallest where none does."""
-        fits = (policy for policy in ("none", "model", "group") if max(self.peaks(policy).values()) <= free)
-        return next(fits, "sequential")
+        *larger, smallest = self.policies
+        return next((policy for policy in larger if max(self.peaks(policy).values()) <= free), smallest)
 
     def line(self, policy: str, memory: tuple[int, int] | None) -> str:
         """One line for the user. policy: auto where ComfyUI decides. memory: bytes that are free, and all."""
@@ -78,13 +85,15 @@ def plan_of(
     clip: ClipSettings,
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
-    fp8: bool = False,
+    stored: str | None = None,
+    device: torch.device = _CUDA,
     tokens: int = _PHOTO_TOKENS,
 ) -> Plan:
     """Count a clip.
 
     Args:
         text, transformer, vae: configs of the parts.
+        stored: one of `choices.STORED`, for the large layers.
         tokens: of all photos of the person, as the image encoder sees them.
     """
     cell = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -94,18 +103,23 @@ def plan_of(
     sizes = (frames, *shape[3:], 2 if clip.guidance_scale > 1 else 1)
     base = as_key(CogVideoXTransformer3DModel, transformer)
     encoder, pictures = tuple(sorted(text.items())), as_key(AutoencoderKLCogVideoX, vae)
-    weights, streamed = _parts(encoder, base, pictures, adapter, dtype, vae_dtype, fp8)
+    ahead = device.type in memory.STREAMING
+    weights, streamed, widened = _parts(encoder, base, pictures, adapter, dtype, vae_dtype, stored, ahead)
     least = choose_tiles(vae, vae_dtype, shape, 0)
     beside = {
         "text": _text_bytes(encoder, dtype, transformer["max_text_seq_length"]),
         "identity": 0 if adapter is None else _identity_bytes(base, adapter, dtype, tokens, clip.steps),
-        "steps": _step_bytes(base, dtype, *sizes),
+        "steps": widened + _step_bytes(base, dtype, *sizes),
         "decoding": decode_bytes(vae, vae_dtype, shape, least),
     }
+    beside = {phase: size + _WORKSPACE.get(device.type, 0) for phase, size in beside.items()}
     # The embedding is larger than any layer, and there before the rest computes.
     embedding = text["vocab_size"] * text["d_model"] * dtype.itemsize - beside["text"]
     streamed = {policy: of | {"text": max(of["text"], embedding)} for policy, of in streamed.items()}
-    return Plan(weights=weights, streamed=streamed, beside=beside, whole=decode_bytes(vae, vae_dtype, shape, None))
+    return Plan(
+        weights=weights, streamed=streamed, beside=beside, whole=decode_bytes(vae, vae_dtype, shape, None),
+        policies=("none", "model") if stored == "nf4" else POLICIES,
+    )  # fmt: skip
 
 
 def _on_meta(cls: type[nn.Module], key: Key, dtype: torch.dtype, **changes: Any) -> Any:
@@ -121,9 +135,13 @@ def _parts(
     config: AdapterConfig | None,
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
-    fp8: bool,
-) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
-    """`weights` and `streamed` of a plan."""
+    stored: str | None,
+    ahead: bool,
+) -> tuple[dict[str, int], dict[str, dict[str, int]], int]:
+    """`weights` and `streamed` of a plan, and the largest layer that is widened to compute.
+
+    ahead: `group` has the next weights there while some compute.
+    """
     with torch.device("meta"):
         encoder = T5EncoderModel(T5Config(**dict(text)))
         encoder.set_input_embeddings(encoder.shared)
@@ -135,8 +153,13 @@ def _parts(
     if config is not None:
         with torch.device("meta"):
             adapter = MagicMirrorAdapter(config).to(dtype)
-    if fp8:
+    block = base.transformer_blocks[0]
+    widened = 0 if stored is None else _largest_layer(block)
+    if stored == "fp8":
         store_in_fp8(base, adapter, dtype)
+    if stored in QUANTISED:
+        shrink(base, stored)
+        shrink(encoder, stored)
     layers = [] if adapter is None else sampling_parts(adapter)
     weights = {
         "text_encoder": size_in_bytes(encoder),
@@ -144,22 +167,23 @@ def _parts(
         "vae": size_in_bytes(pictures),
     }
     kept = max(map(size_in_bytes, layers), default=0)
-    block = size_in_bytes(base.transformer_blocks[0])
+    modulation, one = size_in_bytes(block.norm1.linear), size_in_bytes(block)
     around = size_in_bytes(base) - sum(map(size_in_bytes, base.transformer_blocks))
-    by_layer = {
-        "text": _largest_layer(encoder.encoder.block),
-        "identity": size_in_bytes(base.transformer_blocks[0].norm1.linear),
-        "decoding": _largest_layer(pictures),
-    }
+    by_layer = {"text": _largest_layer(encoder.encoder.block), "identity": modulation}
     return weights, {
         # Under `group` what is around the blocks stays for the whole of a pass.
-        "group": by_layer | {"steps": around + block + kept},
-        "sequential": by_layer | {"steps": (_largest_layer(base) if adapter is None else block) + kept},
-    }
+        "group": by_layer
+        | {"steps": around + (1 + ahead) * one + kept, "decoding": _largest_layer(pictures, 1 + ahead)},
+        "sequential": by_layer
+        | {"steps": (_largest_layer(base) if adapter is None else one) + kept, "decoding": _largest_layer(pictures)},
+    }, widened
 
 
-def _largest_layer(module: nn.Module) -> int:
-    return max(sum(x.nbytes for x in part.parameters(recurse=False)) for part in module.modules())
+def _largest_layer(module: nn.Module, number: int = 1) -> int:
+    """Bytes of the largest layer, or of that many in a row."""
+    sizes = [sum(x.nbytes for x in part.parameters(recurse=False)) for part in module.modules()]
+    sizes = [size for size in sizes if size]
+    return max(sum(sizes[first : first + number]) for first in range(len(sizes)))
 
 
 @functools.lru_cache(maxsize=8)
@@ -224,14 +248,14 @@ CARDS = (8, 12, 16, 24, 48)
 _FREE = 0.92  # of it, beside the screen and the driver
 
 
-def published_plan(preset: Preset, *, fp8: bool = False) -> Plan:
-    """A published model with the paper's adapter, in bf16, at what it makes best."""
+def published_plan(preset: Preset, stored: str | None = None) -> Plan:
+    """A published model with the paper's adapter, in bf16, at what it makes best, on CUDA."""
     transformer = dict(as_key(CogVideoXTransformer3DModel, preset.transformer))
     limits = ClipLimits.from_config(transformer, preset.vae)
     clip = ClipSettings.of_model(limits, Sampling(), prompt="")
     return plan_of(
         text=T5_XXL, transformer=transformer, vae=preset.vae, adapter=AdapterConfig.for_base(transformer), clip=clip,
-        dtype=torch.bfloat16, vae_dtype=torch.bfloat16, fp8=fp8,
+        dtype=torch.bfloat16, vae_dtype=torch.bfloat16, stored=stored,
     )  # fmt: skip
 
 
@@ -239,8 +263,8 @@ def table() -> str:
     """Markdown: what `auto` chooses for the published models on cards of some sizes, and GiB at once."""
     lines = ["| model | precision |" + "".join(f" {card} GB |" for card in CARDS), "|---" * (2 + len(CARDS)) + "|"]
     for name, preset in PRESETS.items():
-        for precision in ("bf16", "fp8"):
-            plan = published_plan(preset, fp8=precision == "fp8")
+        for precision in ("bf16", *STORED):
+            plan = published_plan(preset, None if precision == "bf16" else precision)
             cells = []
             for card in CARDS:
                 free = int(_FREE * card * 2**30)

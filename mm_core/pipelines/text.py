@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.safetensors_file import tensor_shapes
+from ..choices import QUANTISED
 from ..errors import NumericsError, OutOfMemoryError
 from ..memory import Part, Residence
 from ..numerics import precision_name, remedy
@@ -33,14 +34,20 @@ _ACTIVATION_BYTES = 2**30  # of one prompt in T5-XXL, generously
 _shared: WeakValueDictionary[tuple[object, ...], PromptEncoder] = WeakValueDictionary()
 
 
-def prompt_encoder(base: BaseModel, dtype: torch.dtype, residence: Residence) -> PromptEncoder:
-    """The text encoder of a base model in this type. Nothing is loaded yet."""
+def prompt_encoder(
+    base: BaseModel, dtype: torch.dtype, residence: Residence, stored: str | None = None
+) -> PromptEncoder:
+    """The text encoder of a base model in this type. Nothing is loaded yet.
+
+    stored: fp8, which leaves it as it is, or one of `choices.QUANTISED`.
+    """
+    quantised = stored if stored in QUANTISED else None
     files = [path.resolve() for path in base.text_encoder_files if path.is_file()]
     versions = [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in files]
-    key = (dtype, residence, *(versions or [base]))
+    key = (dtype, residence, quantised and "int8", *(versions or [base]))
     encoder = _shared.get(key)
     if encoder is None:
-        encoder = _shared[key] = PromptEncoder(base, dtype)
+        encoder = _shared[key] = PromptEncoder(base, dtype, quantised)
     return encoder
 
 
@@ -54,8 +61,8 @@ def token_ids(base: BaseModel, text: str) -> tuple[int, ...]:
 class PromptEncoder:
     """A base model's text encoder and the embeddings of the last prompts."""
 
-    def __init__(self, base: BaseModel, dtype: torch.dtype) -> None:
-        self._base, self._dtype = base, dtype
+    def __init__(self, base: BaseModel, dtype: torch.dtype, quantised: str | None = None) -> None:
+        self._base, self._dtype, self._quantised = base, dtype, quantised
         self._module: T5EncoderModel | None = None
         self._part: Part | None = None
         self._embeds: dict[tuple[int, ...], Tensor] = {}
@@ -65,12 +72,12 @@ class PromptEncoder:
         """T5 itself, read when it is first asked for."""
         if self._module is None:
             log.info("MagicMirror reads the text encoder of %s, %.1f GB.", self._base.name, self.size / 1e9)
-            self._module = self._base.load_text_encoder(self._dtype)
+            self._module = self._base.load_text_encoder(self._dtype, self._quantised)
         return self._module
 
     @property
     def size(self) -> int:
-        """Bytes of the weights in this type; read from the files' headers."""
+        """Bytes of the weights in this type, before they are quantised; read from the files' headers."""
         shapes = [item for path in self._base.text_encoder_files for item in tensor_shapes(path).items()]
         return sum(math.prod(shape) * stored_dtype(key, self._dtype).itemsize for key, shape in shapes)
 

@@ -102,6 +102,8 @@ def modes(expected, weights):
         group=dict(offload="group"),
         fp8=dict(precision="fp8"),
         fp8_half=dict(precision="fp8", limit=room + weights // 4),
+        int8=dict(precision="int8"),
+        int8_group=dict(precision="int8", offload="group"),
     )
     plenty = {"fp32": expected}
     for name, case in cases.items():

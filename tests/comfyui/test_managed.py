@@ -39,6 +39,7 @@ def test_little_memory_gives_the_same_clip(found: dict[str, Any]) -> None:
     weights = found["weights"]
     assert there["none"] == there["plenty"] == weights
     assert there["novram"] == there["group"] == 0
+    assert there["int8"] == there["int8_group"] == 0  # it is there, but core has only been asked for room
     for name in ("lowvram", "half", "reserve"):
         assert 0 < there[name] < 0.6 * weights
     assert 0 < there["fp8_half"] < there["fp8"] < 0.6 * weights

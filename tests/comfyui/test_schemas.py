@@ -70,7 +70,7 @@ COMBOS = {
     ("MagicMirrorLoader", "id_encoder"): ["auto"],
     ("MagicMirrorExamplePerson", "person"): ["woman", "man"],
     ("MagicMirrorLoader", "face_pack"): ["auto", "buffalo_l", "antelopev2", "buffalo_sc"],
-    ("MagicMirrorLoader", "precision"): ["auto", "bf16", "fp16", "fp32", "fp8"],
+    ("MagicMirrorLoader", "precision"): ["auto", "bf16", "fp16", "fp32", "fp8", "int8", "nf4"],
     ("MagicMirrorLoader", "offload"): ["auto", "none", "model", "group", "sequential"],
     ("MagicMirrorExtractFaceEmbedding", "face"): ["largest", "leftmost", "rightmost", "index"],
     ("MagicMirrorExtractFaceEmbedding", "crop"): ["face", "image"],

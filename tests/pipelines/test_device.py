@@ -252,7 +252,7 @@ def test_groups_with_prefetching(
     accelerator: Accelerator, build: Build, on_cpu: Callable[[str, int], Clip], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on CUDA, where the next block comes while one computes: right after an error in the very first pass too."""
-    monkeypatch.setattr(memory, "_STREAMING", ("simgpu",))
+    monkeypatch.setattr(memory, "STREAMING", ("simgpu",))
     mirror = build(accelerator.device, offload="group")
     hook = mirror.pipeline.transformer.transformer_blocks[2].ff.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -28,9 +28,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.dtype]]:
     """Each reading of a text encoder's weights."""
     readings, load = [], FolderBase.load_text_encoder
 
-    def noted(base: FolderBase, dtype: torch.dtype) -> torch.nn.Module:
+    def noted(base: FolderBase, dtype: torch.dtype, quantised: str | None) -> torch.nn.Module:
         readings.append(dtype)
-        return load(base, dtype)
+        return load(base, dtype, quantised)
 
     monkeypatch.setattr(FolderBase, "load_text_encoder", noted)
     yield readings
