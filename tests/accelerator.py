@@ -401,6 +401,9 @@ class DeviceModule:
     def max_memory_allocated(self, device: Any = None) -> int:
         return _present.peak_bytes
 
+    def reset_peak_memory_stats(self, device: Any = None) -> None:
+        _present.peak_bytes = _present.live_bytes
+
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         """Free bytes and all; without a limit, of a card of 80 GiB."""
         total = _present.limit_bytes or 80 * 2**30

@@ -65,6 +65,10 @@ MAY_IMPORT = {
         *("mm_core.evaluation", "mm_core.hosts", "mm_core.models", "mm_core.numerics", "mm_core.out_of_memory"),
         *("mm_core.filenames", "mm_core.files", "mm_core.playback"),
     },
+    "mm_core.benchmark": {
+        *("mm_core.counting", "mm_core.models", "mm_core.hosts", "mm_core.memory", "mm_core.pipelines"),
+        "mm_core.files",
+    },
     # Beside the product, which knows nothing of it.
     "lab": {
         *("mm_core.training", "mm_core.data", "mm_core.evaluation", "mm_core.pipelines", "mm_core.checkpoints"),

@@ -57,7 +57,7 @@ ADAPTER_SIZES = dict(
     num_face_tokens=3,
 )
 
-_VAE = dict(
+VAE = dict(
     block_out_channels=(8, 8, 8, 8),
     down_block_types=("CogVideoXDownBlock3D",) * 4,
     up_block_types=("CogVideoXUpBlock3D",) * 4,
@@ -122,7 +122,7 @@ def build_pipeline(kind: str) -> CogVideoXPipeline:
         text_encoder=fill_with_noise(
             T5EncoderModel(T5Config(vocab_size=len(tokenizer), tie_word_embeddings=False, **_T5))
         ),
-        vae=AutoencoderKLCogVideoX(**_VAE).eval(),
+        vae=AutoencoderKLCogVideoX(**VAE).eval(),
         transformer=fill_with_noise(transformer),
         scheduler=CogVideoXDDIMScheduler(**SCHEDULER),
     )
