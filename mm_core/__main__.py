@@ -8,7 +8,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .choices import AS_MODEL, OFFLOADING, PRECISIONS, QUANTISED, SCHEDULERS, STEP_CACHES, TINY, VIDEO_FORMATS
+from .choices import (
+    AS_MODEL,
+    ATTENTIONS,
+    OFFLOADING,
+    PRECISIONS,
+    QUANTISED,
+    SCHEDULERS,
+    STEP_CACHES,
+    TINY,
+    VIDEO_FORMATS,
+)
 from .errors import MagicMirrorError, packages
 from .files import atomic_write
 
@@ -59,8 +69,9 @@ def generate(args: argparse.Namespace) -> None:
     if args.weights:
         check_weights(args.weights, len(args.reference))
     model = MagicMirror(
-        _base(args), adapter=args.adapter, id_encoder=_id_encoder(args), precision=args.precision, offload=args.offload
-    )
+        _base(args), adapter=args.adapter, id_encoder=_id_encoder(args), precision=args.precision, offload=args.offload,
+        attention=args.attention, compile=args.compile,
+    )  # fmt: skip
     clip = _clip_settings(args, model.base)
     settings = AdapterSettings(
         identity_scale=args.identity_scale,
@@ -295,6 +306,8 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     stored = "; ".join(f"{name} needs {' and '.join(packages)}" for name, packages in QUANTISED.items())
     add("--precision", default="auto", choices=PRECISIONS, help=stored)
     add("--offload", default="auto", choices=OFFLOADING)
+    add("--attention", default=ATTENTIONS[0], choices=ATTENTIONS, help="kernel of the transformer's attention")
+    add("--compile", action="store_true", help="compile the transformer's blocks; the first clip takes minutes longer")
 
 
 if __name__ == "__main__":

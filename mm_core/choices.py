@@ -35,6 +35,9 @@ AS_MODEL = "as the model"
 STEP_CACHES = ("off", "balanced", "fast")
 """How readily a step reuses the step before instead of being computed."""
 
+ATTENTIONS = ("native", "flash", "sage", "xformers")
+"""Kernels of the attention, by diffusers' names. native: torch's own. The others are packages."""
+
 VIDEO_FORMATS = ("mp4", "webm", "webp", "gif")
 """By their file endings."""
 

@@ -8,7 +8,7 @@ from weakref import WeakValueDictionary
 
 from comfy_api.latest import io
 
-from ..mm_core.choices import OFFLOADING, check_precision, precisions
+from ..mm_core.choices import ATTENTIONS, OFFLOADING, check_precision, precisions
 from ..mm_core.errors import CheckpointError, SettingError
 from ..mm_core.folders import check_name
 from . import catalog, runtime
@@ -33,7 +33,7 @@ class MagicMirrorLoader(io.ComfyNode):
             category=CATEGORY,
             description="Chooses a CogVideoX model, the adapter that gives it a person's identity, and the ID encoder. "
             "Weights are loaded when the first clip is sampled.",
-            inputs=[*_model_inputs(), *_memory_inputs(), *_single_file_inputs()],
+            inputs=[*_model_inputs(), *_memory_inputs(), *_single_file_inputs(), *_kernel_inputs()],
             outputs=[
                 ModelSocket.Output(display_name="model", tooltip="For Extract Face Embedding and Apply CAN Adapter."),
                 io.String.Output(display_name="status", tooltip="Base model, and what the adapter was trained on."),
@@ -83,6 +83,8 @@ class MagicMirrorLoader(io.ComfyNode):
         allow_download: bool,
         text_encoder: str = catalog.NONE,
         vae: str = catalog.NONE,
+        attention: str = ATTENTIONS[0],
+        compile: bool = False,
     ) -> io.NodeOutput:
         from ..mm_core.pipelines.magic_mirror import MagicMirror
         from .runtime_memory import ComfyUI
@@ -95,12 +97,14 @@ class MagicMirrorLoader(io.ComfyNode):
         base = catalog.open_base(base_model, text_encoder=text_encoder, vae=vae, allow_download=allow_download)
         encoder_file = catalog.find_id_encoder(id_encoder, base_model, adapter, allow_download)
         files = dict(base_model=base_model, adapter=adapter, id_encoder=id_encoder, text_encoder=text_encoder, vae=vae)
-        key = (base, adapter_file, encoder_file, precision, offload, *_versions(files))
+        key = (base, adapter_file, encoder_file, precision, offload, attention, compile, *_versions(files))
         mirror = _open.get(key) or MagicMirror(
             base,
             adapter=adapter_file,
             id_encoder=encoder_file,
             precision=precision,
+            attention=attention,
+            compile=compile,
             residence=ComfyUI(offload),
         )
         _open[key] = mirror
@@ -188,6 +192,30 @@ def _single_file_inputs() -> list[io.Input]:
                 default=catalog.NONE,
                 optional=True,
                 tooltip=f"{purpose} CogVideoX's VAE in models/vae.",
+            )
+        ),
+    ]
+
+
+def _kernel_inputs() -> list[io.Input]:
+    return [
+        advanced(
+            io.Combo.Input(
+                "attention",
+                options=list(ATTENTIONS),
+                default=ATTENTIONS[0],
+                optional=True,
+                tooltip="The kernel of the transformer's attention. native: torch's own. flash, sage and xformers are "
+                "packages to install; sage computes in 8 bits, faster and a little off.",
+            )
+        ),
+        advanced(
+            io.Boolean.Input(
+                "compile",
+                default=False,
+                optional=True,
+                tooltip="Compile the transformer's blocks with torch.compile: the first clip of a size takes minutes "
+                "longer, the others less. Needs torch 2.8 and Triton.",
             )
         ),
     ]

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from torch import Tensor
 
 from ..models.adapter import MagicMirrorAdapter
-from ..models.attention import apply_rotary_emb, split_heads
-from ..models.block import AdapterBlock, FaceState, run_block
+from ..models.attention import apply_rotary_emb, join_heads, split_heads
+from ..models.block import AdapterBlock, FaceState, run_block, turned
 from ..models.config import base_sizes
 from .cogvideox import CogVideoXModulation
 from .host import Host
@@ -50,12 +50,11 @@ class DiffusersCogVideoX(Host):
 HOST = DiffusersCogVideoX()
 
 
-class CogVideoXParts(CogVideoXModulation):
-    """diffusers' block as the parts that the mathematics needs; see `BlockParts`."""
+class _AttentionParts:
+    """diffusers' attention in its steps."""
 
-    def __init__(self, block: CogVideoXBlock, image_rotary_emb: RotaryEmbedding | None) -> None:
-        super().__init__(block)
-        self.attn, self.image_rotary_emb = block.attn1, image_rotary_emb
+    def __init__(self, attn: Attention, image_rotary_emb: RotaryEmbedding | None) -> None:
+        self.attn, self.image_rotary_emb = attn, image_rotary_emb
 
     def qkv(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attn = self.attn
@@ -80,8 +79,39 @@ class CogVideoXParts(CogVideoXModulation):
         linear, dropout = self.attn.to_out
         return dropout(linear(tokens))
 
+
+class CogVideoXParts(_AttentionParts, CogVideoXModulation):
+    """diffusers' block as the parts that the mathematics needs; see `BlockParts`."""
+
+    def __init__(self, block: CogVideoXBlock, image_rotary_emb: RotaryEmbedding | None) -> None:
+        _AttentionParts.__init__(self, block.attn1, image_rotary_emb)
+        self.block = block
+
     def feed_forward(self, tokens: Tensor) -> Tensor:
         return self.block.ff(tokens)
+
+
+class DispatchingAttention:
+    """What `CogVideoXAttnProcessor2_0` computes, by a kernel of diffusers' dispatcher, which that one does not ask."""
+
+    def __init__(self, backend: AttentionBackendName | None = None) -> None:
+        self._attention_backend = backend  # the name that diffusers' models set and read
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: RotaryEmbedding | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Video (B, S, D) and text (B, T, D) after the joint attention. attention_mask: CogVideoX has none."""
+        parts, streams = _AttentionParts(attn, image_rotary_emb), [encoder_hidden_states, hidden_states]
+        lengths = [stream.shape[1] for stream in streams]
+        q, k, v = parts.qkv(torch.cat(streams, dim=1))
+        q, k = (turned(parts, x, lengths) for x in (q, k))
+        text, video = parts.to_out(join_heads(parts.attention(q, k, v))).split(lengths, dim=1)
+        return video, text
 
 
 # By names of this module: `torch.compile` does not follow `type(block).forward`, nor `CogVideoXBlock.forward`.

@@ -99,7 +99,7 @@ def adapted_block(
     n_face = face1.modulate(adapter.face_norm1(face))  # (n, Q, D); full: (n, T + Q + S, D)
     full = torch.cat([txt1.modulate(base.norm1(text)), n_face, vid1.modulate(base.norm1(video))], dim=1)
     q, k, v = base.qkv(full)  # (n, heads, T + Q + S, d) each
-    out = base.attention(_turned(base, q, lengths), _turned(base, k, lengths), v)
+    out = base.attention(turned(base, q, lengths), turned(base, k, lengths), v)
     if face.shape[1]:  # Eq. 8: T_SA(W_qkv x_full) + T_CA(W_q x_full, W_kv' x_face)
         k_ip, v_ip = adapter.attn(n_face)  # (n, heads, Q, d) each
         out = out + base.attention(q, k_ip, ip_scale * v_ip)
@@ -113,7 +113,7 @@ def adapted_block(
     return vid2.residual(video, f_video), txt2.residual(text, f_text), face2.residual(face, f_face)
 
 
-def _turned(base: BlockParts, x: Tensor, lengths: list[int]) -> Tensor:
+def turned(base: BlockParts, x: Tensor, lengths: list[int]) -> Tensor:
     """Queries or keys with rotary positions on the video, the last stream."""
     rest, video = x.split([sum(lengths[:-1]), lengths[-1]], dim=2)
     return torch.cat([rest, base.apply_rotary_emb(video)], dim=2)

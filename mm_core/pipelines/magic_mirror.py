@@ -20,6 +20,7 @@ from .clip import Clip, ClipSettings, StepCallback
 from .control import AdapterSettings
 from .decode import choose_tiles, decode, decode_bytes
 from .identity import Identity, IdentityEncoder
+from .kernels import check_kernels
 from .loaded import LoadedBase, load_base, vae_of
 from .lora import Lora
 from .parts import Pipeline
@@ -38,12 +39,15 @@ class MagicMirror:
         id_encoder: `photomaker-v2.bin`; `tiny` brings its own.
         precision: auto, bf16, fp16, fp32, or what the transformer is stored in: fp8, int8, nf4.
         offload: auto, none, model, group, sequential.
+        attention: one of `choices.ATTENTIONS`, the kernel of all attention in the transformer.
+        compile: compile the transformer's blocks; the first clip of a size takes minutes longer.
         device: where to compute; the accelerator by default.
         residence: who decides both of these instead, such as ComfyUI.
 
     Raises:
         CheckpointError: the adapter file is damaged or was made for a base of other sizes. Weights are not read yet.
-        SettingError: an unknown precision, one that needs a package or another device, or that `offload` does not take.
+        SettingError: an unknown precision or attention, one that needs a package or another device, or that `offload`
+            does not take; compiling where torch cannot.
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class MagicMirror:
         id_encoder: Path | None = None,
         precision: str = "auto",
         offload: str = "auto",
+        attention: str = "native",
+        compile: bool = False,
         device: torch.device | None = None,
         residence: Residence | None = None,
     ) -> None:
@@ -62,6 +68,8 @@ class MagicMirror:
         self._vae_dtype = self.residence.dtype("vae", precision)
         self._stored = precision if precision in STORED else None
         check_policy(self.residence.policy, precision)
+        self._kernels = dict(attention=attention, compile=compile)
+        check_kernels(**self._kernels, device=self.residence.device("transformer"), dtype=self.dtype)
         self._settled: Residence | None = None
         if isinstance(base, TinyBase):
             adapter, id_encoder = adapter or base.adapter, id_encoder or base.id_encoder
@@ -87,7 +95,7 @@ class MagicMirror:
         """Transformer and VAE with the adapter on them, in their residence's charge."""
         return load_base(
             self.base, self.adapter, dtype=self.dtype, vae_dtype=self._vae_dtype, stored=self._stored,
-            residence=self._settled or self.residence,
+            **self._kernels, residence=self._settled or self.residence,
         )  # fmt: skip
 
     @property

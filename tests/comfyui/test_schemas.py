@@ -8,7 +8,7 @@ from comfy_server import ComfyServer
 NODES = {
     "MagicMirrorLoader": (
         "base_model adapter id_encoder face_pack precision offload allow_download",
-        "text_encoder vae",
+        "text_encoder vae attention compile",
         ["MAGICMIRROR_MODEL", "STRING"],
     ),
     "MagicMirrorModelDoctor": ("", "check_hashes convert model", ["STRING"]),
@@ -72,6 +72,7 @@ COMBOS = {
     ("MagicMirrorLoader", "face_pack"): ["auto", "buffalo_l", "antelopev2", "buffalo_sc"],
     ("MagicMirrorLoader", "precision"): ["auto", "bf16", "fp16", "fp32", "fp8", "int8", "nf4"],
     ("MagicMirrorLoader", "offload"): ["auto", "none", "model", "group", "sequential"],
+    ("MagicMirrorLoader", "attention"): ["native", "flash", "sage", "xformers"],
     ("MagicMirrorExtractFaceEmbedding", "face"): ["largest", "leftmost", "rightmost", "index"],
     ("MagicMirrorExtractFaceEmbedding", "crop"): ["face", "image"],
     ("MagicMirrorExtractFaceEmbedding", "on_no_face"): ["error", "no identity", "skip photo"],
