@@ -38,6 +38,12 @@ STEP_CACHES = ("off", "balanced", "fast")
 ATTENTIONS = ("native", "flash", "sage", "xformers")
 """Kernels of the attention, by diffusers' names. native: torch's own. The others are packages."""
 
+SYSTEMS = ("magic-mirror", "cogvideox", "cogvideox-i2v", "consisid", "easyanimate")
+"""What makes the clips of a benchmark."""
+
+EXPORTS = ("vbench", "opens2v")
+"""Other benchmarks that a benchmark's clips are named for."""
+
 VIDEO_FORMATS = ("mp4", "webm", "webp", "gif")
 """By their file endings."""
 

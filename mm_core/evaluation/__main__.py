@@ -1,15 +1,26 @@
-"""`python -m mm_core.evaluation score`: measure a folder of videos against reference photos of the people in them."""
+"""`python -m mm_core.evaluation`: how well clips keep a person, and how well systems that make them compare.
+
+    score       measure a folder of clips against reference photos
+    set         make a benchmark of a folder of people: photos and prompts
+    benchmark   make one system's clips of a set, score them, and compare all systems so far
+    export      a system's clips under the names that VBench or OpenS2V-Eval look for
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from ..errors import MagicMirrorError, packages
+from ..choices import EXPORTS, SYSTEMS
+from ..errors import MagicMirrorError, SettingError, packages
 from ..faces.references import MIN_SAME_PERSON
+
+FACES = Path.home() / ".insightface"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,15 +33,79 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("cancelled; nothing was written", file=sys.stderr)
+        print("cancelled", file=sys.stderr)
         return 130
 
 
 def score(args: argparse.Namespace) -> int:
-    """Measure a folder of videos, write, print the summary. 0, or 1 if some videos could not be measured."""
-    from tqdm import tqdm
+    """Measure a folder of clips against reference photos. Returns 1 if some could not be measured."""
+    return _measure(args, args.videos, args.references, args.out)
 
-    from ..faces.analysis import FaceAnalyzer
+
+def make_set(args: argparse.Namespace) -> int:
+    """Make a benchmark of a folder of people: photos and prompts."""
+    from .benchmark_set import build_set
+
+    entries = build_set(_analyzer(args), args.people, args.out, args.number)
+    print(f"{args.out}: {len({entry.person for entry in entries})} people, {len(entries)} clips to make")
+    return 0
+
+
+def benchmark(args: argparse.Namespace) -> int:
+    """Make one system's clips of a set, score them, and compare all systems so far. Returns as score."""
+    import torch
+    from accelerate import PartialState
+
+    from .benchmark_set import read_set
+    from .generate import VIDEOS, check_run, clip_of, generate
+    from .systems import LOADERS, Size, Weights
+    from .tables import RESULTS, write_tables
+
+    out, entries = args.out / args.system, read_set(args.set)
+    processes = PartialState(cpu=not torch.accelerator.is_available())  # which alone lets processes on CPUs meet
+    if args.system in SYSTEMS:
+        if args.model is None:
+            raise SettingError(f"--model is missing: give the folder of {args.system}'s weights")
+        weights = Weights(model=args.model, adapter=args.adapter, id_encoder=args.id_encoder)
+        size = Size(width=args.width, height=args.height, frames=args.frames, steps=args.steps)
+        with processes.main_process_first():
+            check_run(out, {name: str(path) for name, path in vars(weights).items()}, size, args.seed)
+        with _bar("clip", processes.is_main_process) as show:
+            generate(
+                entries, lambda: LOADERS[args.system](weights, _analyzer(args), processes.device), out, size=size,
+                seed=args.seed, device=processes.device, rank=processes.process_index,
+                world_size=processes.num_processes, on_clip=show,
+            )  # fmt: skip
+        processes.wait_for_everyone()
+    elif not (out / VIDEOS).is_dir():
+        raise SettingError(
+            f"{args.system} is none of {', '.join(SYSTEMS)}, and there are no clips of another system in "
+            f"{out / VIDEOS}: put them there as {clip_of(out, entries[0]).name}"
+        )
+    code = 0
+    if processes.is_main_process:
+        made = max(path.stat().st_mtime for path in (out / VIDEOS).rglob("*"))
+        if not (out / RESULTS).is_file() or (out / RESULTS).stat().st_mtime < made:
+            code = _measure(args, out / VIDEOS, args.set, out)
+        print(*write_tables(args.out), sep="\n")
+    processes.destroy_process_group()
+    return code
+
+
+def export(args: argparse.Namespace) -> int:
+    """Copy a system's clips under the names that VBench or OpenS2V-Eval look for."""
+    from .benchmark_set import read_set
+    from .exports import WRITERS
+
+    if args.out.exists():
+        raise MagicMirrorError(f"{args.out} is there already: give another folder, or remove it")
+    WRITERS[args.to](read_set(args.set), args.clips, args.out)
+    print(args.out)
+    return 0
+
+
+def _measure(args: argparse.Namespace, videos: Path, references: Path, out: Path) -> int:
+    """Measure, write, print the summary. 0, or 1 if some videos could not be measured."""
     from .inception import Inception
     from .opens2v import FaceSim
     from .people import mean_face
@@ -41,7 +116,7 @@ def score(args: argparse.Namespace) -> int:
     from .text import TextAlignment
 
     warnings.filterwarnings("ignore", "`estimate` is deprecated", FutureWarning)  # insightface's, in mid-progress
-    analyzer = FaceAnalyzer(args.insightface_root, args.face_pack)
+    analyzer = _analyzer(args)
     centre = mean_face(analyzer, args.centre) if args.centre else None
     options = {
         "centre": centre,
@@ -51,17 +126,12 @@ def score(args: argparse.Namespace) -> int:
         "facesim": FaceSim(analyzer, args.curricularface),
         "inception": Inception(args.inception) if args.inception else None,
     }
-    with tqdm(unit="video") as bar:
-
-        def show(name: str, done: int, total: int) -> None:
-            bar.total, bar.n = total, done
-            bar.set_postfix_str(name)
-
+    with _bar("video") as show:
         evaluation = evaluate(
-            analyzer, args.videos, args.references, threshold=args.threshold, on_video=show, **options
-        )
-        bar.n = bar.total
-        bar.set_postfix_str("")
+            analyzer, videos, references, threshold=args.threshold,
+            on_video=lambda name, done, total: show(done, total, name), **options,
+        )  # fmt: skip
+        show(len(evaluation.clips) + len(evaluation.skipped), len(evaluation.clips) + len(evaluation.skipped))
     settings = {
         "face_pack": args.face_pack,
         "threshold": args.threshold,
@@ -70,12 +140,33 @@ def score(args: argparse.Namespace) -> int:
         "clip": args.clip.name if args.clip else None,
         "judges": [judge.name for judge in options["judges"]],
     }
-    for path in write_report(args.out, evaluation, settings):
+    for path in write_report(out, evaluation, settings):
         print(path)
     for left_out in evaluation.skipped:
         print(f"not measured: {left_out.video}: {left_out.reason}", file=sys.stderr)
     print(f"{len(evaluation.clips)} videos measured, {len(evaluation.skipped)} not")
     return 1 if evaluation.skipped else 0
+
+
+def _analyzer(args: argparse.Namespace) -> Any:
+    from ..faces.analysis import FaceAnalyzer
+
+    return FaceAnalyzer(args.insightface_root, args.face_pack)
+
+
+@contextmanager
+def _bar(unit: str, shown: bool = True) -> Iterator[Callable[..., None]]:
+    """A function that shows how many are done, of how many, and a name."""
+    from tqdm import tqdm
+
+    with tqdm(unit=unit, disable=not shown) as bar:
+
+        def show(done: int, total: int, name: str = "") -> None:
+            bar.total = total
+            bar.set_postfix_str(name, refresh=False)
+            bar.update(done - bar.n)
+
+        yield show
 
 
 def _cosine(text: str) -> float:
@@ -93,31 +184,65 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m mm_core.evaluation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    _score_arguments(_command(commands, "score", score))
+    for name, run in {"score": score, "set": make_set, "benchmark": benchmark, "export": export}.items():
+        command = commands.add_parser(
+            name, help=run.__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        command.set_defaults(run=run)
+        _ARGUMENTS[run](command.add_argument)
+        if run is not export:
+            command.add_argument("--insightface-root", type=Path, default=FACES, help="holds models/<pack>/*.onnx")
+            command.add_argument("--face-pack", default="buffalo_l", help="insightface model pack; it matters")
     return parser
 
 
-def _command(commands: argparse._SubParsersAction, name: str, run: Callable[..., int]) -> argparse.ArgumentParser:
-    first = run.__doc__.splitlines()[0]
-    command = commands.add_parser(name, help=first, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    command.set_defaults(run=run)
-    return command
-
-
-def _score_arguments(command: argparse.ArgumentParser) -> None:
-    add = command.add_argument
+def _score_arguments(add: Callable[..., Any]) -> None:
     add("--videos", type=Path, required=True, help="folder of <identity>*.mp4 or <identity>/*.mp4")
     add("--references", type=Path, required=True, help="folder of <identity>/*.jpg or <identity>_1.jpg, ...")
     add("--out", type=Path, required=True, help="folder for results.json, results.csv and report.html")
-    add("--insightface-root", type=Path, default=Path.home() / ".insightface", help="holds models/<pack>/*.onnx")
-    add("--face-pack", default="buffalo_l", help="insightface model pack; the numbers depend on it")
+    _measuring_arguments(add)
+
+
+def _measuring_arguments(add: Callable[..., Any]) -> None:
     add("--threshold", type=_cosine, default=MIN_SAME_PERSON, help="cosine from which a clip is of the person")
     add("--centre", type=Path, help="folder of many people's photos whose mean embedding is subtracted")
-    add("--clip", type=Path, help="folder of a CLIPModel, to compare clips with <video>.txt or prompts.json")
+    add("--clip", type=Path, help="folder of a CLIPModel, to compare clips with their prompts")
     add("--raft", type=Path, help="state dict of torchvision's raft_small or raft_large, for flow as in VBench")
     add("--curricularface", type=Path, help="CurricularFace's published weights, for FaceSim-Cur")
     add("--inception", metavar="FILE", help="torchvision's inception_v3, or download, for the Inception Score")
 
+
+def _set_arguments(add: Callable[..., Any]) -> None:
+    add("--people", type=Path, required=True, help="folder of <class>/<person>/*.jpg, 1 to 4 photos each")
+    add("--out", type=Path, required=True, help="folder of the benchmark, which must not be there")
+    add("--number", type=int, default=50, help="how many people there must be")
+
+
+def _benchmark_arguments(add: Callable[..., Any]) -> None:
+    add("--set", type=Path, required=True, help="folder of the benchmark, or of IPVG's test set")
+    add("--out", type=Path, required=True, help="folder for a folder of each system, and for the tables")
+    add("--system", required=True, help=f"{', '.join(SYSTEMS)}, or any other whose clips are in <out>/<system>/videos")
+    add("--model", help="folder of the system's weights in diffusers' layout; magic-mirror: or tiny")
+    add("--adapter", type=Path, help="magic-mirror: adapter file; tiny brings its own")
+    add("--id-encoder", type=Path, help="magic-mirror: photomaker-v2.bin; tiny brings its own")
+    add("--width", type=int, default=0, help="pixels; 0: the model's own, of baselines 720")
+    add("--height", type=int, default=0, help="pixels; 0: the model's own, of baselines 480")
+    add("--frames", type=int, default=0, help="0: the model's own, of baselines 49")
+    add("--steps", type=int, default=0, help="0: the model's own, of baselines 50")
+    add("--seed", type=int, default=0, help="of the first clip; every clip has its own")
+    _measuring_arguments(add)
+
+
+def _export_arguments(add: Callable[..., Any]) -> None:
+    add("--set", type=Path, required=True, help="folder of the benchmark")
+    add("--clips", type=Path, required=True, help="a system's folder, as benchmark makes it")
+    add("--to", required=True, choices=EXPORTS, help="whose names the clips take")
+    add("--out", type=Path, required=True, help="folder that is made, which must not be there")
+
+
+_ARGUMENTS = {
+    score: _score_arguments, make_set: _set_arguments, benchmark: _benchmark_arguments, export: _export_arguments,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,88 @@
+"""The clips of a benchmark by one system, shared by all processes; killed at any moment, the same call goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import SettingError
+from ..files import write_json
+from ..json_file import read_object
+from ..video import write_video
+from .benchmark_set import Entry
+from .systems import Make, Request, Size
+
+VIDEOS, COSTS, RUN = "videos", "costs", "run.json"
+
+
+def generate(
+    entries: Sequence[Entry],
+    load: Callable[[], Make],
+    out: Path,
+    *,
+    size: Size,
+    seed: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    on_clip: Callable[[int, int], None] = lambda done, of: None,
+) -> None:
+    """Write this process's share of the clips, by number, to `<out>/videos`, and what each cost to `<out>/costs`.
+
+    Clips that are there are kept. load: reads the weights, if there is something to make. seed: of the first clip; each
+    has its own. on_clip: is told how many are done, of how many.
+    """
+    share = list(enumerate(entries))[rank::world_size]
+    todo = [(number, entry) for number, entry in share if not clip_of(out, entry).is_file()]
+    on_clip(len(share) - len(todo), len(share))
+    make = load() if todo else None
+    for done, (number, entry) in enumerate(todo, len(share) - len(todo) + 1):
+        request = Request(prompt=entry.prompt, photos=entry.photos, seed=seed + number, size=size)
+        start = _start(device)
+        frames, fps = make(request)
+        cost = {"seconds": round(time.perf_counter() - start, 3), "gib": round(_peak(device) / 2**30, 3)}
+        shape = {"frames": len(frames), "height": frames.shape[1], "width": frames.shape[2]}
+        write_json(out / COSTS / f"{entry.name}.json", cost | shape | {"device": _name(device)})  # before the clip
+        write_video(clip_of(out, entry), frames, fps)
+        on_clip(done, len(share))
+
+
+def clip_of(out: Path, entry: Entry) -> Path:
+    """Where a clip is, or will be."""
+    return out / VIDEOS / f"{entry.name}.mp4"
+
+
+def check_run(out: Path, settings: dict[str, Any], size: Size, seed: int) -> None:
+    """Note what the clips of a folder are made with; raise SettingError where clips are there of something else."""
+    wanted = settings | asdict(size) | {"seed": seed}
+    if not (out / RUN).is_file():
+        write_json(out / RUN, wanted)
+    known = read_object(out / RUN)
+    differ = [name for name in wanted if known.get(name) != wanted[name]]
+    if differ:
+        there = ", ".join(f"{name} {known.get(name)}, not {wanted[name]}" for name in differ)
+        raise SettingError(f"{out} holds clips made with {there}: use these, or another folder")
+
+
+def _start(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.get_device_module(device).reset_peak_memory_stats(device)
+    return time.perf_counter()
+
+
+def _peak(device: torch.device) -> int:
+    """Bytes: the most on the device since the start; on a CPU, what the process holds now."""
+    if device.type != "cpu":
+        return torch.get_device_module(device).max_memory_allocated(device)
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def _name(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
