@@ -108,7 +108,7 @@ def plant_pictures(folder: Path, people: range) -> dict[str, str]:
         put("exact", "duplicate", _jpeg(first), text, "other")
         put("near", "near duplicate", _again(first), text, "other")
         put("turned", KEPT, *fresh(35.0))
-        put("profile", "yaw", *fresh(80.0))
+        put("profile", "yaw", *fresh(70.0))
         put("blank", "face", np.full((SIZE, SIZE, 3), 40 + seed % 150, np.uint8), text)
         put("nobody", "face", wall(seed, 0), text)
         put("corrupt", "unreadable", _jpeg(first)[:3000], text)

@@ -23,7 +23,7 @@ from .neighbours import duplicates, repeated_identities
 from .page import render_page
 from .rules import judged, rules
 from .tally import Tally
-from .workers import MeasureShard, Workers, WriteShard
+from .workers import MeasureShard, Workers, write_task
 from .write import check_written, files_of, samples
 
 FORMAT = 1
@@ -73,7 +73,7 @@ def curate(
             for number, rows in by_shard.items()
             if not all((output / path).is_file() for row in rows for path in files_of(kind, row))
         ]
-        for _ in pool.each(WriteShard, (kind, config, output), tasks, lambda *at: on_progress("written", *at)):
+        for _ in pool.each(write_task, (kind, config, output), tasks, lambda *at: on_progress("written", *at)):
             pass
     check_written(output, lines)
     _write_lines(output / MANIFEST, lines)

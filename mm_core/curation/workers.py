@@ -44,16 +44,11 @@ class MeasureShard:
         return {"result": json.dumps(self.measurer.seconds | Counter(items=len(rows)))}
 
 
-class WriteShard:
-    """A worker that writes the media of shards."""
-
-    def __init__(self, kind: Kind, config: CurationConfig, output: Path) -> None:
-        self.kind, self.config, self.output = kind, config, output
-
-    def __call__(self, row: Mapping[str, str]) -> dict[str, str]:
-        task = json.loads(row["task"])
-        write_shard(self.kind, Shard(**task["shard"]), task["rows"], self.output, self.config)
-        return {"result": "{}"}
+def write_task(row: Mapping[str, str], kind: Kind, config: CurationConfig, output: Path) -> dict[str, str]:
+    """Write the media of a shard."""
+    task = json.loads(row["task"])
+    write_shard(kind, Shard(**task["shard"]), task["rows"], output, config)
+    return {"result": "{}"}
 
 
 class Workers:
@@ -78,14 +73,16 @@ class Workers:
 
     def each(
         self,
-        worker: type,
+        work: Callable[..., Any],
         arguments: tuple[Any, ...],
         tasks: Sequence[Mapping[str, Any]],
         on_progress: Callable[[int, int], None],
     ) -> Iterator[dict[str, Any]]:
-        """What workers, each made with these arguments, return of the tasks, in the order in which they finish.
+        """What is returned of the tasks, in the order in which they finish.
 
-        Raises the MagicMirrorError of a worker.
+        work: a class, of which each process makes one object with these arguments, or a function that takes them.
+
+        Raises the MagicMirrorError of a worker, or one that says that there is no cluster.
         """
         if not tasks:
             return
@@ -94,9 +91,12 @@ class Workers:
 
         rows = [{"task": json.dumps(task)} for task in tasks]
         count = min(self.count or int(ray.cluster_resources().get("CPU", 1)), len(tasks))
-        found = ray.data.from_items(rows, override_num_blocks=min(len(rows), _MOST_BLOCKS)).map(
-            worker, fn_constructor_args=arguments, compute=ray.data.ActorPoolStrategy(size=count)
-        )
+        data = ray.data.from_items(rows, override_num_blocks=min(len(rows), _MOST_BLOCKS))
+        if isinstance(work, type):
+            pool = ray.data.ActorPoolStrategy(size=count)
+            found = data.map(work, fn_constructor_args=arguments, compute=pool)
+        else:
+            found = data.map(work, fn_args=arguments, compute=ray.data.TaskPoolStrategy(size=count))
         on_progress(0, len(tasks))
         try:
             for done, row in enumerate(found.iter_rows(), 1):
@@ -128,7 +128,13 @@ class Workers:
         else:
             # Workers of this machine find the code where this process does; those of another by its path.
             code = {"env_vars": {"PYTHONPATH": _CODE}}
-            ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=code)
+            try:
+                ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=code)
+            except (ConnectionError, ValueError) as error:  # the latter for an address of another form
+                raise MagicMirrorError(
+                    f"There is no Ray cluster at {self.address} that takes this process: {error}. Give the address "
+                    "that `ray start --head` printed, and its token in RAY_AUTH_TOKEN where it has one."
+                ) from error
         self._started = True
 
 

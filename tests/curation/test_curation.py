@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,26 +110,28 @@ def test_a_killed_run_and_two_workers_make_the_same(
     assert {p.name for p in tmp_path.rglob("*.jpg")} == {p.name for p in (folder / "media").rglob("*.jpg")}
 
 
-def test_footage_becomes_clips_with_references(ray: None, corpus: Path, insightface_root: Path) -> None:
-    truth = plant("video", corpus / "video", range(1))
-    config = config_of("video", insightface_root)
-    curate("video", [corpus / "video" / "raw"], corpus / "video" / "set", config, workers=2)
-    found = became(corpus / "video" / "set")
-    assert found == truth, table(truth, found)
-    folder = corpus / "video" / "set"
-    report = check_dataset(folder, width=256, height=256, frames=config.measure.frames, check_caption=mark_identity)
-    assert len(report.usable) == 3 and not report.problems, report
-
-
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The workers' code without Ray, which other tests have."""
 
-    def each(self: Workers, worker: type, arguments: tuple, tasks: list, on_progress: object) -> Iterator[dict]:
-        made = worker(*arguments)
-        yield from (json.loads(made({"task": json.dumps(task)})["result"]) for task in tasks)
+    def each(self: Workers, work: Callable, arguments: tuple, tasks: list, on_progress: object) -> Iterator[dict]:
+        done = work(*arguments) if isinstance(work, type) else lambda row: work(row, *arguments)
+        yield from (json.loads(done({"task": json.dumps(task)})["result"]) for task in tasks)
 
     monkeypatch.setattr(Workers, "each", each)
+
+
+def test_footage_becomes_clips_with_references(
+    in_this_process: None, tmp_path: Path, insightface_root: Path
+) -> None:
+    truth = plant("video", tmp_path, range(1))
+    config = config_of("video", insightface_root)
+    curate("video", [tmp_path / "raw"], tmp_path / "set", config)
+    found = became(tmp_path / "set")
+    assert found == truth, table(truth, found)
+    folder = tmp_path / "set"
+    report = check_dataset(folder, width=256, height=256, frames=config.measure.frames, check_caption=mark_identity)
+    assert len(report.usable) == 3 and not report.problems, report
 
 
 def test_pairs_are_of_one_person_and_each_person_is_there_once(
