@@ -4,6 +4,7 @@
     set         make a benchmark of a folder of people: photos and prompts
     benchmark   make one system's clips of a set, score them, and compare all systems so far
     export      a system's clips under the names that VBench or OpenS2V-Eval look for
+    factors     a picture of an adapter's scale factors, by modality, layer and time step
 """
 
 from __future__ import annotations
@@ -104,6 +105,25 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
+def factors(args: argparse.Namespace) -> int:
+    """Draw an adapter's scale factors for a person, by modality, layer and time step."""
+    import torch
+
+    from ..faces.references import analyse_references, read_image
+    from .factors import scale_factors, write_factors
+    from .systems import Weights, mirror_of
+
+    if not 1 <= args.steps <= 1000:
+        raise SettingError(f"steps is {args.steps}; it must be from 1 to 1000")
+    weights = Weights(model=args.model, adapter=args.adapter, id_encoder=args.id_encoder)
+    mirror = mirror_of(weights, torch.device("cpu"))
+    identity = mirror.identity(analyse_references(_analyzer(args), [read_image(path) for path in args.reference]))
+    found = scale_factors(mirror, identity, args.steps)
+    print(*write_factors(found, args.out), sep="\n")
+    print("of the variance: " + ", ".join(f"{name} {part:.1%}" for name, part in found.explained().items()))
+    return 0
+
+
 def _measure(args: argparse.Namespace, videos: Path, references: Path, out: Path) -> int:
     """Measure, write, print the summary. 0, or 1 if some videos could not be measured."""
     from .inception import Inception
@@ -184,7 +204,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m mm_core.evaluation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, run in {"score": score, "set": make_set, "benchmark": benchmark, "export": export}.items():
+    runs = {"score": score, "set": make_set, "benchmark": benchmark, "export": export, "factors": factors}
+    for name, run in runs.items():
         command = commands.add_parser(
             name, help=run.__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
@@ -223,8 +244,7 @@ def _benchmark_arguments(add: Callable[..., Any]) -> None:
     add("--out", type=Path, required=True, help="folder for a folder of each system, and for the tables")
     add("--system", required=True, help=f"{', '.join(SYSTEMS)}, or any other whose clips are in <out>/<system>/videos")
     add("--model", help="folder of the system's weights in diffusers' layout; magic-mirror: or tiny")
-    add("--adapter", type=Path, help="magic-mirror: adapter file; tiny brings its own")
-    add("--id-encoder", type=Path, help="magic-mirror: photomaker-v2.bin; tiny brings its own")
+    _adapter_arguments(add, "magic-mirror: ")
     add("--width", type=int, default=0, help="pixels; 0: the model's own, of baselines 720")
     add("--height", type=int, default=0, help="pixels; 0: the model's own, of baselines 480")
     add("--frames", type=int, default=0, help="0: the model's own, of baselines 49")
@@ -240,8 +260,22 @@ def _export_arguments(add: Callable[..., Any]) -> None:
     add("--out", type=Path, required=True, help="folder that is made, which must not be there")
 
 
+def _factors_arguments(add: Callable[..., Any]) -> None:
+    add("--model", required=True, help="folder of a base model in diffusers' layout, or tiny")
+    _adapter_arguments(add)
+    add("--reference", type=Path, nargs="+", required=True, help="photos of one person")
+    add("--steps", type=int, default=50, help="of the schedule, 1 to 1000")
+    add("--out", type=Path, required=True, help="the picture, such as factors.png; factors.csv is written beside it")
+
+
+def _adapter_arguments(add: Callable[..., Any], whose: str = "") -> None:
+    add("--adapter", type=Path, help=f"{whose}adapter file; tiny brings its own")
+    add("--id-encoder", type=Path, help=f"{whose}photomaker-v2.bin; tiny brings its own")
+
+
 _ARGUMENTS = {
     score: _score_arguments, make_set: _set_arguments, benchmark: _benchmark_arguments, export: _export_arguments,
+    factors: _factors_arguments,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -60,11 +60,17 @@ class Weights:
     id_encoder: Path | None = None
 
 
-def magic_mirror(weights: Weights, analyzer: FaceAnalyzer, device: torch.device) -> Make:
-    """Our model, from all photos of the person."""
+def mirror_of(weights: Weights, device: torch.device) -> MagicMirror:
+    """Our model. Raises CheckpointError for a folder that holds no complete base model."""
     base = TinyBase() if weights.model == TINY else FolderBase(Path(weights.model))
     base.check_complete()
-    mirror = MagicMirror(base, adapter=weights.adapter, id_encoder=weights.id_encoder, device=device)
+    return MagicMirror(base, adapter=weights.adapter, id_encoder=weights.id_encoder, device=device)
+
+
+def magic_mirror(weights: Weights, analyzer: FaceAnalyzer, device: torch.device) -> Make:
+    """Our model, from all photos of the person."""
+    mirror = mirror_of(weights, device)
+    base = mirror.base
 
     def make(request: Request) -> tuple[np.ndarray, int]:
         photos = [read_image(path) for path in request.photos]

@@ -1,0 +1,68 @@
+"""Modulation analysis, on tiny with its trained adapter."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mm_core.evaluation.__main__ import main
+from mm_core.evaluation.factors import MODALITIES, ScaleFactors, scale_factors
+from mm_core.evaluation.systems import Weights, mirror_of
+from mm_core.faces.analysis import FaceAnalyzer
+from mm_core.faces.references import analyse_references, read_image
+from mm_core.hosts.cogvideox_diffusers import HOST
+
+PHOTO = Path(__file__).parents[2] / "mm_core" / "examples" / "woman_1.jpg"
+STEPS = 3
+
+
+@torch.no_grad()
+def test_the_scales_are_what_the_blocks_apply(analyzer: FaceAnalyzer) -> None:
+    mirror = mirror_of(Weights(model="tiny"), torch.device("cpu"))
+    identity = mirror.identity(analyse_references(analyzer, [read_image(PHOTO)]))
+    found = scale_factors(mirror, identity, STEPS)
+    adapter, transformer = mirror.adapter, mirror.loaded.attached.transformer
+    layers = adapter.config.adapted_layers
+    assert found.vectors.shape == (STEPS * len(layers) * 3, 2 * adapter.config.hidden_size)
+    labels = {name: label.reshape(STEPS, len(layers), 3) for name, label in found.labels.items()}
+    vectors = found.vectors.reshape(STEPS, len(layers), 3, 2, -1)
+    timestep, layer = torch.tensor([labels["time step"][1, 0, 0]]), labels["layer"][1, 1, 0]
+    temb = HOST.time_embedding(transformer, timestep, torch.float32)
+    parts = HOST.parts(transformer.transformer_blocks[layer])
+    own = adapter.blocks[str(layer)].factors(adapter.id_embedding(identity.id_tokens), temb, parts.video_shift(temb))
+    text = parts.modulation(temb)[0, 1] + own.can[0, 6:]  # (6, D)
+    for number, expected in ((1, text), (2, own.face[0])):
+        assert labels["modality"][1, 1, number] == number
+        assert vectors[1, 1, number] == pytest.approx(expected[[1, 4]].numpy(), abs=1e-5)
+
+
+def test_components_keep_distances_and_groups_explain_variance() -> None:
+    modality = np.array([0, 0, 1, 1, 2, 2])
+    random = np.random.default_rng(0).normal(size=(6, 40))
+    factors = ScaleFactors(vectors=random, labels={"modality": modality})
+    points, parts = factors.components()
+    distances = [np.linalg.norm(x[:, None] - x[None], axis=2) for x in (points, random)]
+    assert distances[0] == pytest.approx(distances[1]) and parts.sum() == pytest.approx(1)
+    assert (np.diff(parts) <= 0).all() and 0 < factors.explained()["modality"] < 1
+    apart = ScaleFactors(vectors=np.eye(3)[modality], labels={"modality": modality, "layer": np.arange(6) % 2})
+    assert apart.explained() == pytest.approx({"modality": 1, "layer": 0})
+
+
+def test_a_command_draws_them(tmp_path: Path, insightface_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["factors", "--model=tiny", f"--reference={PHOTO}", f"--steps={STEPS}", "--face-pack=buffalo_sc"]
+    argv += [f"--insightface-root={insightface_root}"]
+    assert main([*argv, f"--out={tmp_path / 'factors.png'}"]) == 0
+    assert "of the variance: time step" in capsys.readouterr().out
+    with Image.open(tmp_path / "factors.png") as picture:
+        assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 24)) > 50
+    with (tmp_path / "factors.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["modality"] for row in rows} == set(MODALITIES) and len(rows) % (3 * STEPS) == 0
+    assert len(rows[0]) == 3 + min(50, len(rows))
+    assert main([*argv, f"--out={tmp_path / 'factors.mp4'}"]) == 2
+    assert "call it factors.png" in capsys.readouterr().err
