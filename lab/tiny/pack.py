@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import CogVideoXPipeline
 
 from mm_core.checkpoints.adapter_file import load_adapter, save_adapter
 from mm_core.checkpoints.photomaker import load_id_encoder, read_id_encoder_config, save_id_encoder
@@ -27,7 +26,7 @@ def pack(base: Path, id_encoder: Path, adapter: Path, folder: Path) -> TinyBase:
     with atomic_folder(folder) as temporary:
         packed = TinyBase(temporary)
         pipe = FolderBase(base).load(torch.float16)
-        CogVideoXPipeline(**pipe.components).save_pretrained(temporary)  # under the name that diffusers knows
+        pipe.save_pretrained(temporary)
         save_latent_rgb(fit_latent_rgb(pipe.vae, torch.device("cpu")), temporary / LATENT_RGB)
         save_id_encoder(load_id_encoder(id_encoder), packed.id_encoder, read_id_encoder_config(id_encoder))
         save_adapter(weights, packed.adapter, base_model=tiny.NAME, trained=header.trained)

@@ -45,6 +45,8 @@ class Pipeline(CogVideoXPipeline):
         return self.execution_device or super()._execution_device
 
 
+Pipeline.__name__ = CogVideoXPipeline.__name__  # which `save_pretrained` writes, for others to find the class by
+
 def load_transformer(
     config: Mapping[str, Any], files: Sequence[Path], dtype: torch.dtype, quantised: str | None = None
 ) -> CogVideoXTransformer3DModel:

@@ -86,6 +86,11 @@ def test_a_folder_gives_back_its_model(original: CogVideoXPipeline, folder: Path
     assert model.tokenizer("a man").input_ids == original.tokenizer("a man").input_ids
 
 
+def test_a_saved_pipeline_is_a_folder_again(original: CogVideoXPipeline, folder: Path, tmp_path: Path) -> None:
+    FolderBase(folder).load(torch.float32).save_pretrained(tmp_path)
+    assert_same_weights(FolderBase(tmp_path).load(torch.float32), original)
+
+
 def test_a_folder_is_loaded_in_the_wanted_type(folder: Path) -> None:
     pipe = FolderBase(folder).load(torch.bfloat16)
     assert {p.dtype for part in (pipe.transformer, pipe.vae) for p in part.parameters()} == {torch.bfloat16}
