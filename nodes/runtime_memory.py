@@ -10,6 +10,7 @@ import comfy.model_management as management
 import comfy.model_patcher
 import comfy.ops
 import torch
+from comfy.cli_args import args
 from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSafeConv3d
 from torch import nn
 
@@ -44,6 +45,11 @@ class ComfyUI:
         device = self.device(kind)
         if kind == "vae":
             return management.vae_dtype(device, [self.dtype("transformer", precision)])
+        if kind == "text_encoder":
+            # Without a flag core has fp16, also where the model computes in another type.
+            asked = any(value for name, value in vars(args).items() if name.endswith("_text_enc"))
+            dtype = management.text_encoder_dtype(device)
+            return dtype if asked and dtype.itemsize > 1 else self.dtype("transformer", precision)
         check_precision(precision)
         if precision not in ("auto", *STORED):
             return compute_dtype(precision, device)

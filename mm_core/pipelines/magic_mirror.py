@@ -75,7 +75,8 @@ class MagicMirror:
             adapter, id_encoder = adapter or base.adapter, id_encoder or base.id_encoder
         self.adapter_path = adapter
         self.id_encoder = IdentityEncoder(id_encoder, self.dtype, self.residence)
-        self.text = prompt_encoder(base, self.dtype, self.residence, self._stored)
+        text_dtype = self.residence.dtype("text_encoder", precision)
+        self.text = prompt_encoder(base, text_dtype, self.residence, self._stored)
         self.header: AdapterHeader | None = None if adapter is None else read_header(adapter)
         if self.header is not None:
             self.header.check_fits(base.transformer_config, adapter=adapter.name, base=base.name)
@@ -192,4 +193,4 @@ class MagicMirror:
     def encode_text(self, text: str | Sequence[int], residence: Residence | None = None) -> Tensor:
         """T5 embeddings of a prompt or of token ids, (1, T, Dtxt) on the CPU, without the rest of the base model."""
         ids = token_ids(self.base, text) if isinstance(text, str) else text
-        return self.text.encode(ids, residence or self.residence)
+        return self.text.encode(ids, residence or self.residence).to(self.dtype)
