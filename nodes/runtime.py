@@ -41,6 +41,9 @@ ADAPTERS = "magic_mirror"
 FACE_MODELS = "insightface"
 IDENTITIES = "magic_mirror_identities"
 
+Cancelled = comfy.model_management.InterruptProcessingException
+"""What core raises in a node that the user cancels."""
+
 _PREVIEW_SIZE = 512
 _KEY_LENGTH = 79  # of a text in a PNG
 _LOCALES = Path(__file__).resolve().parent.parent / "locales"

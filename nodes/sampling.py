@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from fractions import Fraction
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from comfy_api.latest import InputImpl, Types, io
@@ -21,6 +22,8 @@ from .convert import latent_from_samples
 from .types import CATEGORY, Model, ModelSocket, with_aliases
 
 if TYPE_CHECKING:
+    from ..mm_core.pipelines.clip import ClipSettings
+    from ..mm_core.pipelines.identity import Identity
     from ..mm_core.pipelines.magic_mirror import MagicMirror
 
 MAX_SIDE = 2400
@@ -31,6 +34,9 @@ _DEFAULT = PRESETS["CogVideoX-5b"]
 _DEFAULT_LIMITS = ClipLimits.from_config(_DEFAULT.transformer, _DEFAULT.vae)
 # What every base model demands; each one's own limits are checked when it is known.
 _COMMON_LIMITS = dataclasses.replace(_DEFAULT_LIMITS, max_frames=MAX_FRAMES, max_height=MAX_SIDE, max_width=MAX_SIDE)
+
+_undecoded: WeakKeyDictionary[MagicMirror, tuple[Identity | None, tuple[object, ...], Tensor]] = WeakKeyDictionary()
+"""Of a model, the clip whose decoding was cancelled: the person, what else it was made of, its latents."""
 
 
 class MagicMirrorCogVideoXSampler(io.ComfyNode):
@@ -110,9 +116,12 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
         report = "\n".join(filter(None, [*cautions, mirror.status, clip.summary, plan]))
         shown = runtime.show(report, warn=bool(cautions) or _untrained(mirror))
         try:
-            latents = mirror.sample(clip, model.identity, settings, runtime.step_callback(clip.steps), model.loras)
+            latents = _sampled(model, clip, settings)
             try:
                 result = mirror.decode(latents)
+            except runtime.Cancelled:
+                _undecoded[mirror] = model.identity, (clip, settings, model.loras), latents
+                raise
             except Exception as error:  # whatever it is, the sampled clip must not go with it
                 raise rescued(error, latent_from_samples(latents, _scaling_factor(mirror)), cls.hidden) from error
         finally:
@@ -126,6 +135,15 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
             report,
             ui=shown,
         )
+
+
+def _sampled(model: Model, clip: ClipSettings, settings: AdapterSettings) -> Tensor:
+    """Latents; those that are there where the same clip was cancelled while it was decoded, as ComfyUI keeps the output
+    of a sampler that is a node of its own."""
+    identity, made_of, latents = _undecoded.pop(model.mirror, (None, (), None))
+    if latents is not None and identity is model.identity and made_of == (clip, settings, model.loras):
+        return latents
+    return model.mirror.sample(clip, model.identity, settings, runtime.step_callback(clip.steps), model.loras)
 
 
 def rescued(error: Exception, latent: dict[str, Tensor], hidden: io.HiddenHolder) -> DecodeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -10,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_server import ComfyServer, ExecutionFailed
+from comfy_server import ComfyServer, ExecutionFailed, ExecutionInterrupted
 from environment import NEW_COMFYUI
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 SAMPLER, LOADER = "MagicMirrorCogVideoXSampler", "MagicMirrorLoader"
 PROBE = Path(__file__).resolve().parent / "memory_probe.py"
+NATIVE = Path(__file__).resolve().parents[2] / "workflows" / "api" / "native.json"
 
 
 @pytest.fixture(scope="module", params=["comfyui_path", "old_comfyui_path"])
@@ -100,3 +102,26 @@ def test_a_failed_decode_keeps_the_clip(probed: ComfyServer, graph: Any, bug: st
     files = [probed.base / "output" / outputs[key]["latents"][0]["filename"] for key in ("92", "93")]
     read, sampled = (load_file(file)["latent_tensor"] for file in files)
     torch.testing.assert_close(read, sampled)
+
+
+def test_a_cancel_while_decoding_loses_nothing(probed: ComfyServer, graph: Any) -> None:
+    """On both routes it acts at once, no file is written that nobody asked for, and the next run only decodes."""
+    graph.inputs(SAMPLER)["seed"] = 99
+    workflows = {SAMPLER: graph}
+    if NEW_COMFYUI in str(probed.comfyui):  # the old one has no CogVideoX of its own
+        workflows["MagicMirrorDecode"] = type(graph)(json.loads(NATIVE.read_text(encoding="utf-8")))
+        workflows["MagicMirrorDecode"].inputs("MagicMirrorNativeSampling")["steps"] = 1
+    switch = probed.base / "input" / "out_of_memory"
+    for decoding, workflow in workflows.items():
+        before = sorted((probed.base / "output").rglob("*"))
+        switch.write_text("cancel")
+        try:
+            with pytest.raises(ExecutionInterrupted, match=decoding):
+                probed.run(workflow)
+        finally:
+            switch.unlink()
+        assert sorted((probed.base / "output").rglob("*")) == before
+        sampled = probed.log_text().count("a clip is sampled")
+        again = probed.run(workflow)
+        assert probed.log_text().count("a clip is sampled") == sampled
+        assert decoding == SAMPLER or workflow.id("SamplerCustomAdvanced") in probed.cached_nodes(again)
