@@ -161,7 +161,7 @@ class ComfyClient:
 
 
 class ComfyServer(ComfyClient):
-    """A ComfyUI process on the CPU with the pack installed, as a context manager.
+    """A ComfyUI process with the pack installed, as a context manager.
 
     Args:
         comfyui: the folder with ComfyUI's ``main.py``.
@@ -170,6 +170,7 @@ class ComfyServer(ComfyClient):
         pack: the checkout, linked (or copied) into the custom nodes; None leaves them as they are.
         port: 0 takes a free one.
         extra_args: more command line arguments for ``main.py``.
+        cpu: compute on the CPU.
         insightface_root: a folder to link as ``models/insightface``.
     """
 
@@ -181,6 +182,7 @@ class ComfyServer(ComfyClient):
         pack: Path | None,
         port: int = 0,
         extra_args: Sequence[str] = (),
+        cpu: bool = True,
         insightface_root: Path | None = None,
     ) -> None:
         self.port = port or _free_port()
@@ -189,7 +191,7 @@ class ComfyServer(ComfyClient):
         self.python = python
         self.base = base
         self.pack = pack
-        self.extra_args = tuple(extra_args)
+        self.extra_args = ("--cpu",) * cpu + tuple(extra_args)
         self.insightface_root = insightface_root
         self.log_file = base / "comfyui.log"
         self._process: subprocess.Popen[bytes] | None = None
@@ -239,7 +241,7 @@ class ComfyServer(ComfyClient):
     def _command(self) -> list[str]:
         address = ("--listen", "127.0.0.1", "--port", str(self.port), "--disable-auto-launch")
         storage = ("--base-directory", str(self.base), "--database-url", "sqlite:///:memory:")
-        return [str(self.python), "main.py", "--cpu", *address, *storage, *self.extra_args]
+        return [str(self.python), "main.py", *address, *storage, *self.extra_args]
 
     def _wait_until_served(self) -> None:
         deadline = time.monotonic() + START_SECONDS

@@ -404,6 +404,15 @@ class DeviceModule:
     def reset_peak_memory_stats(self, device: Any = None) -> None:
         _present.peak_bytes = _present.live_bytes
 
+    def current_device(self) -> int:
+        return 0
+
+    def get_device_name(self, device: Any = None) -> str:
+        return "simulated"
+
+    def memory_stats(self, device: Any = None) -> dict[str, int]:
+        return {f"{kind}_bytes.all.current": _present.live_bytes for kind in ("active", "reserved")}
+
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         """Free bytes and all; without a limit, of a card of 80 GiB."""
         total = _present.limit_bytes or 80 * 2**30

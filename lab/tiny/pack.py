@@ -20,7 +20,7 @@ _MACHINE = ("_name_or_path", "name_or_path")
 def pack(base: Path, id_encoder: Path, adapter: Path, folder: Path) -> TinyBase:
     """Write the folder that `TinyBase` reads.
 
-    base: in diffusers' layout. id_encoder, adapter: files trained with it. Raises CheckpointError if one is damaged.
+    base: a folder in diffusers' layout. id_encoder, adapter: files trained with it. Raises CheckpointError for damage.
     """
     weights, header = load_adapter(adapter, dtype=torch.float16)
     with atomic_folder(folder) as temporary:

@@ -1,12 +1,7 @@
-"""A custom node for the tests: ComfyUI computes on the simulated accelerator of the tests, and tells its traffic."""
-
-import sys
+"""Imported by a probe: from then on core, which was told to use the CPU, computes on the simulated accelerator."""
 
 import comfy.model_management as management
 import torch
-
-sys.path.append("TESTS")
-
 from accelerator import simulated
 
 _entered = simulated()  # kept, or its end would come
@@ -32,28 +27,3 @@ def _memory(which, of_cpu):
 
 management.get_free_memory, management.get_total_memory = _memory(0, _free), _memory(1, _total)
 management.soft_empty_cache = lambda *_, **__: None
-
-
-class TrafficProbe:
-    """Counts since the last call: copies to the device, to the host, values read."""
-
-    RETURN_TYPES = ()
-    OUTPUT_NODE = True
-    FUNCTION = "count"
-    CATEGORY = "tests"
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"after": ("LATENT",)}}
-
-    @classmethod
-    def IS_CHANGED(cls, **_):
-        return float("nan")
-
-    def count(self, after):
-        counts = [str(accelerator.traffic[name]) for name in ("to device", "to host", "values read")]
-        accelerator.traffic.clear()
-        return {"ui": {"text": counts}}
-
-
-NODE_CLASS_MAPPINGS = {"TrafficProbe": TrafficProbe}

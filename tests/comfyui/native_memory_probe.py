@@ -231,23 +231,6 @@ def cases():
     return found
 
 
-def in_turn():
-    """Ours and another checkpoint, ten times in turn where only one of them has room: the bytes on the device after
-    each clip, and whether every clip is the first one of its kind."""
-    made, (other, _) = applied(), build()
-    both = made, (other, noise(1, TEXT_TOKENS, 14, seed=7))
-    first, sizes, equal = [sample(*one) for one in both], ([], []), True
-    room = int(1.1 * (core.model_size() + native.patcher.model_size()))
-    accelerator.limit_bytes = int(management.minimum_inference_memory()) + unload() + room
-    for _ in range(5):
-        for one, samples, bytes_after in zip(both, first, sizes):
-            equal &= torch.equal(sample(*one), samples)
-            bytes_after.append(accelerator.live_bytes)
-    accelerator.limit_bytes = None
-    unload()
-    return dict(equal=equal, sizes=sizes, room=room)
-
-
 def quantised():
     """Whether a base whose layers hold other weights than they compute with, as GGUF's do, makes the same clip."""
 
@@ -308,6 +291,5 @@ from accelerator_probe import accelerator  # from now on core computes there
 
 core, native = build()
 gc.freeze()  # or each unloading would look through all that is imported
-found |= dict(modes=in_modes(), table=table(), in_turn=in_turn())
-found |= dict(quantised=quantised(), out_of_memory=out_of_memory())
+found |= dict(modes=in_modes(), table=table(), quantised=quantised(), out_of_memory=out_of_memory())
 print(json.dumps(found))

@@ -59,14 +59,6 @@ def test_bytes_at_full_size(found: Found) -> None:
     assert found["at_5b"] < 0.80 * 2**30
 
 
-def test_two_models_take_turns(found: Found) -> None:
-    """Ten clips of ours and of another checkpoint where only one has room: each is right, and nothing grows."""
-    turns = found["in_turn"]
-    assert turns["equal"]
-    for sizes in turns["sizes"]:
-        assert len(sizes) == 5 and len(set(sizes)) == 1 and sizes[0] <= turns["room"]
-
-
 def test_factors_are_computed_once_for_a_schedule(found: Found) -> None:
     """A row for each noise level, whatever guidance, windows and caches do, and the bits of a step on its own; for
     samplers that ask for other noise levels too."""
