@@ -87,8 +87,7 @@ def denoise(
                 output_type="latent",
             ).frames
     finally:
-        # After an error the pipeline keeps both.
-        attention_kwargs.clear()
+        attention_kwargs.clear()  # after an error the pipeline keeps it, and the timestep
         pipe._current_timestep = None
         if face is not None:
             face.attached.to(torch.device("cpu"))
