@@ -134,6 +134,39 @@ def again(graph: Any, inputs: dict[str, Any], steps: dict[str, Any] | None = Non
     return graph
 
 
+def loads(server: ComfyServer) -> np.ndarray:
+    """How many T5s have been read, and parts brought to where they compute."""
+    return np.array([server.log_text().count(line) for line in ("reads the text encoder", "Requested to load")])
+
+
+def test_twenty_clips(
+    accelerated: ComfyServer, make_graph: Callable[..., Any], portrait: Callable[[str], Path]
+) -> None:
+    """Another prompt, person, precision or seed: a seed loads nothing, nor does what was seen before, a prompt of T5
+    too, and the second ten leave device and process as the first ten have."""
+    graph = own_graph(make_graph, accelerated, "1.0")
+    sampler, loader, photo = graph.inputs(SAMPLER), graph.inputs(LOADER), graph.inputs("LoadImage")
+    people = [photo["image"], accelerated.upload_image(portrait("person_a_2"))]
+    rounds: list[list[dict[str, Any]]] = []
+    for _ in range(2):
+        rounds.append([])
+        for number in range(10):
+            sampler["prompt"] = f"A {('woman', 'man')[number // 2 % 2]} img smiles."
+            photo["image"], loader["precision"] = people[number // 3 % 2], ("fp32", "bf16")[number // 5]
+            sampler["seed"] += 1
+            seen = loads(accelerated)
+            found = told(accelerated, graph, [graph.id(SAMPLER), 1])
+            rounds[-1].append(found | {"loads": loads(accelerated) - seen})
+    first, second = rounds
+    print(*([(*found["loads"].tolist(), found["live"], found["process"]) for found in ten] for ten in rounds))
+    assert not first[1]["loads"].any() and not first[7]["loads"].any()  # another seed, and nothing else
+    assert sum(found["loads"][0] for found in first) == 2  # one T5 for each type
+    assert not any(found["loads"].any() for found in second)
+    assert {found["live"] for found in second} == {first[-1]["live"]}
+    # Half a model; ComfyUI keeps the clips themselves.
+    assert second[-1]["process"] - first[-1]["process"] < first[0]["live"] / 2
+
+
 def test_two_workflows_take_turns(
     accelerated: ComfyServer, make_graph: Callable[..., Any], portrait: Callable[[str], Path]
 ) -> None:
