@@ -73,10 +73,12 @@ def measure_video(measurer: Measurer, item: Item) -> Iterator[Row]:
                 length = f"{len(footage.cuts)} scenes, {np.ptp(footage.times):.1f} s in all"
                 wanted = f"a clip takes {settings.frames / settings.fps:.1f} s"
                 yield said | {"id": said["of"], "error": ["short", f"{length}; {wanted}"]}
-            pictures = _pictures(path, sorted({index for clip in clips for index in clip}))
+            reader = Reader(path)
             for place, clip in enumerate(clips):
-                row = said | {"id": f"{said['of']}-{place}", "frames": clip, "rate": number(footage.rate)}
-                yield row | _measure_clip(measurer, clip, pictures, said["caption"])
+                # A frame that stands for several times is missing footage.
+                rate = min(footage.rate, settings.fps * len(set(clip)) / len(clip))
+                row = said | {"id": f"{said['of']}-{place}", "frames": clip, "rate": number(rate)}
+                yield row | _measure_clip(measurer, clip, reader, said["caption"])
     except (MagicMirrorError, av.FFmpegError, OSError) as error:
         yield said | {"id": said.get("of", item.name), "error": ["unreadable", str(error)]}
 
@@ -91,39 +93,49 @@ def look_through(path: Path, cut_threshold: float) -> Footage:
     with open_video(path) as container:
         if not container.streams.video:
             raise MagicMirrorError(f"{path.name} holds no pictures. Use a video file.")
+        rate = container.streams.video[0].average_rate or 25
         for index, frame in enumerate(container.decode(video=0)):
             height = max(2, round(frame.height * _SEEN_WIDTH / frame.width))
             small = frame.to_ndarray(format="bgr24", width=_SEEN_WIDTH, height=height)
             cuts += [cut.frame_num for cut in detector.process_frame(FrameTimecode(index, 1.0), small)]
-            times.append(index if frame.time is None else frame.time)
+            times.append(float(index / rate) if frame.time is None else frame.time)
     if not times:
         raise MagicMirrorError(f"{path.name} holds no frame. Make or copy it again.")
     return Footage(times=np.array(times, np.float64), cuts=sorted(set(cuts)))
 
 
-def _pictures(path: Path, indices: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
-    """These frames, in order, each with its number."""
-    wanted = iter(indices)
-    following = next(wanted, None)
+class Reader:
+    """Frames of a video by their numbers, which must not fall; one is in memory at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._frames = enumerate(_decoded(path))
+        self._index = -1
+        self._picture: np.ndarray | None = None
+
+    def at(self, index: int) -> np.ndarray:
+        """(H, W, 3) uint8 RGB. Raises MagicMirrorError if the video ends before."""
+        while self._index < index:
+            self._index, frame = next(self._frames, (index, None))
+            if frame is None:
+                raise MagicMirrorError(f"the video ends before frame {index}, counted from 0; make or copy it again")
+            if self._index == index:
+                self._picture = frame.to_ndarray(format="rgb24")
+        return self._picture
+
+
+def _decoded(path: Path) -> Iterator[av.VideoFrame]:
     with open_video(path) as container:
-        for index, frame in enumerate(container.decode(video=0)):
-            if following is None:
-                return
-            if index == following:
-                yield index, frame.to_ndarray(format="rgb24")
-                following = next(wanted, None)
+        yield from container.decode(video=0)
 
 
 def clip_frames(path: Path, indices: Sequence[int]) -> np.ndarray:
-    """(F, H, W, 3) uint8 RGB of a clip."""
-    pictures = dict(_pictures(path, sorted(set(indices))))
-    return np.stack([pictures[index] for index in indices])
+    """(F, H, W, 3) uint8 RGB of a clip. Raises MagicMirrorError, av.FFmpegError, OSError."""
+    reader = Reader(path)
+    return np.stack([reader.at(index) for index in indices])
 
 
-def _measure_clip(
-    measurer: Measurer, clip: list[int], pictures: Iterator[tuple[int, np.ndarray]], caption: str | None
-) -> Row:
-    """Size, hash of three frames, motion, the tracked face; `pictures` is read as far as the clip goes."""
+def _measure_clip(measurer: Measurer, clip: list[int], reader: Reader, caption: str | None) -> Row:
+    """Size, hash of three frames, motion, the tracked face."""
     import cv2
 
     from ..evaluation.flow import FlowMeter
@@ -131,11 +143,9 @@ def _measure_clip(
     meter, hashes, last, by_models = FlowMeter(), [], None, {}
     looks: list[list[Row]] = []
     found: list[tuple[int, Face]] = []
-    index, picture = -1, np.zeros((1, 1, 3), np.uint8)
-    for place, wanted in enumerate(clip):
-        if wanted != index:
-            with measurer.stage("decode"):
-                index, picture = next(pictures)
+    for place, index in enumerate(clip):
+        with measurer.stage("decode"):
+            picture = reader.at(index)
         with measurer.stage("motion"):
             scale = min(1.0, _FLOW_SIDE / min(picture.shape[:2]))
             small = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)

@@ -116,7 +116,7 @@ def _picture(item: Item, row: Row) -> Iterator[np.ndarray]:
                 yield clip_frames(path, [row["frames"][len(row["frames"]) // 2]])[0]
         else:
             yield decode_image(io.BytesIO(item.read()), item.name)
-    except (MagicMirrorError, av.FFmpegError, KeyError):
+    except (MagicMirrorError, av.FFmpegError, OSError):
         return
 
 

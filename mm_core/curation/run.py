@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..data.manifest import MANIFEST, PICTURES, VIDEOS
+from ..errors import SettingError
 from ..files import atomic_write, write_json
 from ..json_file import read_lines
+from ..names import is_below
 from .config import CurationConfig, Kind
 from .items import Shard, shards_of
 from .measure import Measurer, Row
@@ -48,9 +50,12 @@ def curate(
     address: of a Ray cluster whose machines share inputs, output and this code by the same paths; None: this machine.
     workers: processes; None: one for each core.
 
-    Raises SettingError for inputs that hold nothing, CheckpointError for models that are missing.
+    Raises SettingError for inputs that hold nothing or the output, CheckpointError for models that are missing.
     """
     output = output.expanduser().resolve()
+    for path in inputs:
+        if is_below(output, path.expanduser()):
+            raise SettingError(f"{output} lies in the input {path}, where it would be looked at; choose another --out.")
     shards = [shard for path in inputs for shard in shards_of(path, VIDEOS if kind == "video" else PICTURES)]
     settings = dataclasses.asdict(config.measure) | {"kind": kind, "format": FORMAT}
     del settings["insightface_root"]

@@ -139,14 +139,15 @@ def test_pairs_are_of_one_person_and_each_person_is_there_once(
 ) -> None:
     pairs = {"a": "person_a_1 person_a_2", "b": "person_b_1 person_b_2", "c": "person_b_2 person_b_1"}
     pairs |= {"stranger": "impostor_1 person_a_2", "alone": "impostor_2"}
+    raw, folder = tmp_path / "raw", tmp_path / "set"
+    raw.mkdir()
     for name, photos in pairs.items():
         for file, photo in zip((f"{name}.jpg", f"{name}.reference.jpg"), photos.split()):
-            shutil.copyfile(photographs / f"{photo}.jpg", tmp_path / file)
-        (tmp_path / f"{name}.txt").write_text("A person looks into the camera.")
+            shutil.copyfile(photographs / f"{photo}.jpg", raw / file)
+        (raw / f"{name}.txt").write_text("A person looks into the camera.")
     config = config_of("pictures", insightface_root)
     low = dict(min_lines=200, min_face_size=60.0, min_pair_cosine=0.4, same_identity=0.4)
-    folder = tmp_path / "set"
-    curate("pairs", [tmp_path], folder, replace(config, keep=replace(config.keep, **low)))
+    curate("pairs", [raw], folder, replace(config, keep=replace(config.keep, **low)))
     dropped = {line["name"]: line["rule"] for line in read_lines(folder / DROPPED)}
     repeated = dropped.keys() & {"b.jpg", "c.jpg"}
     assert len(repeated) == 1
@@ -162,7 +163,7 @@ def test_portraits_are_bordered_and_need_no_caption(
     shutil.copyfile(photographs / "person_b_1.jpg", tmp_path / "1.jpg")
     config = config_of("pictures", insightface_root)
     config = replace(config, keep=replace(config.keep, min_lines=200, min_face_size=60.0))
-    curate("portraits", [tmp_path], tmp_path / "set", config)
+    curate("portraits", [tmp_path / "1.jpg"], tmp_path / "set", config)
     (sample,) = read_manifest(tmp_path / "set")
     assert sample.caption == "A squared ID photo of a person img, with pure black on two sides."
     assert sample.references == (sample.media,)
@@ -172,9 +173,10 @@ def test_portraits_are_bordered_and_need_no_caption(
 
 def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "1.jpg").write_bytes(b"")
-    out = ["--out", str(tmp_path / "set")]
+    out = ["--out", str(tmp_path.parent / "set")]
     for command, said in (
         (["pictures", str(tmp_path / "none"), *out], "holds nothing to look at"),
+        (["pictures", str(tmp_path), "--out", str(tmp_path / "set")], "lies in the input"),
         (["pictures", str(tmp_path), *out, "--set", "keep.min_lines=x"], "keep.min_lines is 'x'"),
         (["pictures", str(tmp_path), *out, "--set", f"measure.insightface_root={tmp_path}"], "face models are missing"),
     ):

@@ -24,11 +24,13 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from mm_core.curation.clips import clip_frames, measure_video
 from mm_core.curation.config import Keeping, Measuring
 from mm_core.curation.items import Item
 from mm_core.curation.measure import Measurer
 from mm_core.curation.rules import judged, rules
-from mm_core.errors import CheckpointError
+from mm_core.errors import CheckpointError, MagicMirrorError
+from mm_core.video import write_video
 
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
@@ -103,3 +105,16 @@ def test_a_folder_without_a_model_is_told(tmp_path: Path, insightface_root: Path
     settings = Measuring(insightface_root=str(insightface_root), face_pack="buffalo_sc", safety=str(tmp_path))
     with pytest.raises(CheckpointError, match="holds no model"):
         Measurer(settings).by_models(np.zeros((8, 8, 3), np.uint8), "A man.")
+
+
+def test_footage_with_too_few_frames_says_so(tmp_path: Path, insightface_root: Path) -> None:
+    """Where a frame stands for several times, the clips after it are still their own."""
+    path = tmp_path / "slow.mp4"
+    write_video(path, np.repeat(np.arange(20, dtype=np.uint8) * 10, 64 * 64 * 3).reshape(20, 64, 64, 3), 4)
+    measurer = Measurer(Measuring(insightface_root=str(insightface_root), face_pack="buffalo_sc", frames=9))
+    rows = list(measure_video(measurer, Item(name="slow", suffix=".mp4", content=path)))
+    assert [row["frames"][0] for row in rows] == [0, 4, 9, 13] and {row["rate"] for row in rows} == {4.0}
+    assert {judged(row, rules("video", measurer.settings), Keeping())[0] for row in rows} == {"rate"}
+    assert abs(clip_frames(path, [3, 3, 7]).mean((1, 2, 3)) - [30, 30, 70]).max() < 3
+    with pytest.raises(MagicMirrorError, match="ends before frame 20"):
+        clip_frames(path, [3, 20])
