@@ -79,12 +79,11 @@ def became(folder: Path) -> dict[str, str]:
     found, rows = {}, {}
     for file in sorted((folder / "measured").glob("*.jsonl")):
         for row in read_lines(file):
-            rows.setdefault((row["name"], row.get("id", "")), None)
+            rows[row["name"], row.get("id", "")] = row.get("clip", 0)
     dropped = {(line["name"], line["id"]): line["rule"] for line in read_lines(folder / DROPPED)}
     kept = {line["id"] for line in read_lines(folder / MANIFEST)}
-    for name, key in rows:
-        number = key.partition("-")[2]
-        label = f"{name}#{number or 0}" if name.endswith(".mp4") else name
+    for (name, key), number in rows.items():
+        label = f"{name}#{number}" if name.endswith(".mp4") else name
         found[label] = dropped.get((name, key)) or (KEPT if key in kept else "nowhere")
     return found
 

@@ -77,7 +77,8 @@ def measure_video(measurer: Measurer, item: Item) -> Iterator[Row]:
             for place, clip in enumerate(clips):
                 # A frame that stands for several times is missing footage.
                 rate = min(footage.rate, settings.fps * len(set(clip)) / len(clip))
-                row = said | {"id": f"{said['of']}-{place}", "frames": clip, "rate": number(rate)}
+                name = f"{said['of']}-{clip[0]}-{clip[-1]}-{len(clip)}"
+                row = said | {"id": name, "clip": place, "frames": clip, "rate": number(rate)}
                 yield row | _measure_clip(measurer, clip, reader, said["caption"])
     except (MagicMirrorError, av.FFmpegError, OSError) as error:
         yield said | {"id": said.get("of", item.name), "error": ["unreadable", str(error)]}

@@ -76,7 +76,7 @@ def curate(
         tasks = [
             {"shard": dataclasses.asdict(shards[number]), "rows": rows}
             for number, rows in by_shard.items()
-            if not all((output / path).is_file() for row in rows for path in files_of(kind, row))
+            if not all((output / path).is_file() for row in rows for path in files_of(kind, row, config))
         ]
         for _ in pool.each(write_task, (kind, config, output), tasks, lambda *at: on_progress("written", *at)):
             pass

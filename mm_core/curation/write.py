@@ -29,13 +29,13 @@ def samples(kind: Kind, rows: Sequence[Row], config: CurationConfig) -> list[dic
     lines = []
     found, people = cross_references(rows, config.keep) if kind == "video" else ([], [])
     for at, row in enumerate(rows):
-        media = media_path(kind, row)
+        media = media_path(kind, row, config)
         line = {"id": row["id"], "media": media, "caption": caption_of(kind, row), "references": [media]}
         if kind == "pairs":
             line["references"] = [reference_path(row)]
         elif kind == "video":
             own = [(at, key["frame"]) for key in row["keys"][: config.keep.references]] or [(at, 0)]
-            photos = [(media_path(kind, rows[other]), frame) for other, frame in found[at] or own]
+            photos = [(media_path(kind, rows[other], config), frame) for other, frame in found[at] or own]
             line["references"] = [f"{path}@{frame}" for path, frame in photos]
             line["person"] = rows[people[at]]["id"]
         lines.append(line | {what: row[what] for what in ("source", "licence") if row[what]})
@@ -46,8 +46,10 @@ def caption_of(kind: Kind, row: Row) -> str:
     return portrait_caption(row["caption"]) if kind == "portraits" else marked(row["caption"])
 
 
-def media_path(kind: Kind, row: Row) -> str:
-    suffix = {"video": ".mp4", "portraits": ".jpg"}.get(kind, row["suffix"])
+def media_path(kind: Kind, row: Row, config: CurationConfig) -> str:
+    """The name says all that the content depends on."""
+    bordered_to = f"-{config.width}x{config.height}.jpg"
+    suffix = {"video": ".mp4", "portraits": bordered_to}.get(kind, row["suffix"])
     return f"media/{row['id'][:2]}/{row['id']}{suffix}"
 
 
@@ -64,7 +66,7 @@ def write_shard(
     """
     missing: dict[str, list[Row]] = {}
     for row in rows:
-        if not all((output / path).is_file() for path in files_of(kind, row)):
+        if not all((output / path).is_file() for path in files_of(kind, row, config)):
             missing.setdefault(row["name"], []).append(row)
     for item in shard.items():
         if kind == "video":
@@ -74,16 +76,16 @@ def write_shard(
                 _write_picture(kind, item, row, output, config)
 
 
-def files_of(kind: Kind, row: Row) -> list[str]:
+def files_of(kind: Kind, row: Row, config: CurationConfig) -> list[str]:
     """What is written of a row, below the output's folder."""
-    return [media_path(kind, row), *([reference_path(row)] if kind == "pairs" else [])]
+    return [media_path(kind, row, config), *([reference_path(row)] if kind == "pairs" else [])]
 
 
 def _write_picture(kind: Kind, item: Item, row: Row, output: Path, config: CurationConfig) -> None:
     content = item.read()
     if kind == "portraits":
         content = bordered(decode_image(io.BytesIO(content), item.name), config.width / config.height)
-    _write(output / media_path(kind, row), content)
+    _write(output / media_path(kind, row, config), content)
     if kind == "pairs":
         _write(output / reference_path(row), read(item.reference, f"The reference of {item.name}"))
 
@@ -94,7 +96,7 @@ def _write_clips(item: Item, rows: Sequence[Row], output: Path, config: Curation
     with item.on_disk() as path:
         for row in rows:
             frames = clip_frames(path, row["frames"])
-            write_video(output / media_path("video", row), frames, config.measure.fps, quality=_QUALITY)
+            write_video(output / media_path("video", row, config), frames, config.measure.fps, quality=_QUALITY)
 
 
 def bordered(image: np.ndarray, aspect: float) -> bytes:

@@ -169,6 +169,9 @@ def test_portraits_are_bordered_and_need_no_caption(
     assert sample.references == (sample.media,)
     height, width = read_picture(tmp_path / "set", sample.media).shape[:2]
     assert width == round(1.5 * height)
+    curate("portraits", [tmp_path / "1.jpg"], tmp_path / "set", replace(config, width=960))
+    (sample,) = read_manifest(tmp_path / "set")
+    assert read_picture(tmp_path / "set", sample.media).shape[1] == 2 * height
 
 
 def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
