@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def score(args: argparse.Namespace) -> int:
     """Measure a folder of clips against reference photos. Returns 1 if some could not be measured."""
-    return _measure(args, args.videos, args.references, args.out)
+    return _measure(args, _judging(args), args.videos, args.references, args.out)
 
 
 def make_set(args: argparse.Namespace) -> int:
@@ -62,8 +63,11 @@ def benchmark(args: argparse.Namespace) -> int:
     from .systems import LOADERS, Size, Weights
     from .tables import RESULTS, write_tables
 
+    if not re.fullmatch(r"\w[\w .'-]*", args.system):
+        raise SettingError(f"The system is {args.system!r}; it must be a folder's name, such as {SYSTEMS[0]}")
     out, entries = args.out / args.system, read_set(args.set)
     processes = PartialState(cpu=not torch.accelerator.is_available())  # which alone lets processes on CPUs meet
+    judging = _judging(args) if processes.is_main_process else None  # what is wrong with it is told before the clips
     if args.system in SYSTEMS:
         if args.model is None:
             raise SettingError(f"--model is missing: give the folder of {args.system}'s weights")
@@ -84,10 +88,10 @@ def benchmark(args: argparse.Namespace) -> int:
             f"{out / VIDEOS}: put them there as {clip_of(out, entries[0]).name}"
         )
     code = 0
-    if processes.is_main_process:
-        made = max(path.stat().st_mtime for path in (out / VIDEOS).rglob("*"))
+    if judging is not None:
+        made = max((path.stat().st_mtime for path in (out / VIDEOS).rglob("*")), default=0.0)
         if not (out / RESULTS).is_file() or (out / RESULTS).stat().st_mtime < made:
-            code = _measure(args, out / VIDEOS, args.set, out)
+            code = _measure(args, judging, out / VIDEOS, args.set, out)
         print(*write_tables(args.out), sep="\n")
     processes.destroy_process_group()
     return code
@@ -124,41 +128,46 @@ def factors(args: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(args: argparse.Namespace, videos: Path, references: Path, out: Path) -> int:
-    """Measure, write, print the summary. 0, or 1 if some videos could not be measured."""
+def _judging(args: argparse.Namespace) -> dict[str, Any]:
+    """The networks that measure: arguments of `evaluate`."""
     from .inception import Inception
     from .opens2v import FaceSim
     from .people import mean_face
     from .raft import Raft
     from .recognisers import other_judges
-    from .report import write_report
-    from .run import evaluate
     from .text import TextAlignment
 
     warnings.filterwarnings("ignore", "`estimate` is deprecated", FutureWarning)  # insightface's, in mid-progress
     analyzer = _analyzer(args)
-    centre = mean_face(analyzer, args.centre) if args.centre else None
-    options = {
-        "centre": centre,
+    return {
+        "analyzer": analyzer,
+        "centre": mean_face(analyzer, args.centre) if args.centre else None,
         "alignment": TextAlignment(args.clip) if args.clip else None,
         "flow_between": Raft(args.raft) if args.raft else None,
         "judges": other_judges(analyzer),
         "facesim": FaceSim(analyzer, args.curricularface),
         "inception": Inception(args.inception) if args.inception else None,
     }
+
+
+def _measure(args: argparse.Namespace, judging: dict[str, Any], videos: Path, references: Path, out: Path) -> int:
+    """Measure, write, print the summary. 0, or 1 if some videos could not be measured."""
+    from .report import write_report
+    from .run import evaluate
+
     with _bar("video") as show:
         evaluation = evaluate(
-            analyzer, videos, references, threshold=args.threshold,
-            on_video=lambda name, done, total: show(done, total, name), **options,
+            videos=videos, references=references, threshold=args.threshold,
+            on_video=lambda name, done, total: show(done, total, name), **judging,
         )  # fmt: skip
         show(len(evaluation.clips) + len(evaluation.skipped), len(evaluation.clips) + len(evaluation.skipped))
     settings = {
         "face_pack": args.face_pack,
         "threshold": args.threshold,
-        "centred": centre is not None,
+        "centred": args.centre is not None,
         "flow": args.raft.name if args.raft else "DIS",
         "clip": args.clip.name if args.clip else None,
-        "judges": [judge.name for judge in options["judges"]],
+        "judges": [judge.name for judge in judging["judges"]],
     }
     for path in write_report(out, evaluation, settings):
         print(path)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, reason
+from .weights import load_weights
 
 WEIGHTS = "glint360k_curricular_face_r101_backbone.bin"
 _STAGES = ((64, 64, 3), (64, 128, 13), (128, 256, 30), (256, 512, 3))  # channels in, out, and how many units
@@ -60,16 +60,8 @@ class CurricularFace:
     def __init__(self, file: Path) -> None:
         with torch.device("meta"):
             self._network = IResNet101()
-        try:
-            weights = torch.load(file, map_location="cpu", weights_only=True)
-            self._network.load_state_dict(weights, assign=True)
-        except (OSError, RuntimeError, EOFError, TypeError, torch.serialization.pickle.UnpicklingError) as error:
-            said = " ".join(reason(error).split())[:300]
-            raise CheckpointError(
-                f"{file} does not hold CurricularFace's weights: {said}. Give {WEIGHTS}, which is part "
-                "of the weights of OpenS2V-Eval and of ConsisID"
-            ) from error
-        self._network.eval()
+        remedy = f"Give {WEIGHTS}, which is part of the weights of OpenS2V-Eval and of ConsisID"
+        load_weights(self._network, file, "CurricularFace's weights", remedy)
 
     @torch.inference_mode()
     def __call__(self, face: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from .benchmark_set import Entry
 from .systems import Make, Request, Size
 
 VIDEOS, COSTS, RUN = "videos", "costs", "run.json"
+_UNCOUNTED = ("cpu", "mps")
 
 
 def generate(
@@ -60,7 +61,7 @@ def clip_of(out: Path, entry: Entry) -> Path:
 def check_run(out: Path, settings: dict[str, Any], size: Size, seed: int) -> None:
     """Note what the clips of a folder are made with; raise SettingError where clips are there of something else."""
     wanted = settings | asdict(size) | {"seed": seed}
-    if not (out / RUN).is_file():
+    if not any((out / VIDEOS).glob("*")):
         write_json(out / RUN, wanted)
     known = read_object(out / RUN)
     differ = [name for name in wanted if known.get(name) != wanted[name]]
@@ -70,14 +71,14 @@ def check_run(out: Path, settings: dict[str, Any], size: Size, seed: int) -> Non
 
 
 def _start(device: torch.device) -> float:
-    if device.type != "cpu":
+    if device.type not in _UNCOUNTED:
         torch.get_device_module(device).reset_peak_memory_stats(device)
     return time.perf_counter()
 
 
 def _peak(device: torch.device) -> int:
-    """Bytes: the most on the device since the start; on a CPU, what the process holds now."""
-    if device.type != "cpu":
+    """Bytes: the most on the device since the start; where torch does not count, what the process holds now."""
+    if device.type not in _UNCOUNTED:
         return torch.get_device_module(device).max_memory_allocated(device)
     import psutil
 
@@ -85,4 +86,4 @@ def _peak(device: torch.device) -> int:
 
 
 def _name(device: torch.device) -> str:
-    return "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
+    return device.type if device.type in _UNCOUNTED else torch.get_device_module(device).get_device_name(device)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ..errors import CheckpointError, MagicMirrorError, downloading, reason
+from ..errors import MagicMirrorError, downloading
+from .weights import load_weights
 
 DOWNLOAD = "download"
 """In place of a file: TensorFlow's weights of 2015, torchmetrics' default, which torch-fidelity fetches."""
@@ -79,12 +80,6 @@ def _torchvision(file: Path) -> nn.Module:
 
     with torch.device("meta"):
         network = inception_v3(weights=None, init_weights=False)
-    try:
-        network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True), assign=True)
-    except (OSError, RuntimeError, EOFError, TypeError, torch.serialization.pickle.UnpicklingError) as error:
-        said = " ".join(reason(error).split())[:300]
-        raise CheckpointError(
-            f"{file} does not hold the weights of torchvision's inception_v3: {said}. Give its "
-            f"inception_v3_google file, or {DOWNLOAD}"
-        ) from error
-    return _Logits(network.eval())
+    remedy = f"Give its inception_v3_google file, or {DOWNLOAD}"
+    load_weights(network, file, "the weights of torchvision's inception_v3", remedy)
+    return _Logits(network)

@@ -73,8 +73,8 @@ def magic_mirror(weights: Weights, analyzer: FaceAnalyzer, device: torch.device)
     base = mirror.base
 
     def make(request: Request) -> tuple[np.ndarray, int]:
-        photos = [read_image(path) for path in request.photos]
-        identity = mirror.identity(analyse_references(analyzer, photos))
+        photos, names = [read_image(path) for path in request.photos], [str(path) for path in request.photos]
+        identity = mirror.identity(analyse_references(analyzer, photos, names=names))
         size = request.size
         clip = ClipSettings.of_model(
             base.limits, base.sampling, prompt=request.prompt, seed=request.seed, width=size.width, height=size.height,

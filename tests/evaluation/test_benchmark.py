@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKLCogVideoX,
     AutoencoderKLMagvit,
     CogVideoXImageToVideoPipeline,
     CogVideoXTransformer3DModel,
@@ -28,7 +27,7 @@ from diffusers import (
     EasyAnimateTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
 )
-from tiny_models import _VAE, TRANSFORMERS, build_pipeline
+from tiny_models import TRANSFORMERS, build_pipeline
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from mm_core.errors import CheckpointError, MagicMirrorError, SettingError
@@ -121,8 +120,11 @@ def test_killed_and_resumed_to_a_table_and_exports(
     assert before == {name: (videos / name).stat().st_mtime_ns for name in before}  # kept
     assert main([*ours[:-1], "--seed=6"]) == 2
     assert "made with seed 5, not 6" in capsys.readouterr().err
-    assert main([*common, "--system=nobody"]) == 2
-    assert "karl_prompt1.mp4" in capsys.readouterr().err
+    for wrong, told in (
+        (["--system=nobody"], "karl_prompt1.mp4"), (["--system=../out"], "a folder's name"),
+        ([*ours[-4:-1], "--system=cogvideox", "--clip=/nowhere"], "no CLIP model"),  # before anything is made
+    ):  # fmt: skip
+        assert main([*common, *wrong]) == 2 and told in capsys.readouterr().err
 
     shutil.copytree(videos, out / "somebody's" / "videos")
     shutil.copy(out / "magic-mirror" / "results.json", out / "somebody's")  # newer than the clips: not measured again
@@ -173,7 +175,7 @@ def tiny(system: str) -> DiffusionPipeline:
     pipe = build_pipeline("5b")
     text = dict(tokenizer=pipe.tokenizer, text_encoder=pipe.text_encoder)
     sizes = TRANSFORMERS["5b"] | dict(in_channels=8, max_text_seq_length=226)
-    shared = dict(vae=AutoencoderKLCogVideoX(**_VAE), scheduler=pipe.scheduler, **text)
+    shared = dict(vae=pipe.vae, scheduler=pipe.scheduler, **text)
     if system == "cogvideox":
         return pipe
     if system == "cogvideox-i2v":
