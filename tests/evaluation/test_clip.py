@@ -89,9 +89,9 @@ def test_a_face_swapped_half_way_drops(analyzer, photos, person_a):
 def test_a_fading_identity_decays(analyzer, photos, person_a):
     into_another = [
         np.round((1 - part) * photos["person_a_2"] + part * photos["impostor_1"]).astype(np.uint8)
-        for part in np.linspace(0, 1, 8)
+        for part in np.linspace(0, 1, 4)
     ]
-    into_blur = [blurred(photos["person_a_2"], radius) for radius in range(8)]
+    into_blur = [blurred(photos["person_a_2"], radius) for radius in (0, 2, 4, 7)]
     assert scored(analyzer, person_a, into_another)[2].id_decay > 0.5
     assert scored(analyzer, person_a, into_blur)[2].id_decay > 0.1
 

@@ -125,9 +125,10 @@ def test_all_bad_videos_still_make_a_report(folders, insightface_root, capsys, w
     assert json.loads((folders / "out" / "results.json").read_text(encoding="utf-8"))["summary"] is None
 
 
-def test_centring_is_on_request(folders, insightface_root, without_judges):
+def test_centring_is_on_request(folders, insightface_root, without_judges, photos):
     for path in [*(folders / "videos").glob("person_b/*"), *(folders / "videos").glob("*[!l].mp4")]:
         path.unlink()  # all but person_a_still
+    write_video(folders / "videos" / "person_a_still.mp4", photos["person_a_2"][None], 8)
     argv = ["score", *arguments(folders, insightface_root), "--centre", str(folders / "references")]
     assert command.main(argv) == 0
     results = json.loads((folders / "out" / "results.json").read_text(encoding="utf-8"))
