@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .pipelines.clip import ClipSettings
     from .pipelines.lora import Lora
 
-from .files import DOWNLOADS
+from .files import DOWNLOADS, ENCODED
 
 FACES = Path.home() / ".insightface"
 
@@ -70,7 +70,7 @@ def generate(args: argparse.Namespace) -> None:
         check_weights(args.weights, len(args.reference))
     model = MagicMirror(
         _base(args), adapter=args.adapter, id_encoder=_id_encoder(args), precision=args.precision, offload=args.offload,
-        attention=args.attention, compile=args.compile,
+        attention=args.attention, compile=args.compile, cache=ENCODED,
     )  # fmt: skip
     clip = _clip_settings(args, model.base)
     settings = AdapterSettings(

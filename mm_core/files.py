@@ -17,6 +17,8 @@ from .errors import MagicMirrorError
 
 DOWNLOADS = Path.home() / ".cache" / "magic-mirror-models"
 """Where commands put the models that they fetch."""
+ENCODED = Path.home() / ".cache" / "magic-mirror-encoded"
+"""Where commands keep what encoders made of prompts and photos."""
 PARTIAL = ".partial"
 """How the name of an unfinished file ends; a killed process may leave one behind."""
 STALE_SECONDS = 24 * 3600

@@ -106,6 +106,7 @@ class MagicMirrorLoader(io.ComfyNode):
             attention=attention,
             compile=compile,
             residence=ComfyUI(offload),
+            cache=runtime.cache_folder(),
         )
         _open[key] = mirror
         return io.NodeOutput(Model(mirror=mirror, face_pack=face_pack), mirror.status, ui=runtime.show(mirror.status))

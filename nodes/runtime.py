@@ -138,6 +138,11 @@ def model_file(kind: str, name: str) -> Path:
     return Path(path)
 
 
+def cache_folder() -> Path:
+    """A folder that stays, and that ComfyUI serves to nobody."""
+    return Path(folder_paths.get_system_user_directory("magic_mirror"))
+
+
 def t5_tokenizer() -> Path:
     """The folder of the T5 tokenizer that is part of ComfyUI."""
     return Path(inspect.getfile(comfy.utils)).parent / "text_encoders" / "t5_tokenizer"

@@ -34,6 +34,13 @@ def arguments(photographs: Path, insightface_root: Path, tmp_path: Path) -> list
     ]
 
 
+@pytest.fixture(autouse=True)
+def encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home without a cache of prompts."""
+    monkeypatch.setattr("mm_core.__main__.ENCODED", tmp_path / "encoded")
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
 def test_photos_and_a_prompt_become_a_video(arguments: list[str], photographs: Path, repository: Path) -> None:
     """Two photos of one person; the last line is the video's path; what the weights are is said first."""
     arguments.insert(3, str(photographs / "person_b_1.jpg"))

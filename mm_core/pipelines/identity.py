@@ -16,6 +16,9 @@ from ..errors import CheckpointError
 from ..faces.references import Reference
 from ..memory import Part, Residence
 from ..models.id_encoder import FaceFeatures, IDEncoder
+from .disk_cache import DiskCache, cache_key
+
+_FINGERPRINT = "fingerprint"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +82,15 @@ def encode_identity(references: Sequence[Reference], encoder: IDEncoder, device:
 class IdentityEncoder:
     """The frozen ID encoder, PhotoMaker-V2's or one of another size, read when it is first needed.
 
-    path: its file; None where none was chosen, which is an error only when it is needed.
+    Args:
+        path: its file; None where none was chosen, which is an error only when it is needed.
+        cache: for the features of photos.
     """
 
-    def __init__(self, path: Path | None, dtype: torch.dtype, residence: Residence) -> None:
-        self._path, self._dtype, self._residence = path, dtype, residence
+    def __init__(
+        self, path: Path | None, dtype: torch.dtype, residence: Residence, cache: DiskCache | None = None
+    ) -> None:
+        self._path, self._dtype, self._residence, self._cache = path, dtype, residence, cache
 
     @cached_property
     def module(self) -> IDEncoder:
@@ -104,8 +111,20 @@ class IdentityEncoder:
 
         face_pack: the name of the face models that found them; an identity file tells it.
         """
+        key = None
+        if self._cache is not None:
+            seen = [(reference.crop.tobytes(), reference.face.embedding.tobytes()) for reference in references]
+            key = cache_key([self._chosen()], "identity", self._dtype, seen)
+            found = self._cache.get(key)
+            if found is not None:
+                vars(self)["fingerprint"] = bytes(found.pop(_FINGERPRINT).tolist()).decode()
+                identity = Identity(features=FaceFeatures(**found), references=tuple(references))
+                return replace(identity, encoder=self.fingerprint, face_pack=face_pack)
         with self._part.ready():
             identity = encode_identity(references, self.module, self._part.device)
+        if key is not None:
+            fingerprint = torch.tensor(list(self.fingerprint.encode()), dtype=torch.uint8)
+            self._cache.put(key, identity.features._asdict() | {_FINGERPRINT: fingerprint})
         return replace(identity, encoder=self.fingerprint, face_pack=face_pack)
 
     def unload(self) -> None:

@@ -19,6 +19,7 @@ from .checks import Checks
 from .clip import Clip, ClipSettings, StepCallback
 from .control import AdapterSettings
 from .decode import choose_tiles, decode, decode_bytes
+from .disk_cache import DiskCache
 from .identity import Identity, IdentityEncoder
 from .kernels import check_kernels
 from .loaded import LoadedBase, load_base, vae_of
@@ -43,6 +44,7 @@ class MagicMirror:
         compile: compile the transformer's blocks; the first clip of a size takes minutes longer.
         device: where to compute; the accelerator by default.
         residence: who decides both of these instead, such as ComfyUI.
+        cache: a folder for what the text and ID encoders make of prompts and photos; None to keep nothing on disk.
 
     Raises:
         CheckpointError: the adapter file is damaged or was made for a base of other sizes. Weights are not read yet.
@@ -62,6 +64,7 @@ class MagicMirror:
         compile: bool = False,
         device: torch.device | None = None,
         residence: Residence | None = None,
+        cache: Path | None = None,
     ) -> None:
         self.base, self.residence = base, residence or Offloading(offload, device or default_device())
         self.dtype = self.residence.dtype("transformer", precision)
@@ -73,10 +76,10 @@ class MagicMirror:
         self._settled: Residence | None = None
         if isinstance(base, TinyBase):
             adapter, id_encoder = adapter or base.adapter, id_encoder or base.id_encoder
-        self.adapter_path = adapter
-        self.id_encoder = IdentityEncoder(id_encoder, self.dtype, self.residence)
+        self.adapter_path, kept = adapter, None if cache is None else DiskCache(cache)
+        self.id_encoder = IdentityEncoder(id_encoder, self.dtype, self.residence, kept)
         text_dtype = self.residence.dtype("text_encoder", precision)
-        self.text = prompt_encoder(base, text_dtype, self.residence, self._stored)
+        self.text = prompt_encoder(base, text_dtype, self.residence, self._stored, kept)
         self.header: AdapterHeader | None = None if adapter is None else read_header(adapter)
         if self.header is not None:
             self.header.check_fits(base.transformer_config, adapter=adapter.name, base=base.name)

@@ -17,6 +17,7 @@ from ..errors import NumericsError, OutOfMemoryError
 from ..memory import Part, Residence
 from ..numerics import precision_name, remedy
 from ..out_of_memory import out_of_memory_as
+from .disk_cache import DiskCache, cache_key
 from .parts import stored_dtype
 from .prompt import check_text
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _KEPT = 32  # prompts; 2 MB each
+_EMBEDS = "prompt_embeds"
 _ACTIVATION_BYTES = 2**30  # of one prompt in T5-XXL, generously
 
 # The encoders that some model holds: all base models with the same files share one, and what it has made of prompts.
@@ -35,7 +37,11 @@ _shared: WeakValueDictionary[tuple[object, ...], PromptEncoder] = WeakValueDicti
 
 
 def prompt_encoder(
-    base: BaseModel, dtype: torch.dtype, residence: Residence, stored: str | None = None
+    base: BaseModel,
+    dtype: torch.dtype,
+    residence: Residence,
+    stored: str | None = None,
+    cache: DiskCache | None = None,
 ) -> PromptEncoder:
     """The text encoder of a base model in this type. Nothing is loaded yet.
 
@@ -44,10 +50,10 @@ def prompt_encoder(
     quantised = stored if stored in QUANTISED else None
     files = [path.resolve() for path in base.text_encoder_files if path.is_file()]
     versions = [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in files]
-    key = (dtype, residence, quantised and "int8", *(versions or [base]))
+    key = (dtype, residence, quantised and "int8", cache, *(versions or [base]))
     encoder = _shared.get(key)
     if encoder is None:
-        encoder = _shared[key] = PromptEncoder(base, dtype, quantised)
+        encoder = _shared[key] = PromptEncoder(base, dtype, quantised, cache)
     return encoder
 
 
@@ -59,10 +65,12 @@ def token_ids(base: BaseModel, text: str) -> tuple[int, ...]:
 
 
 class PromptEncoder:
-    """A base model's text encoder and the embeddings of the last prompts."""
+    """A base model's text encoder and the embeddings of the last prompts, many more of them on disk."""
 
-    def __init__(self, base: BaseModel, dtype: torch.dtype, quantised: str | None = None) -> None:
-        self._base, self._dtype, self._quantised = base, dtype, quantised
+    def __init__(
+        self, base: BaseModel, dtype: torch.dtype, quantised: str | None = None, cache: DiskCache | None = None
+    ) -> None:
+        self._base, self._dtype, self._quantised, self._cache = base, dtype, quantised, cache
         self._module: T5EncoderModel | None = None
         self._part: Part | None = None
         self._embeds: dict[tuple[int, ...], Tensor] = {}
@@ -91,14 +99,27 @@ class PromptEncoder:
         """
         ids = tuple(ids)
         if ids not in self._embeds:
-            embeds = self._run(ids, residence)
+            embeds = self._known(ids) if self._cache else None
+            if embeds is None:
+                embeds = self._run(ids, residence)
+                if self._cache:
+                    self._cache.put(self._key(ids), {_EMBEDS: embeds})
             if len(self._embeds) == _KEPT:
                 del self._embeds[next(iter(self._embeds))]
             self._embeds[ids] = embeds
         return self._embeds[ids]
 
+    def _key(self, ids: tuple[int, ...]) -> str:
+        kind = self._quantised and "int8"
+        return cache_key(self._base.text_encoder_files, "T5", self._dtype, kind, ids)
+
+    def _known(self, ids: tuple[int, ...]) -> Tensor | None:
+        """From disk."""
+        found = self._cache.get(self._key(ids)) or {}
+        return found.get(_EMBEDS)
+
     def unload(self) -> None:
-        """Let go of the weights and of all embeddings."""
+        """Let go of the weights and of all embeddings in memory."""
         self._module = self._part = None
         self._embeds.clear()
 

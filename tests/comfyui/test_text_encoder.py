@@ -1,4 +1,5 @@
-"""T5 in a ComfyUI that makes several clips: read from disk once, on both routes, and gone when memory is freed."""
+"""T5 in a ComfyUI that makes several clips: read from disk once, on both routes, and gone when memory is freed; in the
+next process not even that, for a prompt that the one before has seen."""
 
 from __future__ import annotations
 
@@ -69,4 +70,15 @@ def test_it_is_read_once_for_three_clips_of_two_prompts(probed: ComfyServer, own
 def test_it_leaves_when_memory_is_freed(probed: ComfyServer, own: Any) -> None:
     read, _ = clip(probed, own, PROMPTS[0])
     probed.free()
-    assert clip(probed, own, PROMPTS[0])[0] == read + 1
+    assert clip(probed, own, PROMPTS[0])[0] == read  # its prompts are on disk
+    assert clip(probed, own, "A boy img sings.")[0] == read + 1
+
+
+def test_the_next_process_reads_none_for_the_same_prompt(probed: ComfyServer, own: Any) -> None:
+    """In 4 bits neither has been made yet."""
+    clip(probed, own, PROMPTS[0])
+    probed.__exit__(None, None, None)
+    probed.__enter__()
+    assert clip(probed, own, PROMPTS[0]) == (0, 0)
+    own.inputs("MagicMirrorLoader")["precision"] = "nf4"
+    assert clip(probed, own, PROMPTS[0]) == (1, 3)
