@@ -192,19 +192,23 @@ class Reference:
 
 
 def of_schedules():
-    """For each sampler: whether it is equal to computing step by step, and the rows that a block has computed."""
+    """For each sampler: whether it is equal to computing step by step, the rows that a block's CAN has computed, and
+    how often a block that is not adapted has run."""
     found = {}
     for name, (made, options) in cases().items():
-        rows = []
+        rows, calls = [], []
+        block = core.model.diffusion_model.blocks[1].register_forward_pre_hook(lambda *_, c=calls: c.append(None))
         hook = native.adapter.blocks["2"].can.register_forward_pre_hook(
             lambda module, inputs, rows=rows: rows.append(len(inputs[1]))
         )
         samples = sample(*made, **options)
         hook.remove()
+        block.remove()
         native_model.Factors, ours = Reference, native_model.Factors
         expected = sample(*made, **options)
         native_model.Factors = ours
         found[name] = dict(equal=torch.equal(samples, expected), rows=sum(rows), finite=bool(samples.isfinite().all()))
+        found[name]["calls"] = len(calls)
     return found
 
 
@@ -223,7 +227,7 @@ def cases():
         dim=2,
     )
     found["context windows"] = (cut, prompt), dict(frames=10)
-    found["EasyCache"] = (EasyCacheNode.execute(model, 0.2, 0.15, 0.95, False).args[0], prompt), {}
+    found["EasyCache"] = (EasyCacheNode.execute(model, 3.0, 0.15, 0.95, False).args[0], prompt), {}
     lora = model.clone()
     lora.add_patches({"diffusion_model.blocks.2.norm1.linear.weight": (noise(192, 10, seed=5),)}, 0.3)
     found["LoRA"] = (lora, prompt), {}
