@@ -136,6 +136,7 @@ def _clip_settings(args: argparse.Namespace, base: BaseModel) -> ClipSettings:
         dynamic_guidance=args.scheduler == "dpm",
         scheduler=args.scheduler,
         step_cache=args.step_cache,
+        guidance_end=args.guidance_end,
         seed=args.seed,
     )
 
@@ -297,6 +298,7 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     add("--guidance", type=float, default=0.0, help=f"classifier-free guidance, 1 is off, {own}")
     add("--scheduler", default=AS_MODEL, choices=(AS_MODEL, *SCHEDULERS), help=own)
     add("--step-cache", default=STEP_CACHES[0], choices=STEP_CACHES, help="reuse much of a step in the next one")
+    add("--guidance-end", type=float, default=1.0, help="part of the steps after which guidance is off, 0 to 1")
     add("--seed", type=int, default=0)
     add("--identity-scale", type=float, default=1.0, help="strength of the text fusion, 0 to 3")
     add("--can-scale", type=float, default=1.0, help="strength of CAN, 0 to 3")

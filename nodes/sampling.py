@@ -90,6 +90,7 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
         scheduler: str,
         seed: int,
         step_cache: str = STEP_CACHES[0],
+        guidance_end: float = 1.0,
     ) -> io.NodeOutput:
         from ..mm_core.pipelines.clip import ClipSettings
 
@@ -108,6 +109,7 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
             scheduler=scheduler,
             seed=seed,
             step_cache=step_cache,
+            guidance_end=guidance_end,
         )
         mirror, settings = model.mirror, model.settings or AdapterSettings()
         mirror.check(clip, model.identity, settings)
@@ -234,5 +236,14 @@ def _denoising_inputs() -> list[io.Input]:
             optional=True,  # workflows of before have none
             tooltip="Skip most of a step where little changes from the one before. off: every step in full. balanced: "
             "nearly the same clip. fast: less work, more deviation. Helps from about 20 steps on.",
+        ),
+        io.Float.Input(
+            "guidance_end",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            optional=True,
+            tooltip="Part of the steps after which guidance is off, and a step half the work. 1: guided to the end.",
         ),
     ]

@@ -33,7 +33,7 @@ NODES = {
     "MagicMirrorLoRA": ("model lora_name strength", "", ["MAGICMIRROR_MODEL,MODEL", "STRING"]),
     "MagicMirrorCogVideoXSampler": (
         "model prompt negative_prompt width height num_frames steps guidance_scale dynamic_guidance scheduler seed",
-        "step_cache",
+        "step_cache guidance_end",
         ["IMAGE", "LATENT", "VIDEO", "STRING"],
     ),
     "MagicMirrorVideoCombine": (
