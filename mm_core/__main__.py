@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,14 +21,17 @@ from .choices import (
     VIDEO_FORMATS,
 )
 from .errors import MagicMirrorError, packages
-from .files import atomic_write
+from .files import atomic_write, numbered_name
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .pipelines.base import BaseModel
     from .pipelines.clip import ClipSettings
+    from .pipelines.control import AdapterSettings
+    from .pipelines.identity import Identity
     from .pipelines.lora import Lora
+    from .pipelines.magic_mirror import MagicMirror
 
 from .files import DOWNLOADS, ENCODED
 
@@ -49,30 +53,30 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def generate(args: argparse.Namespace) -> None:
-    """Check everything that can be checked, look at the photos, and only then load the base model."""
-    from tqdm import tqdm
+    """Check everything that can be checked, look at the photos, and only then load the base model.
+
+    Of several processes (torchrun, accelerate launch) each makes its share of the clips, or its part of every clip.
+    """
+    from accelerate import PartialState
+    from torch import accelerator
 
     from .faces.analysis import FaceAnalyzer
     from .faces.references import analyse_references, check_number, check_weights, read_image
     from .pipelines.control import AdapterSettings
     from .pipelines.magic_mirror import MagicMirror
-    from .video import write_video
 
-    output: Path = args.output
-    if output.suffix[1:] not in VIDEO_FORMATS:
-        raise MagicMirrorError(f"The output is {output.name}; its ending must be one of {', '.join(VIDEO_FORMATS)}.")
-    if not output.absolute().parent.is_dir():
-        raise MagicMirrorError(f"The folder {output.absolute().parent} of the output does not exist; make it first.")
-    if output.is_dir():
-        raise MagicMirrorError(f"The output {output} is a folder; give a file in it, or another name.")
+    wanted = list(product(args.prompt, args.seed))
+    outputs = _outputs(args.output, len(wanted))
     check_number(len(args.reference))
     if args.weights:
         check_weights(args.weights, len(args.reference))
+    processes = PartialState(cpu=not accelerator.is_available())
     model = MagicMirror(
         _base(args), adapter=args.adapter, id_encoder=_id_encoder(args), precision=args.precision, offload=args.offload,
-        attention=args.attention, compile=args.compile, cache=ENCODED,
+        attention=args.attention, compile=args.compile, cache=ENCODED, context_parallel=args.context_parallel,
+        device=processes.device if processes.num_processes > 1 else None,
     )  # fmt: skip
-    clip = _clip_settings(args, model.base)
+    clips = [_clip_settings(args, model.base, prompt, seed) for prompt, seed in wanted]
     settings = AdapterSettings(
         identity_scale=args.identity_scale,
         can_scale=args.can_scale,
@@ -80,23 +84,57 @@ def generate(args: argparse.Namespace) -> None:
         start=args.start,
         end=args.end,
     )
-    model.checks.of_prompt(clip, settings)
+    for clip in clips:
+        model.checks.of_prompt(clip, settings)
     loras = [_lora(text, model.base) for text in args.lora]
     print(model.status)
     images = [read_image(path) for path in args.reference]
     if args.download:
-        _download_face_pack(args.insightface_root, args.face_pack)
+        with processes.local_main_process_first():
+            _download_face_pack(args.insightface_root, args.face_pack)
     analyzer = FaceAnalyzer(args.insightface_root, args.face_pack)
     which = int(args.face) if args.face.isdigit() else args.face
     names = [path.name for path in args.reference]
     identity = model.identity(analyse_references(analyzer, images, which=which, names=names, weights=args.weights))
     print(identity.report)
+    own = slice(None) if args.context_parallel else slice(processes.process_index, None, processes.num_processes)
+    for clip, output in list(zip(clips, outputs, strict=True))[own]:
+        latents = _sample(model, clip, identity, settings, loras)
+        if processes.is_main_process or not args.context_parallel:
+            _write(model, latents, output)
+    if processes.num_processes > 1:
+        processes.wait_for_everyone()
+        processes.destroy_process_group()
+
+
+def _outputs(output: Path, clips: int) -> list[Path]:
+    """The files of the clips, after a look at what was asked for: numbered where there are several."""
+    if output.suffix[1:] not in VIDEO_FORMATS:
+        raise MagicMirrorError(f"The output is {output.name}; its ending must be one of {', '.join(VIDEO_FORMATS)}.")
+    if not output.absolute().parent.is_dir():
+        raise MagicMirrorError(f"The folder {output.absolute().parent} of the output does not exist; make it first.")
+    if output.is_dir():
+        raise MagicMirrorError(f"The output {output} is a folder; give a file in it, or another name.")
+    if clips == 1:
+        return [output]
+    return [output.with_name(numbered_name(output.stem, number + 1, output.suffix)) for number in range(clips)]
+
+
+def _sample(
+    model: MagicMirror, clip: ClipSettings, identity: Identity, settings: AdapterSettings, loras: list[Lora]
+) -> Tensor:
+    from tqdm import tqdm
+
     plan = model.plan_line(clip, identity)
     if plan is not None:
         print(plan)
-
     with tqdm(total=clip.steps, unit="step") as bar:
-        latents = model.sample(clip, identity, settings, on_step=lambda *_: bar.update(), loras=loras)
+        return model.sample(clip, identity, settings, on_step=lambda *_: bar.update(), loras=loras)
+
+
+def _write(model: MagicMirror, latents: Tensor, output: Path) -> None:
+    from .video import write_video
+
     try:
         result = model.decode(latents)
         write_video(output, result.frames, result.fps, format=output.suffix[1:])
@@ -120,13 +158,13 @@ def _lora(text: str, base: BaseModel) -> Lora:
     return lora
 
 
-def _clip_settings(args: argparse.Namespace, base: BaseModel) -> ClipSettings:
+def _clip_settings(args: argparse.Namespace, base: BaseModel, prompt: str, seed: int) -> ClipSettings:
     from .pipelines.clip import ClipSettings
 
     return ClipSettings.of_model(
         base.limits,
         base.sampling,
-        prompt=args.prompt,
+        prompt=prompt,
         negative_prompt=args.negative_prompt,
         width=args.width,
         height=args.height,
@@ -137,7 +175,7 @@ def _clip_settings(args: argparse.Namespace, base: BaseModel) -> ClipSettings:
         scheduler=args.scheduler,
         step_cache=args.step_cache,
         guidance_end=args.guidance_end,
-        seed=args.seed,
+        seed=seed,
     )
 
 
@@ -268,8 +306,8 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--reference", type=Path, nargs="+", required=True, help="photos of one person")
     add("--weights", type=float, nargs="+", help="how much each photo counts, 0 to 100; 0 leaves it out")
-    add("--prompt", required=True, help='names the person by a word, or marks one: "a man img reading"')
-    add("--output", type=Path, required=True, help="the video: .mp4, .webm, .webp or .gif")
+    add("--prompt", nargs="+", required=True, help='names the person by a word, or marks one: "a man img reading"')
+    add("--output", type=Path, required=True, help="the video: .mp4, .webm, .webp or .gif; several are numbered")
     add("--negative-prompt", default="")
     add(
         "--base",
@@ -299,7 +337,7 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     add("--scheduler", default=AS_MODEL, choices=(AS_MODEL, *SCHEDULERS), help=own)
     add("--step-cache", default=STEP_CACHES[0], choices=STEP_CACHES, help="reuse much of a step in the next one")
     add("--guidance-end", type=float, default=1.0, help="part of the steps after which guidance is off, 0 to 1")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, nargs="+", default=[0], help="each prompt with each seed is a clip")
     add("--identity-scale", type=float, default=1.0, help="strength of the text fusion, 0 to 3")
     add("--can-scale", type=float, default=1.0, help="strength of CAN, 0 to 3")
     add("--ip-scale", type=float, default=1.0, help="strength of the cross-attention, 0 to 3")
@@ -310,6 +348,7 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     add("--offload", default="auto", choices=OFFLOADING)
     add("--attention", default=ATTENTIONS[0], choices=ATTENTIONS, help="kernel of the transformer's attention")
     add("--compile", action="store_true", help="compile the transformer's blocks; the first clip takes minutes longer")
+    add("--context-parallel", action="store_true", help="under torchrun: all processes share each clip")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import av
 import pytest
 import torch
 from lora_files import write_loras
+from processes import run_two
 from safetensors.torch import load_file
 
 from mm_core.__main__ import main
@@ -69,6 +70,19 @@ def test_a_lora_changes_the_clip(arguments: list[str], tmp_path: Path, capsys: p
     assert "weights.safetensors: 57 layers, strength 0.5" in capsys.readouterr().out
 
 
+def test_two_processes_share_the_clips(arguments: list[str], tmp_path: Path) -> None:
+    """Two prompts: each process makes one, the clip of a run of its own, in a file that is named by its place."""
+    prompts = ["A woman img smiles", "A woman img turns her head"]
+    printed = run_two("-m", "mm_core", *arguments, "--output", str(tmp_path / "clip.gif"), "--prompt", *prompts)
+    made = [tmp_path / f"clip_{number:05}_.gif" for number in (1, 2)]
+    assert sorted(line for line in printed.splitlines() if line.endswith(".gif")) == [str(path) for path in made]
+    assert printed.count("tiny: trained") == 2
+    for prompt, path in zip(prompts, made, strict=True):
+        assert main([*arguments, "--output", str(tmp_path / "alone.gif"), "--prompt", prompt]) == 0
+        assert path.read_bytes() == (tmp_path / "alone.gif").read_bytes()
+    assert made[0].read_bytes() != made[1].read_bytes()
+
+
 @pytest.mark.parametrize(
     ("name", "start"), [("clip.webm", b"\x1aE\xdf\xa3"), ("clip.webp", b"RIFF"), ("clip.gif", b"GIF8")]
 )
@@ -120,6 +134,8 @@ def test_a_clip_that_cannot_be_written_is_kept(
         (["--output", "nowhere/clip.mp4"], "does not exist; make it first"),
         (["--output", "folder.mp4"], "is a folder; give a file in it"),
         (["--seed", str(2**64)], "seed is 18446744073709551616; it must be from"),
+        (["--context-parallel"], "context_parallel is on, and this is one process."),
+        (["--attention", "sage"], "install `sageattention"),
         (["--vae", "vae.safetensors"], "but the base is tiny: only one that is a single file takes it"),
         (["--base", "x" * 5000], "xxx... cannot be used: File name too long. Give another path"),
     ],

@@ -71,9 +71,12 @@ class _AttentionParts:
         return x if self.image_rotary_emb is None else apply_rotary_emb(x, self.image_rotary_emb)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        backend = getattr(self.attn.processor, "_attention_backend", None)
+        processor = self.attn.processor
+        options = {"backend": getattr(processor, "_attention_backend", None)}
+        if getattr(processor, "_parallel_config", None) is not None:
+            options["parallel_config"] = processor._parallel_config
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        return dispatch_attention_fn(query, key, value, backend=backend).transpose(1, 2)
+        return dispatch_attention_fn(query, key, value, **options).transpose(1, 2)
 
     def to_out(self, tokens: Tensor) -> Tensor:
         linear, dropout = self.attn.to_out
@@ -95,7 +98,8 @@ class DispatchingAttention:
     """What `CogVideoXAttnProcessor2_0` computes, by a kernel of diffusers' dispatcher, which that one does not ask."""
 
     def __init__(self, backend: AttentionBackendName | None = None) -> None:
-        self._attention_backend = backend  # the name that diffusers' models set and read
+        # By the names that diffusers' models set and read.
+        self._attention_backend, self._parallel_config = backend, None
 
     def __call__(
         self,
@@ -174,6 +178,8 @@ class Attached:
 
     def __init__(self, transformer: CogVideoXTransformer3DModel, adapter: MagicMirrorAdapter) -> None:
         self.transformer, self.adapter = transformer, adapter
+        self.part = (0, 1)
+        """Which part of the face tokens is this process's, of how many: see `pipelines/context_parallel.py`."""
         blocks = transformer.transformer_blocks
         self._forwards = [
             _AdaptedForward(blocks[layer], adapter.blocks[str(layer)], position)
@@ -186,6 +192,8 @@ class Attached:
         """The state, for a forward pass on the device that it is on."""
         # Moved here, not in the block: there it would be a second graph to `torch.compile`.
         self.to(state.streams.device)
+        if self.part != (0, 1):
+            state.streams = state.streams.tensor_split(self.part[1], dim=2)[self.part[0]]
         return state
 
     def to(self, device: torch.device) -> None:

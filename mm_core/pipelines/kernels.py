@@ -1,9 +1,11 @@
-"""Whose attention the transformer's blocks run, and whether they are compiled: adapted blocks and plain ones alike."""
+"""Whose attention the transformer's blocks run, whether they are compiled, and whether several processes share a clip:
+adapted blocks and plain ones alike."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -12,20 +14,33 @@ from diffusers.models.attention_dispatch import AttentionBackendName, attention_
 
 from ..choices import ATTENTIONS
 from ..errors import SettingError
-from ..hosts.cogvideox_diffusers import DispatchingAttention
+from ..hosts.cogvideox_diffusers import Attached, DispatchingAttention
+from .context_parallel import check_context_parallel, split_tokens
 
 _HEAD_SIZE = 64  # of every published CogVideoX
 _OLDEST_TO_COMPILE = (2, 8)
 
 
-def check_kernels(attention: str, compile: bool, device: torch.device, dtype: torch.dtype) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """As the arguments of these names of `MagicMirror`."""
+
+    attention: str = ATTENTIONS[0]
+    compile: bool = False
+    context_parallel: bool = False
+
+
+def check_kernels(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
     """Try what a clip would do. Raises SettingError, which says what to install or choose instead."""
+    attention = kernels.attention
     if attention not in ATTENTIONS:
         raise SettingError(f"attention is {attention!r}; choose one of {', '.join(ATTENTIONS)}.")
     if attention != "native":
         _check_attention(attention, device, dtype)
-    if compile:
+    if kernels.compile:
         _check_compiler(device)
+    if kernels.context_parallel:
+        check_context_parallel(attention, kernels.compile)
 
 
 def _check_attention(attention: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -55,10 +70,14 @@ def _check_compiler(device: torch.device) -> None:
         raise SettingError(f"compile is on, and torch needs {needed} for it. Install that, or switch compile off.")
 
 
-def set_kernels(transformer: CogVideoXTransformer3DModel, attention: str, compile: bool) -> None:
+def set_kernels(
+    transformer: CogVideoXTransformer3DModel, attached: Attached | None, kernels: Kernels, device: torch.device
+) -> None:
     """Of a transformer with the adapter on it, before the hooks of offloading and caches: they stay outside of what is
     compiled, and no clip, person or strength compiles anything again."""
-    if attention != "native":
-        transformer.set_attn_processor(DispatchingAttention(AttentionBackendName(attention)))
-    for block in transformer.transformer_blocks if compile else ():
+    if kernels.attention != "native" or kernels.context_parallel:
+        transformer.set_attn_processor(DispatchingAttention(AttentionBackendName(kernels.attention)))
+    for block in transformer.transformer_blocks if kernels.compile else ():
         block.forward = torch.compile(block.forward)
+    if kernels.context_parallel:
+        split_tokens(transformer, attached, device)

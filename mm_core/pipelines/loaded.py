@@ -14,7 +14,7 @@ from ..hosts.cogvideox_diffusers import Attached, attach
 from ..memory import Part, Residence, sampling_parts, store_in_fp8
 from ..models.adapter import MagicMirrorAdapter
 from .base import BaseModel
-from .kernels import set_kernels
+from .kernels import Kernels, set_kernels
 from .lora import Lora, set_loras
 from .parts import Pipeline
 from .preview import LatentPreview
@@ -74,20 +74,19 @@ def load_base(
     dtype: torch.dtype,
     vae_dtype: torch.dtype,
     stored: str | None,
-    attention: str,
-    compile: bool,
+    kernels: Kernels,
     residence: Residence,
 ) -> LoadedBase:
     """Read the weights, put the adapter on, and give the weights into their residence's charge.
 
-    stored: fp8, or one of `choices.QUANTISED`, for the large layers. attention, compile: as in `MagicMirror`.
+    stored: fp8, or one of `choices.QUANTISED`, for the large layers.
     """
     pipe = base.load(dtype, text_encoder=False, quantised=stored if stored in QUANTISED else None)
     if vae_dtype != dtype:
         pipe.register_modules(vae=base.load_vae(vae_dtype))
     pipe.set_progress_bar_config(disable=True)
     attached = None if adapter is None else attach(pipe.transformer, adapter)
-    set_kernels(pipe.transformer, attention, compile)
+    set_kernels(pipe.transformer, attached, kernels, residence.device("transformer"))
     if stored == "fp8":
         store_in_fp8(pipe.transformer, adapter, dtype)
     weights, twice = [pipe.transformer], []

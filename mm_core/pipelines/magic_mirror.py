@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checkpoints.adapter_file import AdapterHeader, load_adapter, read_header
 from ..choices import STORED
+from ..errors import SettingError
 from ..faces.references import Reference
 from ..memory import Offloading, Residence, check_policy, default_device
 from ..models.adapter import MagicMirrorAdapter
@@ -21,7 +22,7 @@ from .control import AdapterSettings
 from .decode import choose_tiles, decode, decode_bytes
 from .disk_cache import DiskCache
 from .identity import Identity, IdentityEncoder
-from .kernels import check_kernels
+from .kernels import Kernels, check_kernels
 from .loaded import LoadedBase, load_base, vae_of
 from .lora import Lora
 from .parts import Pipeline
@@ -42,6 +43,7 @@ class MagicMirror:
         offload: auto, none, model, group, sequential.
         attention: one of `choices.ATTENTIONS`, the kernel of all attention in the transformer.
         compile: compile the transformer's blocks; the first clip of a size takes minutes longer.
+        context_parallel: share each clip with the other processes of torch.distributed, which do the same.
         device: where to compute; the accelerator by default.
         residence: who decides both of these instead, such as ComfyUI.
         cache: a folder for what the text and ID encoders make of prompts and photos; None to keep nothing on disk.
@@ -62,6 +64,7 @@ class MagicMirror:
         offload: str = "auto",
         attention: str = "native",
         compile: bool = False,
+        context_parallel: bool = False,
         device: torch.device | None = None,
         residence: Residence | None = None,
         cache: Path | None = None,
@@ -71,8 +74,8 @@ class MagicMirror:
         self._vae_dtype = self.residence.dtype("vae", precision)
         self._stored = precision if precision in STORED else None
         check_policy(self.residence.policy, precision)
-        self._kernels = dict(attention=attention, compile=compile)
-        check_kernels(**self._kernels, device=self.residence.device("transformer"), dtype=self.dtype)
+        self._kernels = Kernels(attention=attention, compile=compile, context_parallel=context_parallel)
+        check_kernels(self._kernels, self.residence.device("transformer"), self.dtype)
         self._settled: Residence | None = None
         if isinstance(base, TinyBase):
             adapter, id_encoder = adapter or base.adapter, id_encoder or base.id_encoder
@@ -99,7 +102,7 @@ class MagicMirror:
         """Transformer and VAE with the adapter on them, in their residence's charge."""
         return load_base(
             self.base, self.adapter, dtype=self.dtype, vae_dtype=self._vae_dtype, stored=self._stored,
-            **self._kernels, residence=self._settled or self.residence,
+            kernels=self._kernels, residence=self._settled or self.residence,
         )  # fmt: skip
 
     @property
@@ -120,6 +123,11 @@ class MagicMirror:
 
     def check(self, clip: ClipSettings, identity: Identity | None, settings: AdapterSettings) -> IdentityTokens | None:
         """Raise whatever would stop the clip, before the base model is loaded; returns the prompt's identity tokens."""
+        if self._kernels.context_parallel and clip.step_cache != "off":
+            raise SettingError(
+                f"step_cache is {clip.step_cache} and context_parallel is on: each process would judge its own part of "
+                "a step. Set step_cache to off."
+            )
         return self.checks.of_clip(clip, identity, settings)
 
     def plan(self, clip: ClipSettings, identity: Identity | None = None) -> Plan | None:
