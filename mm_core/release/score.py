@@ -13,6 +13,8 @@ from ..checkpoints.adapter_file import read_header
 from ..data.features import Features
 from ..data.manifest import manifest_path, read_manifest, read_picture
 from ..errors import SettingError
+from ..evaluation.opens2v import FaceSim
+from ..evaluation.recognisers import other_judges
 from ..evaluation.report import write_report
 from ..evaluation.run import evaluate
 from ..faces.analysis import FaceAnalyzer
@@ -70,7 +72,10 @@ def write_scores(config: TrainingConfig, adapter: Path) -> Path:
     folder = scores_of(config, adapter)
     if not (folder / REPORT).is_file():
         analyzer = FaceAnalyzer(Path(config.insightface_root).expanduser(), config.face_pack)
-        evaluation = evaluate(analyzer, folder / "videos", folder / "references", threshold=MIN_SAME_PERSON)
+        evaluation = evaluate(
+            analyzer, folder / "videos", folder / "references", threshold=MIN_SAME_PERSON,
+            judges=other_judges(analyzer), facesim=FaceSim(analyzer),  # beside ArcFace, which it was trained with
+        )  # fmt: skip
         trained = str(read_header(adapter).trained)
         settings = {"face_pack": config.face_pack, "threshold": MIN_SAME_PERSON, "adapter": trained}
         write_report(folder, evaluation, settings)

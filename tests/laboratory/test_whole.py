@@ -72,7 +72,8 @@ def test_one_command_trains_and_scores(
     assert {tensor.dtype for tensor in load_file(adapter).values()} == {torch.float16}
     assert read_header(adapter).trained.stage == "video"
     card = (adapter.parent / "README.md").read_text()
-    assert all(word in card for word in ("2 steps", "| id_similarity |", "6 samples", "non-commercial", "curve.svg"))
+    words = ("2 steps", "| id_similarity |", "| facesim_arc |", "6 samples", "non-commercial", "curve.svg")
+    assert all(word in card for word in words)
     assert (adapter.parent / "curve.svg").read_text().count("<polyline") >= 2
 
     assert main(command) == 0
