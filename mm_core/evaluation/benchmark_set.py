@@ -94,9 +94,9 @@ def read_set(folder: Path) -> list[Entry]:
 def _faults(analyzer: FaceAnalyzer, found: list[tuple[Path, Path]], number: int) -> Iterator[str]:
     """All that is wrong with the people, a line each."""
     if number < 1:
-        raise SettingError(f"people is {number}: give a number of 1 and up")
+        raise SettingError(f"number is {number}; it must be 1 or more")
     if len(found) != number:
-        yield f"{len(found)} people are there, {number} are wanted: add or remove some, or set people to {len(found)}"
+        yield f"{len(found)} people are there, {number} are wanted: add or remove some, or set number to {len(found)}"
     kinds = {_kind(folder) for folder, _ in found}
     missing = [kind for kind in CLASSES if kind not in kinds]
     if missing and number >= len(CLASSES):

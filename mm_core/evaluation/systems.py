@@ -21,11 +21,14 @@ from ..errors import CheckpointError, MagicMirrorError, reason
 from ..faces.analysis import Face, FaceAnalyzer, select_face
 from ..faces.references import analyse_references, read_image
 from ..faces.tracking import find_faces
+from ..json_file import read_object
 from ..pipelines.base import FolderBase, TinyBase
 from ..pipelines.clip import ClipSettings
 from ..pipelines.magic_mirror import MagicMirror
 
 WIDTH, HEIGHT, FRAMES, STEPS, FPS = 720, 480, 49, 50, 8  # of the paper's comparison: what baselines make by default
+
+_LIBRARIES = {"diffusers", "transformers", "None"}
 
 Make = Callable[["Request"], tuple[np.ndarray, int]]
 """A clip, (F, H, W, 3) uint8 or float from 0 to 1, and its frames a second."""
@@ -147,22 +150,39 @@ def consisid_faces(folder: str, device: torch.device, dtype: torch.dtype) -> Cal
 
 def _load(kind: type[DiffusionPipeline], weights: Weights, device: torch.device) -> DiffusionPipeline:
     """A pipeline from a folder, with what is not computing in main memory."""
-    on_cpu = device.type == "cpu"
+    on_cpu, folder = device.type == "cpu", Path(weights.model)
     try:
-        if not (Path(weights.model) / "model_index.json").is_file():  # diffusers would take the name for one on the hub
+        if not (folder / "model_index.json").is_file():  # diffusers would take the name for one on the hub
             raise OSError("it has no model_index.json")
+        _check_code(folder)
         dtype = torch.float32 if on_cpu else torch.bfloat16
-        pipe = kind.from_pretrained(weights.model, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+        pipe = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{weights.model} holds no {kind.__name__}: {reason(error)}. Give a folder with that model, as diffusers "
-            "saves it"
+            f"{folder} holds no {kind.__name__}: {reason(error)}. Give a folder with that model, as diffusers saves it"
         ) from error
     if not on_cpu:
         pipe.enable_model_cpu_offload(device=device)
     pipe.vae.enable_tiling()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _check_code(folder: Path) -> None:
+    """Raise CheckpointError for a folder that names code: classes of its own, or an attention that would be fetched."""
+    index = read_object(folder / "model_index.json")
+    parts = (value[0] for value in index.values() if isinstance(value, list) and value)
+    own = not isinstance(index.get("_class_name"), str) or not set(map(str, parts)) <= _LIBRARIES
+    if own or any(_names_kernel(read_object(path)) for path in folder.glob("*/config.json")):
+        raise CheckpointError(f"{folder} names code that would be run. Use a folder from a source that you trust")
+
+
+def _names_kernel(config: Any) -> bool:
+    """Whether an attention in a config, or in one within it, is a repository's name."""
+    if not isinstance(config, dict):
+        return False
+    own = (str(value) for name, value in config.items() if "attn_implementation" in name)
+    return any("/" in value for value in own) or any(map(_names_kernel, config.values()))
 
 
 def _run(pipe: DiffusionPipeline, request: Request, **conditions: Any) -> tuple[np.ndarray, int]:

@@ -242,7 +242,15 @@ def test_baselines_are_wired(
 def test_what_a_baseline_lacks_is_told(analyzer: FaceAnalyzer, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no CogVideoXImageToVideoPipeline: it has no model_index"):
         LOADERS["cogvideox-i2v"](Weights(model=str(tmp_path)), analyzer, CPU)
+    (tmp_path / "text_encoder").mkdir()
+    kernel = {"text_config": {"_attn_implementation": "somebody/attention"}}
+    (tmp_path / "text_encoder" / "config.json").write_text(json.dumps(kernel))
+    for index in ({"_class_name": "A"}, {"_class_name": ["a", "A"]}, {"_class_name": "A", "vae": ["own", "Vae"]}):
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match="names code that would be run"):
+            LOADERS["easyanimate"](Weights(model=str(tmp_path)), analyzer, CPU)
+        (tmp_path / "text_encoder" / "config.json").unlink(missing_ok=True)
     with pytest.raises(MagicMirrorError, match="pip install consisid_eva_clip facexlib"):
         systems.consisid_faces(str(tmp_path), CPU, torch.float32)
-    with pytest.raises(SettingError, match="people is 0"):
+    with pytest.raises(SettingError, match="number is 0"):
         build_set(analyzer, EXAMPLES, tmp_path / "out", 0)
