@@ -1,15 +1,12 @@
 """What a computation costs, counted op by op on torch's `meta` device: in seconds, without memory, timing nothing.
 
-Arithmetic and bytes moved, bytes held at once, and what a forward pass keeps for its backward pass. Workspaces of
-kernels are not seen.
+Arithmetic, bytes moved, and bytes held at once, forward and back. Workspaces of kernels are not seen.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import flop_registry
 
 GIB = 2**30
 
@@ -58,17 +55,24 @@ class Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.ops: list[Op] = []
-        self.alive = 0
-        """Bytes that are alive now, of what was made meanwhile."""
         self.peak = 0
-        """The largest that was alive at once."""
+        """The largest that was alive at once, of what was made meanwhile."""
         self._before = 0
         self._storages: dict[StorageWeakRef, int] = {}
+        self._at_most = 0
+        """Bytes of the storages, of which some may be gone."""
 
     def restart(self) -> None:
         """Forget what ran so far; what it left behind, such as weights that were stored anew, is no activation."""
         self.ops.clear()
         self.peak, self._before = 0, self.alive
+
+    @property
+    def alive(self) -> int:
+        """Bytes that are alive now, of what was made meanwhile."""
+        self._storages = {ref: size for ref, size in self._storages.items() if not ref.expired()}
+        self._at_most = sum(self._storages.values())
+        return self._at_most
 
     @property
     def flops(self) -> int:
@@ -95,10 +99,12 @@ class Counter(TorchDispatchMode):
         self.ops.append(Op(name, flops, sum(map(_extent, moved))))
         for tensor in outputs:
             storage = tensor.untyped_storage()
-            self._storages.setdefault(StorageWeakRef(storage), storage.nbytes())
-        self._storages = {ref: size for ref, size in self._storages.items() if not ref.expired()}
-        self.alive = sum(self._storages.values())
-        self.peak = max(self.peak, self.alive - self._before)
+            reference = StorageWeakRef(storage)
+            if reference not in self._storages:
+                self._storages[reference] = storage.nbytes()
+                self._at_most += storage.nbytes()
+        if self._at_most - self._before > self.peak:  # else whatever is gone makes no difference
+            self.peak = max(self.peak, self.alive - self._before)
         return out
 
 
@@ -161,113 +167,3 @@ class GpuKernels(TorchFunctionMode):
             return value.to(dtype)
 
         return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """A pass forward and back."""
-
-    forward: int
-    """FLOPs; a multiplication and an addition are two."""
-    backward: int
-    saved: int
-    """Bytes that the forward pass keeps for the backward pass, each storage once, weights left out."""
-    saved_checkpointed: int
-    """The same where each block keeps its inputs and runs again: one block at a time is whole."""
-    weight_copies: int
-    """Bytes of autocast's copies of trained weights."""
-
-
-def measure(
-    forward: Callable[[], Tensor],
-    weights: Iterable[Tensor],
-    blocks: Iterable[nn.Module],
-    autocast: torch.dtype | None = None,
-) -> Work:
-    """Run a forward pass on `meta`, and its backward pass. blocks: what gradient checkpointing would run again."""
-    kernels = GpuKernels(autocast)
-    saved = SavedTensors(weights, blocks)
-    with FlopCounterMode(display=False) as counter, kernels:
-        with saved.recording():
-            loss = forward()
-        ahead = counter.get_total_flops()
-        loss.backward()
-    copies = {copy.untyped_storage()._cdata: copy.untyped_storage().nbytes() for copy in kernels.copies.values()}
-    total, checkpointed = saved.bytes(without=copies.keys())
-    return Work(
-        forward=ahead,
-        backward=counter.get_total_flops() - ahead,
-        saved=total,
-        saved_checkpointed=checkpointed,
-        weight_copies=sum(copies.values()),
-    )
-
-
-class SavedTensors:
-    """What autograd keeps of a forward pass, on any device. Blocks may lie within others: checkpoints nest."""
-
-    def __init__(self, weights: Iterable[Tensor], blocks: Iterable[nn.Module]) -> None:
-        self._storages: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
-        self._weights = {self._key(weight) for weight in weights}
-        self._blocks = list(blocks)
-        self._path: tuple[int, ...] = ()  # numbers of the running blocks, from the outermost in
-        self._saved: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)
-        self._inputs: defaultdict[tuple[int, ...], set[int]] = defaultdict(set)  # of the blocks within
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for number, block in enumerate(self._blocks):
-                before = block.register_forward_pre_hook(self._enter(number), with_kwargs=True)
-                after = block.register_forward_hook(self._leave)
-                stack.callback(before.remove)
-                stack.callback(after.remove)
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor))
-            yield
-
-    def bytes(self, without: Iterable[int] = ()) -> tuple[int, int]:
-        """All that is saved, and what is left of it under gradient checkpointing; without some storages."""
-        weights = self._weights | set(without)
-        everything = set().union(*self._saved.values()) - weights
-        return self._size(everything), self._at_once((), weights)
-
-    def _at_once(self, path: tuple[int, ...], there: set[int]) -> int:
-        """Where each block within a part keeps its inputs and runs again, one at a time. there: kept around it."""
-        own = (self._saved[path] | self._inputs[path]) - there
-        within = {found[: len(path) + 1] for found in list(self._saved) if found[: len(path)] == path != found}
-        return self._size(own) + max((self._at_once(block, there | own) for block in within), default=0)
-
-    def _size(self, keys: set[int]) -> int:
-        return sum(self._storages[key].nbytes() for key in keys)
-
-    def _key(self, tensor: Tensor) -> int:
-        storage = tensor.untyped_storage()
-        self._storages[storage._cdata] = storage
-        return storage._cdata
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        self._saved[self._path].add(self._key(tensor))
-        return tensor
-
-    def _enter(self, number: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            self._inputs[self._path] |= set(map(self._key, _carried([*args, *kwargs.values()])))
-            self._path += (number,)
-
-        return hook
-
-    def _leave(self, *_: Any) -> None:
-        self._path = self._path[:-1]
-
-
-def _carried(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors of a block's inputs, those in a mapping or a dataclass (`FaceState`) too."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif dataclasses.is_dataclass(value):
-            yield from _carried(vars(value).values())
-        elif isinstance(value, Mapping):
-            yield from _carried(value.values())
-        elif isinstance(value, (list, tuple)):
-            yield from _carried(value)

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from ..counting import GPUS, Work, measure
+from ..counting import GPUS
 from ..errors import SettingError
 from ..training.config import StageConfig, TrainingConfig
-from .step import DryStep, Models, autocast, build_models
+from .step import Counted, DryStep, Models, build_models
 
 MFU = 0.4
 """Assumed part of a GPU's peak that training reaches."""
@@ -131,73 +131,55 @@ def _stage(config: TrainingConfig, name: str, mfu: float) -> StagePlan:
     stage = config.stage(name)
     loop = stage.loop
     models = build_models(config, loop.precision)
-    step, work, identity = _work(models, config, stage)
-    recomputed = work.forward if config.gradient_checkpointing else 0
-    share, decoding, sampled = 0.0, 0, 0.0
-    if identity is not None:
-        low, high = stage.identity_timesteps
-        acting = max(0, loop.steps - stage.identity_start) / loop.steps
-        share = (high - low) / 1000 * acting
-        decoding = identity.forward * (2 if config.gradient_checkpointing else 1) + identity.backward
-        if stage.sampling is not None:  # guided
-            sampled = acting * (2 * work.forward + work.backward + recomputed)
-    flops = loop.batch_size * (work.forward + work.backward + recomputed + sampled + share * decoding)
+    step = DryStep(models, config, stage)
+    gpus = _GPUS if loop.micro_batch is None else _GPUS[:1]
+    cases = [(number, loop.micro_batch or -(-loop.batch_size // number), again) for number in gpus for again in (0, 1)]
+    counted = {case: step.count(case[1], bool(case[2])) for case in cases}
+    (_, micro, _), plain = next(iter(counted.items()))
+    work = counted[(1, micro, int(config.gradient_checkpointing))]
+    forward, backward, decoding, sampled = (
+        flops // micro for flops in (plain.forward, plain.backward, work.identity, work.sampled)
+    )
+    recomputed = work.backward // micro - backward
+    low, high = stage.identity_timesteps
+    acting = max(0, loop.steps - stage.identity_start) / loop.steps if stage.identity_weight else 0.0
+    share = (high - low) / 1000 * acting
+    flops = loop.batch_size * (forward + backward + recomputed + acting * sampled + share * decoding)
     return StagePlan(
         frames=stage.frames,
         video_tokens=step.video_tokens,
         steps=loop.steps,
         batch_size=loop.batch_size,
         micro_batch=loop.micro_batch,
-        forward_flops=work.forward,
-        backward_flops=work.backward,
+        forward_flops=forward,
+        backward_flops=backward,
         recomputed_flops=recomputed,
         identity_flops=decoding,
         identity_share=share,
         step_flops=flops,
         gpu_hours={gpu: flops * loop.steps / (peak * 1e12 * mfu * 3600) for gpu, peak in PEAK_TFLOPS.items()},
         memory=tuple(
-            _memory(models, stage, work, identity, gpus, checkpointing)
-            for gpus in (_GPUS if loop.micro_batch is None else _GPUS[:1])
-            for checkpointing in (False, True)
+            _memory(models, stage, case, gpus, micro, bool(again)) for (gpus, micro, again), case in counted.items()
         ),
     )
 
 
-def _work(models: Models, config: TrainingConfig, stage: StageConfig) -> tuple[DryStep, Work, Work | None]:
-    """Of one sample: the transformer's pass, and the identity loss's decoding where it is on."""
-    step, dtype = DryStep(models, config, stage), autocast(stage.loop.precision)
-    weights = [*models.transformer.parameters(), *models.transformer.buffers(), *models.adapter.parameters()]
-    with step.fitting():
-        work = measure(step.noise_loss, weights, models.transformer.transformer_blocks, dtype)
-        if not stage.identity_weight:
-            return step, work, None
-        clean = step.predicted_clean().requires_grad_()
-        outer = [models.vae.decoder.mid_block, *models.vae.decoder.up_blocks]
-        blocks = [*outer, *(resnet for block in outer for resnet in block.resnets)]  # as diffusers nests them
-        return step, work, measure(lambda: step.decode(clean), models.vae.parameters(), blocks, dtype)
-
-
 def _memory(
-    models: Models, stage: StageConfig, work: Work, identity: Work | None, gpus: int, checkpointing: bool
+    models: Models, stage: StageConfig, counted: Counted, gpus: int, micro: int, checkpointing: bool
 ) -> Memory:
-    micro = stage.loop.micro_batch or -(-stage.loop.batch_size // gpus)
-    clips = micro if stage.sampling is None else 2 * micro  # as many again that are being sampled
     trained = _count(models.adapter)
     parts = {
-        "frozen weights": _bytes(models.transformer) + (_bytes(models.vae) if identity else 0),
+        "frozen weights": _bytes(models.transformer) + (_bytes(models.vae) if stage.identity_weight else 0),
         "trained weights": WEIGHT * trained,
         "gradients": GRADIENT * trained,
         "Adam": sum(_adam_bytes(p.numel(), stage.loop.use_8bit_adam) for p in models.adapter.parameters()),
         "EMA": EMA * trained if stage.loop.ema_decay else 0,
-        "weight copies": work.weight_copies,
-        "activations": clips * (work.saved_checkpointed if checkpointing else work.saved),
-        "identity loss": 0,
+        "forward pass": counted.kept,
+        "identity loss": counted.decoding,
+        "backward pass": max(0, counted.peak - counted.kept - counted.decoding),
     }
-    if identity is not None:
-        parts["identity loss"] = micro * (identity.saved_checkpointed if checkpointing else identity.saved)
     # torch's Adam makes as many temporaries as there are weights, when the backward pass has freed its own.
-    freed = sum(parts[name] for name in ("weight copies", "activations", "identity loss"))
-    parts["update"] = 0 if stage.loop.use_8bit_adam else max(0, WEIGHT * trained - freed)
+    parts["update"] = 0 if stage.loop.use_8bit_adam else max(0, WEIGHT * trained - counted.peak)
     total = sum(parts.values())
     return Memory(
         gpus=gpus,

@@ -1,4 +1,4 @@
-"""A training step at full size on the `meta` device: shapes, arithmetic, saved tensors, in seconds and without memory.
+"""A training step at full size on the `meta` device: shapes, arithmetic, bytes, in seconds and without memory.
 
 The models are the real classes, the step is the one that trains; only the face recogniser, which reads values, is
 left out.
@@ -6,19 +6,22 @@ left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import T5Config, T5EncoderModel
 
 from ..checkpoints.photomaker import read_id_encoder_config
-from ..counting import GpuKernels
+from ..counting import Counter, GpuKernels
 from ..errors import SettingError
 from ..memory import store_in_fp8
 from ..models.adapter import MagicMirrorAdapter
@@ -27,10 +30,9 @@ from ..pipelines import tiny
 from ..pipelines.base import FolderBase, TinyBase
 from ..pipelines.control import AdapterSettings
 from ..pipelines.presets import PRESETS, T5_XXL, ClipLimits, published
-from ..training.config import ABLATIONS, StageConfig, TrainingConfig, adapter_config
-from ..training.diffusion import predict_clean
+from ..training.config import ABLATIONS, SamplingConfig, StageConfig, TrainingConfig, adapter_config
 from ..training.losses import TEMPORAL_COMPRESSION
-from ..training.sample_losses import BEHIND, NoiseLoss, decode_frame
+from ..training.sample_losses import IdentityLoss, NoiseLoss, Pass
 from ..training.step import AdapterTraining
 
 _META = torch.device("meta")
@@ -123,15 +125,35 @@ def dry_run(config: TrainingConfig, stage: str) -> None:
     Raises SettingError for a size that does not fit, CheckpointError for a folder that is no base model.
     """
     settings = config.stage(stage)
-    models = build_models(config, settings.loop.precision)
-    step = DryStep(models, config, settings)
-    with step.fitting(), GpuKernels(autocast(settings.loop.precision)), torch.no_grad():
-        step.noise_loss()
-        step.decode(step.predicted_clean())
+    step = DryStep(build_models(config, settings.loop.precision), config, settings)
+    with step.kernels, torch.no_grad():
+        step.loss(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """A micro-batch forward and back."""
+
+    forward: int
+    """FLOPs up to the prediction."""
+    identity: int
+    """FLOPs of the identity loss, forward and back; 0: it is off."""
+    backward: int
+    """FLOPs of the way back from there, with what checkpointing runs again."""
+    sampled: int
+    """FLOPs of the predictions for clips that the model samples itself, and back."""
+    kept: int
+    """Bytes that are alive after the last prediction: activations, autocast's copies of weights, the batch."""
+    decoding: int
+    """The most that the identity loss has beside those, forward and back."""
+    peak: int
+    """The most that is alive at once."""
 
 
 class DryStep:
-    """One step with one sample that carries the identity, from tensors that hold nothing, wherever the models are.
+    """A step of samples that all carry the identity, from tensors that hold nothing.
+
+    The sampled clips of `sampling` stay as they are.
 
     Raises SettingError for a clip that the base cannot make.
     """
@@ -139,7 +161,6 @@ class DryStep:
     def __init__(self, models: Models, config: TrainingConfig, stage: StageConfig) -> None:
         models.limits.check(width=config.width, height=config.height, num_frames=stage.frames)
         self.models, self.stage = models, stage
-        self.device = models.transformer.device
         self.height, self.width = config.height, config.width
         self.dtype = DTYPES[stage.loop.precision]
         base = models.transformer.config
@@ -148,58 +169,125 @@ class DryStep:
         frames += -frames % patch_t  # 1.5 pads to whole patches
         cell = 2 ** (len(models.vae.config.block_out_channels) - 1)  # pixels of a latent
         rows, columns = config.height // cell, config.width // cell
-        self.latent_shape = (1, frames, base.in_channels, rows, columns)
+        self.latent_shape = (frames, base.in_channels, rows, columns)
         self.video_tokens = frames // patch_t * (rows // base.patch_size) * (columns // base.patch_size)
+        self.kernels = GpuKernels(autocast(stage.loop.precision))
+        decoded = _Decoded(models.vae, frames, (self.height, self.width), self.kernels)
+        judged = [decoded] if stage.identity_weight else []
+        sampled = stage.sampling is not None
+        models.training.losses = [NoiseLoss(), *([] if sampled else judged)]
+        models.training.sampled_losses = judged if sampled else []
+        models.training.rollouts = _Still(stage.sampling) if sampled else None
 
-    @contextmanager
-    def fitting(self) -> Iterator[None]:
-        """Sizes that do not fit each other become a SettingError."""
+    def count(self, samples: int, checkpointing: bool) -> Counted:
+        """Forward and back. Gradients are there already, as they are from the second micro-batch on."""
+        models, self.kernels.copies = self.models, {}
+        for model, dtype in ((models.transformer, self.kernels.dtype), (models.vae, None)):
+            model.disable_gradient_checkpointing()
+            if checkpointing:
+                model.enable_gradient_checkpointing(partial(_checkpoint, dtype))
+        for parameter in models.adapter.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        ahead: list[tuple[int, int, int]] = []
+        back: list[tuple[int, int, int]] = []
+
+        def mark(marks: list[tuple[int, int, int]]) -> None:
+            marks.append((counter.flops, counter.alive, counter.peak))
+            counter.peak = counter.alive
+
+        def predicted(module: nn.Module, inputs: Any, output: tuple[Tensor]) -> None:
+            if output[0].requires_grad:
+                mark(ahead)
+                output[0].register_hook(lambda gradient: mark(back))
+
+        hook = models.transformer.register_forward_hook(predicted)
+        with Counter() as counter, self.kernels:
+            loss = self.loss(samples)
+            self.kernels.copies = WeakValueDictionary()  # autocast keeps its copies to the end of the forward pass
+            loss.backward()
+            mark(back)
+        hook.remove()
+        # Backwards, the sampled clips' predictions come first.
+        (forward, *_), (predicted_all, kept, _), (judged, _, decoding) = ahead[0], ahead[-1], back[0]
+        return Counted(
+            forward=forward,
+            identity=judged - predicted_all,
+            backward=back[-1][0] - back[-2][0],
+            sampled=predicted_all - forward + back[-2][0] - judged,
+            kept=kept,
+            decoding=decoding - kept if self.stage.identity_weight else 0,
+            peak=max(peak for *_, peak in (*ahead, *back)),
+        )
+
+    def loss(self, samples: int) -> Tensor:
+        """(), from the cached features on. Raises SettingError for sizes that do not fit each other."""
         try:
-            yield
+            batch = self._batch(samples)
+            if self.stage.sampling is not None:
+                numbers = list(range(samples))
+                batch["rollout"] = self._batch(samples) | {"numbers": numbers, "negative": batch["text"][:1]}
+            return self.models.training(batch)["loss"].mean()
         except (RuntimeError, ValueError) as error:  # torch's and diffusers' way of saying that shapes differ
             raise SettingError(
                 f"A step of {self.stage.frames} frame(s) of {self.width} x {self.height} px does not fit "
                 f"{self.models.name} and its adapter: {error}"
             ) from error
 
-    def noise_loss(self) -> Tensor:
-        """() the noise loss, from the cached features on."""
-        return self.models.training(self.batch())["loss"].mean()
-
-    def batch(self) -> dict[str, Tensor]:
-        """A sample as `AdapterTraining` takes it. No face mask: the loss reads its values, and `meta` has none."""
+    def _batch(self, samples: int) -> dict[str, Any]:
+        """As `AdapterTraining` takes it. No face mask: the loss reads its values, and `meta` has none."""
         models, vision = self.models, self.models.id_encoder.config
         perceiver = models.id_encoder.qformer_perceiver
         id_dim = perceiver.token_norm.normalized_shape[0]
         num_ids = perceiver.token_proj[-1].out_features // id_dim
         image_tokens = (vision.image_size // vision.patch_size) ** 2 + 1
         references, base = self.stage.max_references, models.transformer.config
-        batch = {name: self._empty(*self.latent_shape) for name in ("clean", "noise", "noisy")}
-        batch |= {
-            "timestep": torch.empty(1, device=self.device),
-            "alpha_bar": torch.tensor([_ALPHA_BAR]),
-            "text": self._empty(1, base.max_text_seq_length, models.text_encoder.config.d_model),
-            "slots": torch.arange(num_ids, device=self.device)[None],
-            "has_text": torch.ones(1, dtype=torch.bool, device=self.device),
-            "id_tokens": self._empty(1, references, num_ids, id_dim),
-            "structure_tokens": self._empty(1, references, image_tokens, vision.hidden_size),
-        }
-        if base.use_rotary_positional_embeddings:
-            shape = (self.video_tokens, base.attention_head_dim)
-            batch |= {name: torch.empty(shape, device=self.device) for name in ("cos", "sin")}
+        with _META:
+            batch = {name: torch.empty(samples, *self.latent_shape) for name in ("clean", "noise", "noisy")}
+            batch |= {
+                "timestep": torch.empty(samples),
+                "alpha_bar": torch.full((samples,), _ALPHA_BAR, device="cpu"),
+                "text": torch.empty(samples, base.max_text_seq_length, models.text_encoder.config.d_model),
+                "slots": torch.arange(num_ids).expand(samples, -1),
+                "has_text": torch.ones(samples, dtype=torch.bool),
+                "id_tokens": torch.empty(samples, references, num_ids, id_dim),
+                "structure_tokens": torch.empty(samples, references, image_tokens, vision.hidden_size),
+            }
+            if base.use_rotary_positional_embeddings:
+                batch |= {name: torch.empty(self.video_tokens, base.attention_head_dim) for name in ("cos", "sin")}
         return batch
 
-    def predicted_clean(self) -> Tensor:
-        """x0: (1, F, C, h, w)."""
-        prediction, noisy = self._empty(*self.latent_shape), self._empty(*self.latent_shape)
-        return predict_clean(prediction, noisy, torch.tensor([_ALPHA_BAR]))
 
-    def decode(self, clean: Tensor) -> Tensor:
-        """The identity loss up to the pixels, whose mean stands for the face recogniser: (1, F, C, h, w) -> ()."""
-        frame = decode_frame(self.models.vae, clean[:, -1 - BEHIND :])  # (1, 3, H, W)
-        if frame.shape != (1, 3, self.height, self.width):
-            raise ValueError(f"the VAE decodes {tuple(frame.shape)}, not (1, 3, {self.height}, {self.width})")
-        return frame.mean()
+class _Decoded(IdentityLoss):
+    """The identity loss up to the pixels, whose mean stands for the face recogniser. The last frame is judged."""
 
-    def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+    def __init__(
+        self, vae: AutoencoderKLCogVideoX, frames: int, size: tuple[int, int], kernels: GpuKernels
+    ) -> None:
+        super().__init__(1.0, vae, nn.Identity())
+        self.last, self.size, self.kernels = frames - 1, size, kernels
+
+    def __call__(self, passed: Pass) -> tuple[Tensor, Tensor]:
+        clean, dtype = passed.clean, self.kernels.dtype
+        self.kernels.dtype = None  # autocast is off here
+        frames = self.frames(clean, torch.full((len(clean),), self.last))
+        self.kernels.dtype = dtype
+        if frames.shape[1:] != (3, *self.size):
+            raise ValueError(f"the VAE decodes {tuple(frames.shape[1:])}, not (3, {self.size[0]}, {self.size[1]})")
+        return torch.arange(len(clean), device=clean.device), frames.flatten(1).mean(dim=1)
+
+
+class _Still:
+    """`Rollouts` that read no values."""
+
+    def __init__(self, config: SamplingConfig) -> None:
+        self.config = config
+
+    def latents(self, numbers: Sequence[int], begun: Tensor) -> Tensor:
+        return begun
+
+    def advance(self, numbers: Sequence[int], predictions: Tensor, latents: Tensor) -> None: ...
+
+
+def _checkpoint(dtype: torch.dtype | None, module: nn.Module, *args: Any) -> Any:
+    """As diffusers checkpoints; what runs again does so as on a GPU, and keeps no copies of weights."""
+    return checkpoint(module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), GpuKernels(dtype)))

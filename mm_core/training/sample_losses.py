@@ -87,7 +87,10 @@ class IdentityLoss:
             return rows, passed.prediction.new_zeros(0, dtype=torch.float32)
         # No part of the trained model, they do not follow it; and validation lends the VAE elsewhere.
         self.vae.to(rows.device), self.recogniser.to(rows.device)
-        frames = self.frames(passed.clean[rows], batch["judged_frame"])
+        # The VAE is of the run's precision by itself, as at inference; autocast's norms in float32 would take twice the
+        # memory.
+        with torch.autocast(rows.device.type, enabled=False):
+            frames = self.frames(passed.clean[rows], batch["judged_frame"])
         landmarks, found = batch["landmarks"], torch.arange(len(rows), device=rows.device)
         if self.detector is not None:
             landmarks, found = self._landmarks(frames.detach())

@@ -1,4 +1,4 @@
-"""The planner counts what really happens: against known sizes, formulae, and tensors that autograd really saves."""
+"""The planner counts what really happens: against known sizes, formulae, and the peak of a simulated device."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ import json
 from pathlib import Path
 
 import pytest
+import stand_ins
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerator import simulated
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from mm_core.counting import GpuKernels, SavedTensors, measure
+from mm_core.counting import GpuKernels
 from mm_core.errors import SettingError
 from mm_core.models.adapter import MagicMirrorAdapter
 from mm_core.pipelines import tiny
 from mm_core.planning.plan import Memory, Plan, plan
-from mm_core.planning.step import DryStep, Models, build_models, dry_run
+from mm_core.planning.rehearse import RehearsedTask, write_features
+from mm_core.planning.step import dry_run
 from mm_core.training.config import TrainingConfig, load_config
+from mm_core.training.loop import train
 from mm_core.training.optimizer import adamw
 
 RECIPE = Path(__file__).parents[2] / "mm_core" / "training" / "configs" / "cogvideox_5b.yaml"
@@ -62,8 +67,9 @@ def test_arithmetic_of_the_5b_model(full: Plan) -> None:
     plain, adapted = 226 + 17_550, 226 + 32 + 17_550
     attention = 21 * 4 * 3072 * (plain**2 + adapted**2)
     assert video.backward_flops == pytest.approx(video.forward_flops + 1.5 * attention, rel=0.001)
-    assert video.recomputed_flops == video.forward_flops
-    step = 8 * (2 * video.forward_flops + video.backward_flops + video.identity_share * video.identity_flops)
+    assert video.recomputed_flops == pytest.approx(video.forward_flops, rel=0.001)
+    sample = video.forward_flops + video.backward_flops + video.recomputed_flops
+    step = 8 * (sample + video.identity_share * video.identity_flops)
     assert video.step_flops == step
     assert video.gpu_hours["A100"] == pytest.approx(step * 5000 / 312e12 / 0.4 / 3600)
 
@@ -74,51 +80,6 @@ def test_hours_follow_the_utilisation(small: Plan) -> None:
     assert hours[1] == pytest.approx(2 * hours[0])
     with pytest.raises(SettingError, match="mfu is 40"):
         plan(configured(**SMALL), mfu=40)
-
-
-def real_models(meta: Models) -> Models:
-    """The same models with memory behind them."""
-    names = [f.name for f in dataclasses.fields(Models) if isinstance(getattr(meta, f.name), nn.Module)]
-    return dataclasses.replace(meta, **{name: getattr(meta, name).to_empty(device="cpu") for name in names})
-
-
-def test_saved_tensors_are_those_of_a_real_pass() -> None:
-    """What is counted on `meta` is what autograd keeps of a pass on the CPU, in float32."""
-    config = configured(**SMALL, video__loop__precision="'no'")
-    models = build_models(config, "no")
-
-    def weights() -> list[torch.Tensor]:
-        return [p for m in (models.transformer, models.adapter, models.vae) for p in (*m.parameters(), *m.buffers())]
-
-    step, blocks = DryStep(models, config, config.video), models.transformer.transformer_blocks
-    clean = step.predicted_clean().requires_grad_()
-    counted = measure(step.noise_loss, weights(), blocks)
-    decoded = measure(lambda: step.decode(clean), weights(), [])
-
-    models = real_models(models)
-    step, blocks = DryStep(models, config, config.video), models.transformer.transformer_blocks
-    clean = step.predicted_clean().requires_grad_()
-    saved = SavedTensors(weights(), blocks)
-    with saved.recording():
-        loss = step.noise_loss()
-    # The kernel on the CPU has no random state to keep.
-    assert saved.bytes() == pytest.approx((counted.saved, counted.saved_checkpointed), rel=0.001)
-    assert counted.saved_checkpointed < counted.saved / 3
-    loss.backward()
-    saved = SavedTensors(weights(), [])
-    with saved.recording():
-        step.decode(clean)
-    assert saved.bytes()[0] == pytest.approx(decoded.saved, rel=0.001)
-
-
-def test_saved_tensors_count_storages_once() -> None:
-    """`x * x.T` keeps one storage twice; a weight is not counted, nor what is not needed."""
-    weight = torch.ones(3, 4)
-    x = torch.ones(4, 4, requires_grad=True)
-    saved = SavedTensors([weight], [])
-    with saved.recording():
-        (x * x.T + (weight @ x).sum()).sum()
-    assert saved.bytes() == (4 * 16, 4 * 16)
 
 
 def test_autocast_is_accelerates() -> None:
@@ -134,21 +95,33 @@ def test_autocast_is_accelerates() -> None:
         assert norm(linear(x)).dtype == torch.float32
 
 
-def test_checkpointing_adds_one_forward_of_the_blocks() -> None:
-    """The count for gradient checkpointing is what diffusers' own does, in a real pass on the CPU."""
-    config = configured(**SMALL, video__loop__precision="'no'")
-    totals = []
-    for checkpointing in (False, True):
-        models = real_models(build_models(config, "no"))
-        if checkpointing:
-            models.transformer.enable_gradient_checkpointing()
-        step = DryStep(models, config, config.video)
-        with FlopCounterMode(display=False) as counter:
-            loss = step.noise_loss()
-            forward = counter.get_total_flops()
-            loss.backward()
-        totals.append(counter.get_total_flops())
-    assert totals[1] - totals[0] == pytest.approx(forward, rel=0.1)  # the perceiver and the factors run once
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("stage", ["image", "video"])
+def test_the_peak_is_that_of_a_device(
+    stage: str, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps of two micro-batches, every sample judged, hold what was planned at once, within 5%.
+
+    The face recogniser, which the planner leaves out, is a view here.
+    """
+    stand_ins.install(monkeypatch.setattr)
+    with simulated() as accelerator:
+        config = configured(**SMALL, validation_people="0", gradient_checkpointing=str(checkpointing).lower())
+        planned = chosen(plan(config).stages[stage].memory, checkpointing=checkpointing)
+        settings = config.stage(stage)
+        batch = {"batch_size": 2 * settings.loop.micro_batch, "warmup_steps": 0, "workers": 0, "validate_every": 0}
+        loop = dataclasses.replace(settings.loop, steps=2, save_every=2, log_every=2, **batch)
+        features = tmp_path / "features"
+        settings = dataclasses.replace(
+            settings, loop=loop, identity_start=0, identity_timesteps=(0, 1000), features=str(features)
+        )
+        config = dataclasses.replace(config, **{stage: settings})
+        write_features(config, stage, features)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState().device = accelerator.device
+        train(RehearsedTask(config, stage), loop, tmp_path / "run")
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert planned.total == pytest.approx(accelerator.peak_bytes, rel=0.05)
 
 
 def test_memory_adds_up(full: Plan) -> None:
@@ -161,7 +134,6 @@ def test_memory_adds_up(full: Plan) -> None:
     states = {name: alone[name] // trained for name in ("trained weights", "gradients", "Adam", "EMA")}
     assert states == {"trained weights": 4, "gradients": 4, "Adam": 8, "EMA": 4}
     assert alone["frozen weights"] == pytest.approx(2 * (full.frozen["DiT"] + full.frozen["VAE"]), rel=0.001)
-    assert alone["weight copies"] == pytest.approx(2 * trained, rel=0.001)
     assert [memory.gpus for memory in memories] == [1, 1]
     spread = plan(configured(**SMALL, video__loop__micro_batch="null")).stages["video"].memory
     assert [(memory.gpus, memory.micro_batch) for memory in spread] == [(1, 8), (1, 8), (8, 1), (8, 1)]
@@ -198,7 +170,7 @@ def test_numbers_grow_with_the_clip(small: Plan) -> None:
     for name in ("video_tokens", "forward_flops", "backward_flops", "step_flops"):
         assert getattr(lower, name) < getattr(video, name) < getattr(larger, name)
     for few, some, many in zip(lower.memory, video.memory, larger.memory):
-        assert few.parts["activations"] < some.parts["activations"] < many.parts["activations"]
+        assert few.parts["forward pass"] < some.parts["forward pass"] < many.parts["forward pass"]
         assert few.parts["Adam"] == some.parts["Adam"] == many.parts["Adam"]
 
 
@@ -217,8 +189,8 @@ def test_sampled_clips_are_counted(small: Plan) -> None:
     without = small.stages["video"]
     sampled = plan(configured(**SMALL, video__sampling="{clips: 8}")).stages["video"]
     more = without.batch_size * (2 * without.forward_flops + without.backward_flops + without.recomputed_flops)
-    assert sampled.step_flops == pytest.approx(without.step_flops + more)
-    assert sampled.memory[0].parts["activations"] == 2 * without.memory[0].parts["activations"]
+    assert sampled.step_flops == pytest.approx(without.step_flops + more, rel=0.01)
+    assert sampled.memory[0].parts["forward pass"] > 1.5 * without.memory[0].parts["forward pass"]
 
 
 def test_reports(small: Plan) -> None:
