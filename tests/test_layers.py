@@ -45,8 +45,7 @@ MAY_IMPORT = {
     },
     "mm_core.folders": {"mm_core.pipelines"},
     "mm_core.doctor": {"mm_core.checkpoints", "mm_core.folders", "mm_core.pipelines"},
-    # The command line of all three.
-    "mm_core.training.__main__": {"mm_core.training", "mm_core.data", "mm_core.planning", "mm_core.release"},
+    "mm_core.training.__main__": {"mm_core.release"},
     "mm_core.training": {
         *("mm_core.models", "mm_core.checkpoints", "mm_core.data", "mm_core.pipelines", "mm_core.faces"),
         *("mm_core.files", "mm_core.hosts", "mm_core.memory", "mm_core.video"),
@@ -55,9 +54,10 @@ MAY_IMPORT = {
         *("mm_core.training", "mm_core.models", "mm_core.checkpoints", "mm_core.data", "mm_core.pipelines"),
         *("mm_core.files", "mm_core.counting", "mm_core.memory"),
     },
+    # With the command line of all of them.
     "mm_core.release": {
-        *("mm_core.training", "mm_core.checkpoints", "mm_core.data", "mm_core.pipelines", "mm_core.faces"),
-        *("mm_core.files", "mm_core.video", "mm_core.evaluation"),
+        *("mm_core.training", "mm_core.planning", "mm_core.checkpoints", "mm_core.data", "mm_core.pipelines"),
+        *("mm_core.faces", "mm_core.files", "mm_core.video", "mm_core.evaluation"),
     },
     "nodes": {
         *("mm_core.doctor", "mm_core.folders"),
@@ -73,7 +73,7 @@ MAY_IMPORT = {
     "lab": {
         *("mm_core.training", "mm_core.data", "mm_core.evaluation", "mm_core.pipelines", "mm_core.checkpoints"),
         *("mm_core.curation", "mm_core.video"),
-        *("mm_core.models", "mm_core.faces", "mm_core.files", "mm_core.memory", "mm_core.training.__main__"),
+        *("mm_core.models", "mm_core.faces", "mm_core.files", "mm_core.memory", "mm_core.release"),
     },
 }
 FOR_ALL = {f"mm_core.{name}" for name in ("errors", "choices", "limits", "names", "json_file", "settings_file")}

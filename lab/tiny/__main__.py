@@ -231,15 +231,16 @@ class Recipe:
 
     def features(self) -> None:
         from mm_core.data.precompute import precompute
-        from mm_core.training.__main__ import progress
-        from mm_core.training.sources import feature_settings, features_of
+        from mm_core.release.commands import progress
+        from mm_core.release.prepare import feature_settings
+        from mm_core.training.sources import features_of
 
         for stage in STAGES:
             with progress() as on_progress:
                 precompute(feature_settings(self.config, stage), features_of(self.config, stage), on_progress)
 
     def adapter(self, stage: str) -> Path:
-        from mm_core.training.__main__ import train_stage
+        from mm_core.training.adapter_task import train_stage
 
         from .adapter import TinyTask
 
@@ -260,7 +261,7 @@ class Recipe:
         return RenderedJudge(features, crops, pose, face)
 
     def sampled(self) -> Path:
-        from mm_core.training.__main__ import train_stage
+        from mm_core.training.adapter_task import train_stage
 
         from .adapter import SampledTask
 

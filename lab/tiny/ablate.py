@@ -19,7 +19,7 @@ from mm_core.files import write_json
 from mm_core.pipelines.base import FolderBase
 from mm_core.pipelines.control import AdapterSettings
 from mm_core.pipelines.magic_mirror import MagicMirror
-from mm_core.training.__main__ import train_stage
+from mm_core.training.adapter_task import train_stage
 from mm_core.training.config import ABLATIONS, StageConfig, TrainingConfig
 from mm_core.training.runs import METRICS
 from scripts import environment

@@ -28,7 +28,8 @@ from ..people.traits import HELD_OUT
 from .clips import to_unit
 
 PACK, RECOGNISER = "buffalo_sc", "w600k_mbf.onnx"
-BEHIND = (0, 1, 2)
+CASES = ((0, torch.float32), (1, torch.float32), (2, torch.float32), (2, torch.bfloat16))
+"""Latent frames before it, and the precision of the VAE."""
 
 
 @torch.no_grad()
@@ -41,7 +42,8 @@ def main() -> None:
     analyzer = FaceAnalyzer(root, PACK, device="cpu")
     recogniser = DifferentiableArcFace(root / "models" / PACK / RECOGNISER)
     vae = TinyBase().load_vae(torch.float32)
-    found: dict[int, list[tuple[float, float]]] = {behind: [] for behind in BEHIND}
+    rounded = TinyBase().load_vae(torch.bfloat16)
+    found: dict[tuple[int, torch.dtype], list[tuple[float, float]]] = {case: [] for case in CASES}
     for seed in range(HELD_OUT + 300, HELD_OUT + 300 + args.people):
         clip = render_clip(Person.from_seed(seed), sample_clip(seed, 1, frames=args.frames))
         latents = vae.encode(to_unit(clip[None]).permute(0, 4, 1, 2, 3)).latent_dist.mode()  # (1, C, F', H', W')
@@ -57,14 +59,15 @@ def main() -> None:
             def embed(picture: Tensor, landmarks: Tensor = landmarks) -> Tensor:
                 return recogniser(align_faces(picture.clamp(0, 1), landmarks))
 
-            for behind in BEHIND:
-                picture = decode_frame(vae, latents[:, max(0, frame - behind) : frame + 1])
+            for behind, dtype in CASES:
+                by = vae if dtype == torch.float32 else rounded
+                picture = decode_frame(by, latents[:, max(0, frame - behind) : frame + 1])
                 cosine = F.cosine_similarity(embed(picture), embed(wanted))
-                found[behind].append((float(cosine), 2 * float((picture - wanted).square().mean().sqrt())))
+                found[behind, dtype].append((float(cosine), 2 * float((picture - wanted).square().mean().sqrt())))
     print("| latent frames before it | frames | cosine | root mean square, of -1 to 1 |", "|---|---|---|---|", sep="\n")
-    for behind, values in found.items():
+    for (behind, dtype), values in found.items():
         cosine, error = np.mean(values, axis=0)
-        print(f"| {behind} | {len(values)} | {cosine:.3f} | {error:.3f} |")
+        print(f"| {behind}, {str(dtype).removeprefix('torch.')} | {len(values)} | {cosine:.3f} | {error:.3f} |")
 
 
 if __name__ == "__main__":

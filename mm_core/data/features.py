@@ -20,6 +20,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ..checkpoints.safetensors_file import safetensors_handle
@@ -110,6 +111,13 @@ class Features:
     @property
     def references(self) -> list[str]:
         return [reference["path"] for reference in self._references]
+
+    def split(self, held_out: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows to train on and to validate with: so many people, the last, are kept apart."""
+        people = np.array([entry["person"] or entry["id"] for entry in self.entries])
+        known = list(dict.fromkeys(people.tolist()))
+        apart = np.isin(people, known[len(known) - held_out :] if 0 < held_out < len(known) else [])
+        return np.flatnonzero(~apart), np.flatnonzero(apart)
 
     def sample(self, number: int) -> dict[str, Any]:
         """One sample's tensors by name, without the first axis, and `references`, a list of numbers."""

@@ -23,7 +23,6 @@ from ..files import atomic_write
 from ..pipelines.clip import ClipSettings
 from ..pipelines.control import AdapterSettings
 from ..pipelines.magic_mirror import MagicMirror
-from ..training.adapter_task import split_people
 from ..training.config import ABLATIONS, TrainingConfig
 from ..training.sources import base_of, features_of, id_encoder_of
 from ..video import write_video
@@ -42,7 +41,7 @@ def scores_of(config: TrainingConfig, adapter: Path) -> Path:
 def clips_of(config: TrainingConfig, adapter: Path) -> dict[Path, int]:
     """The clip of each person left out, and the row of the features that it is made of. Raises SettingError."""
     features = Features.open(features_of(config, "video"))
-    entries = {row: features.entries[row] for row in split_people(features, config.validation_people)[1].tolist()}
+    entries = {row: features.entries[row] for row in features.split(config.validation_people)[1].tolist()}
     people = {entry["person"] or entry["id"]: row for row, entry in entries.items()}
     if not people:
         raise SettingError("Nobody is left out of training, so that nobody can be scored: set validation_people.")

@@ -12,9 +12,11 @@ import torch
 
 from ..data.features import INDEX
 from ..data.precompute import precompute
+from ..training.adapter_task import train_stage
 from ..training.config import TrainingConfig
 from ..training.runs import is_finished
-from ..training.sources import check, feature_settings, features_of
+from ..training.sources import features_of
+from .prepare import check, feature_settings
 from .publish import export, exported, write_card
 from .score import REPORT, clips_of, make_clips, scores_of, write_scores
 
@@ -22,13 +24,10 @@ _log = logging.getLogger(__name__)
 _POLL = 2.0  # seconds
 
 
-def train_whole(
-    config: TrainingConfig, train_stage: Callable[[TrainingConfig, str], object], rank: int = 0, world_size: int = 1
-) -> Path:
+def train_whole(config: TrainingConfig, rank: int = 0, world_size: int = 1) -> Path:
     """Check, precompute, train both stages, export, score; returns the page of the scores.
 
-    train_stage: trains a stage, or the rest of it, together with the other processes. rank, world_size: of this
-    process, which does its share of everything.
+    rank, world_size: of this process, which does its share of everything.
 
     Raises MagicMirrorError as the parts do.
     """

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import CogVideoXDDIMScheduler
 from torch import Tensor
@@ -24,9 +23,11 @@ from ..pipelines.base import BaseModel
 from ..pipelines.control import AdapterSettings
 from .config import ABLATIONS, TrainingConfig, adapter_config
 from .diffusion import add_noise, alphas_bar, rotary_embedding
+from .loop import train
 from .losses import TEMPORAL_COMPRESSION, face_area
 from .randomness import generator_for, shuffled
 from .rollouts import Rollouts
+from .runs import is_finished, latest_checkpoint
 from .sample_losses import IdentityLoss, NoiseLoss, SampleLoss
 from .sources import base_of, features_of
 from .step import AdapterTraining
@@ -50,7 +51,7 @@ class AdapterTask:
         self.stage = config.stage(stage)
         self.base = self.open_base()
         self.features = Features.open(features_of(config, stage))
-        self.training, self.validation = split_people(self.features, config.validation_people)
+        self.training, self.validation = self.features.split(config.validation_people)
         # Without the text encoder: its work is in the features.
         pipe = self.pipe = self.base.load(DTYPES[self.stage.loop.precision], text_encoder=False)
         if config.fp8_base:
@@ -101,6 +102,7 @@ class AdapterTask:
             stage=self.name, base=self.base.name, ablation=config.ablation, adapter=self.model.adapter.config.to_dict(),
             fp8_base=config.fp8_base, face_pack=config.face_pack, start=self._start, samples=len(self.features.entries),
             held_out=[self.features.entries[row]["id"] for row in self.validation],
+            **{f"features.{name}": value for name, value in self.features.settings.items()},
         )  # fmt: skip
 
     def _adapter(self, start: Path | None) -> MagicMirrorAdapter:
@@ -243,10 +245,20 @@ def recogniser_file(config: TrainingConfig) -> Path:
     return found[0]
 
 
-def split_people(features: Features, held_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train on and to validate with: the last people are kept apart."""
-    people = np.array([entry["person"] or entry["id"] for entry in features.entries])
-    known = list(dict.fromkeys(people.tolist()))
-    apart = set(known[len(known) - held_out :]) if 0 < held_out < len(known) else set()
-    is_apart = np.array([person in apart for person in people])
-    return np.flatnonzero(~is_apart), np.flatnonzero(is_apart)
+def train_stage(
+    config: TrainingConfig, stage: str, start: Path | None = None, task: Callable[..., AdapterTask] = AdapterTask
+) -> Path:
+    """Train a stage, or the rest of it; returns the adapter file.
+
+    start: the adapter to begin with. The video stage begins with the image stage's result, unless its ablation is G.
+    task: AdapterTask, or what is made of it.
+    """
+    output = Path(config.output)
+    if start is None and stage == "video" and config.ablation != "G":
+        if not is_finished(output / "image", config.image.loop.steps):
+            raise SettingError(
+                f"The image stage in {output / 'image'} is not finished: run it first, give --start ADAPTER, or leave "
+                "it out on purpose with ablation: G."
+            )
+        start = latest_checkpoint(output / "image") / ADAPTER_FILE
+    return train(task(config, stage, start), config.stage(stage).loop, output / stage) / ADAPTER_FILE

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from ..checkpoints.photomaker import COPY_NAME, FILE_NAME
-from ..data.check import Report, check_dataset
-from ..data.precompute import FeatureSettings
 from ..errors import CheckpointError
-from ..files import DOWNLOADS, write_json
+from ..files import DOWNLOADS
 from ..pipelines import tiny
 from ..pipelines.base import BaseModel, FolderBase, TinyBase
 from ..pipelines.presets import Preset, published
@@ -50,42 +47,6 @@ def id_encoder_of(config: TrainingConfig) -> Path:
     return copy if copy.is_file() else DOWNLOADS / FILE_NAME
 
 
-def feature_settings(config: TrainingConfig, stage: str) -> FeatureSettings:
-    """What `precompute` takes, of a stage. Raises CheckpointError."""
-    settings = config.stage(stage)
-    return FeatureSettings(
-        data=Path(settings.data).expanduser(),
-        width=config.width,
-        height=config.height,
-        frames=settings.frames,
-        base=base_of(config),
-        id_encoder=id_encoder_of(config),
-        face_models=Path(config.insightface_root).expanduser(),
-        face_pack=config.face_pack,
-    )
-
-
 def features_of(config: TrainingConfig, stage: str) -> Path:
     """The folder of a stage's features."""
     return Path(config.stage(stage).features).expanduser()
-
-
-def check(
-    config: TrainingConfig, stage: str, on_progress: Callable[[int, int], None] = lambda done, all_samples: None
-) -> Report:
-    """Look at all of a stage's data, before anything is trained on it; the report is also `check-<stage>.json`.
-
-    on_progress(done, samples). Raises SettingError if there is no manifest.
-    """
-    settings, output = feature_settings(config, stage), Path(config.output).expanduser()
-    report = check_dataset(
-        settings.data,
-        width=settings.width,
-        height=settings.height,
-        frames=settings.frames,
-        check_caption=settings.tokens,
-        on_progress=on_progress,
-    )
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / f"check-{stage}.json", report.to_json())
-    return report

@@ -22,7 +22,7 @@ from unittest import mock
 from mm_core import __main__ as generating
 from mm_core.evaluation import __main__ as evaluating
 from mm_core.pipelines.magic_mirror import MagicMirror
-from mm_core.training import __main__ as training
+from mm_core.release import commands as training
 
 ROOT = Path(__file__).parents[2]
 RAW = re.compile(r"Traceback|\b\w+Error\b|has no attribute|NoneType|<class |Errno")

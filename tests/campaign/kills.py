@@ -26,11 +26,11 @@ from lab.people.manifest import write_manifest
 from lab.people.shards import RenderSettings, render_dataset
 from mm_core.data import precompute as precomputing
 from mm_core.data.manifest import MANIFEST
+from mm_core.release.prepare import feature_settings
 from mm_core.training.config import StageConfig, TrainingConfig
 from mm_core.training.loop import train
 from mm_core.training.loop_config import LoopConfig
 from mm_core.training.runs import METRICS, SETTINGS, checkpoints
-from mm_core.training.sources import feature_settings
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "training")]
 from test_loop import RegressionTask, config, losses  # noqa: E402

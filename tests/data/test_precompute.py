@@ -34,9 +34,10 @@ from mm_core.pipelines.base import TinyBase
 from mm_core.pipelines.clip import ClipSettings
 from mm_core.pipelines.control import AdapterSettings
 from mm_core.pipelines.magic_mirror import MagicMirror
+from mm_core.release.prepare import check, feature_settings
 from mm_core.training.config import StageConfig, TrainingConfig
 from mm_core.training.loop_config import LoopConfig
-from mm_core.training.sources import check, feature_settings, features_of
+from mm_core.training.sources import features_of
 from mm_core.video import write_video
 
 PACK = "buffalo_sc"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lab.people.manifest import write_manifest
 from lab.people.shards import RenderSettings, render_dataset
 from mm_core.checkpoints.adapter_file import read_header
-from mm_core.training.__main__ import main
+from mm_core.release.commands import main
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import math
-from dataclasses import replace
+import re
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -23,13 +25,13 @@ from torch import nn
 from mm_core.checkpoints.adapter_file import expected_tensors, load_adapter
 from mm_core.errors import CheckpointError, SettingError
 from mm_core.hosts.cogvideox_diffusers import STATE
+from mm_core.release.commands import main
 from mm_core.training import validation
-from mm_core.training.__main__ import main, train_stage
-from mm_core.training.adapter_task import ADAPTER_FILE, AdapterTask
-from mm_core.training.config import ABLATIONS, StageConfig, TrainingConfig
+from mm_core.training.adapter_task import ADAPTER_FILE, AdapterTask, train_stage
+from mm_core.training.config import ABLATIONS, SamplingConfig, StageConfig, TrainingConfig
 from mm_core.training.loop import train
 from mm_core.training.loop_config import LoopConfig
-from mm_core.training.runs import METRICS, latest_checkpoint
+from mm_core.training.runs import METRICS, SETTINGS, check_settings, latest_checkpoint
 from mm_core.training.sample_losses import IdentityLoss, NoiseLoss, decode_frame
 
 ROOT = Path(__file__).parents[2]
@@ -152,6 +154,62 @@ def test_resume(config: TrainingConfig, small: bool) -> None:
     state = torch.load(again / "optimizer.bin", weights_only=True)["state"].values()
     quantised = [entry.get("__bnb_optimizer_quant_state__", {}).get("state1") for entry in state]
     assert any(moment is not None and moment.dtype == torch.uint8 for moment in quantised) == small
+
+
+def other(value: object) -> object:
+    """One that is as valid."""
+    if isinstance(value, str):
+        return {"no": "bf16", "ours": "A"}.get(value, "other")
+    if isinstance(value, tuple):
+        return (0, 250) if value else (3,)
+    if isinstance(value, bool):
+        return not value
+    return value / 2 if isinstance(value, float) and value else 2 * (value or 1)
+
+
+def test_every_setting_that_changes_the_numbers_is_refused_by_name(config: TrainingConfig, tmp_path: Path) -> None:
+    """A run goes on with others only where they leave the numbers alone, or help a run that cannot go on."""
+    task = AdapterTask(config, "video")
+    task.stage = replace(config.video, identity_weight=0.1, sampling=SamplingConfig(clips=8))
+
+    def settings() -> dict[str, object]:
+        return {**task.settings, **asdict(task.stage.loop)}
+
+    (tmp_path / SETTINGS).write_text(json.dumps(settings()))
+    check_settings(tmp_path, settings())
+    assert {f"features.{name}" for name in task.features.settings} < settings().keys()
+    whole, stage, taken = task.config, task.stage, set()
+    changes = {name: (replace(whole, **{name: other(getattr(whole, name))}), stage)
+               for name in ("ablation", "fp8_base", "face_pack")}  # fmt: skip
+    for part, inside in (("", stage), ("loop", stage.loop), ("sampling", stage.sampling)):
+        for name in (field.name for field in fields(inside) if field.name not in ("loop", "sampling")):
+            changed = replace(inside, **{name: other(getattr(inside, name))})
+            changes[name] = whole, replace(stage, **{part: changed}) if part else changed
+    for name, (task.config, task.stage) in changes.items():
+        try:
+            check_settings(tmp_path, settings())
+        except SettingError as error:
+            assert f"a run with {name} " in str(error) or f"{name}':" in str(error)
+        else:
+            taken.add(name)
+    assert taken == {
+        *("data", "features"),  # where files are: what is in them is compared
+        *("log_every", "save_every", "keep", "validate_every", "compile", "micro_batch", "workers"),
+        *("learning_rate", "final_learning_rate", "skip_steps"),
+    }
+
+
+def test_every_setting_is_read_and_documented() -> None:
+    """No field of the configs that training does not read, or that neither a recipe nor the documentation names."""
+    package = ROOT / "mm_core" / "training"
+    sources = [path for path in package.glob("*.py") if path.name != "config.py"]  # which checks them
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (*sources, *package.glob("../release/*.py"))]
+    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    texts = [ROOT / "docs" / "training.md", *package.glob("configs/*.yaml")]
+    told = {word for path in texts for word in re.findall(r"\w+", path.read_text(encoding="utf-8"))}
+    for kind in (TrainingConfig, StageConfig, LoopConfig, SamplingConfig):
+        names = {field.name for field in fields(kind)}
+        assert names <= read and names <= told
 
 
 def test_two_processes_equal_one(config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ from tiny_models import save_tiny_folder
 from mm_core.checkpoints.photomaker import FILE_NAME, REPO
 from mm_core.errors import CheckpointError, MagicMirrorError
 from mm_core.release import fetch as module
+from mm_core.release.commands import main
 from mm_core.training import sources
-from mm_core.training.__main__ import main
 from mm_core.training.config import TrainingConfig, load_config
 from mm_core.training.sources import base_of, id_encoder_of
 

@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, DistributedType, PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -220,6 +220,15 @@ def test_a_run_goes_on_with_the_same_task_only(tmp_path: Path) -> None:
         train(RegressionTask(settings={"ablation": "A", "held_out": ["a", "b"]}), config(), tmp_path)
     with pytest.raises(SettingError, match="held_out"):
         train(RegressionTask(settings={"ablation": "ours", "held_out": ["b"]}), config(), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_weights_in_pieces_are_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As accelerate tells of what started it."""
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType(kind)))
+    with pytest.raises(SettingError, match=f"{kind} splits the weights.*torchrun"):
+        train(RegressionTask(), config(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("signalled", ["one", "both, apart", "one, killed"])

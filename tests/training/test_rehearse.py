@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mm_core.training.__main__ import main
+from mm_core.release.commands import main
 
 CONFIG = """
 base: tiny
