@@ -162,7 +162,6 @@ class DryStep:
         models.limits.check(width=config.width, height=config.height, num_frames=stage.frames)
         self.models, self.stage = models, stage
         self.height, self.width = config.height, config.width
-        self.dtype = DTYPES[stage.loop.precision]
         base = models.transformer.config
         patch_t = base.patch_size_t or 1
         frames = (stage.frames - 1) // TEMPORAL_COMPRESSION + 1
