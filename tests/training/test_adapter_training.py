@@ -164,7 +164,7 @@ def other(value: object) -> object:
         return (0, 250) if value else (3,)
     if isinstance(value, bool):
         return not value
-    return value / 2 if isinstance(value, float) and value else 2 * (value or 1)
+    return (value / 2 or 0.5) if isinstance(value, float) else 2 * (value or 1)
 
 
 def test_every_setting_that_changes_the_numbers_is_refused_by_name(config: TrainingConfig, tmp_path: Path) -> None:
@@ -179,13 +179,15 @@ def test_every_setting_that_changes_the_numbers_is_refused_by_name(config: Train
     check_settings(tmp_path, settings())
     assert {f"features.{name}" for name in task.features.settings} < settings().keys()
     whole, stage, taken = task.config, task.stage, set()
-    changes = {name: (replace(whole, **{name: other(getattr(whole, name))}), stage)
-               for name in ("ablation", "fp8_base", "face_pack")}  # fmt: skip
+    changes = [
+        (name, replace(whole, **{name: other(getattr(whole, name))}), stage)
+        for name in ("ablation", "fp8_base", "face_pack")
+    ]
     for part, inside in (("", stage), ("loop", stage.loop), ("sampling", stage.sampling)):
         for name in (field.name for field in fields(inside) if field.name not in ("loop", "sampling")):
             changed = replace(inside, **{name: other(getattr(inside, name))})
-            changes[name] = whole, replace(stage, **{part: changed}) if part else changed
-    for name, (task.config, task.stage) in changes.items():
+            changes.append((name, whole, replace(stage, **{part: changed}) if part else changed))
+    for name, task.config, task.stage in changes:
         try:
             check_settings(tmp_path, settings())
         except SettingError as error:
