@@ -67,7 +67,8 @@ def _there_and_back() -> np.ndarray:
 
 
 def plant_footage(folder: Path, people: range) -> dict[str, str]:
-    """Write footage of each person into a folder; what should become of each clip, by name of the file and number."""
+    """As `plant_pictures`, footage, by name of the file and number of the clip in it. A face that is half hidden when
+    it is looked at is found, as somebody else's."""
     truth: dict[str, str] = {}
     folder.mkdir(parents=True, exist_ok=True)
     previous: np.ndarray | None = None
@@ -97,7 +98,7 @@ def plant_footage(folder: Path, people: range) -> dict[str, str]:
         put("static", ["motion"], np.repeat(good[:1], _LENGTH, 0), text)
         put("nobody", ["face"], _sliding(seed), text)
         put("two", ["faces"], np.concatenate([good, second], axis=2), text)
-        put("lost", ["lost"], _walked_out(second, seed), text)
+        put("lost", ["lost or one person"], _walked_out(second, seed), text)
         put("slow", ["rate"], good[::3], text, RATE / 3)
         put("short", ["short"], good[:12], text)
         put("corrupt", ["unreadable"], (folder / f"{seed:05d}-good.mp4").read_bytes()[:2000], text)

@@ -82,7 +82,7 @@ def _again(picture: np.ndarray) -> np.ndarray:
 
 def plant_pictures(folder: Path, people: range) -> dict[str, str]:
     """Write a set of photos of each person into a folder, two sources beside each other; what should become of each
-    file: KEPT, or the rule that should drop it."""
+    file: KEPT, or the rule that should drop it; or another one, since a profile may not be found as a face."""
     truth: dict[str, str] = {}
     for source in ("one", "other"):
         (folder / source).mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def plant_pictures(folder: Path, people: range) -> dict[str, str]:
         put("exact", "duplicate", _jpeg(first), text, "other")
         put("near", "near duplicate", _again(first), text, "other")
         put("turned", KEPT, *fresh(35.0))
-        put("profile", "yaw", *fresh(70.0))
+        put("profile", "yaw or face", *fresh(80.0))
         put("blank", "face", np.full((SIZE, SIZE, 3), 40 + seed % 150, np.uint8), text)
         put("nobody", "face", wall(seed, 0), text)
         put("corrupt", "unreadable", _jpeg(first)[:3000], text)
