@@ -30,7 +30,7 @@ def render_page(tally: Tally, shards: list[Shard]) -> str:
     parts = [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Training set</title><style>'
         f"{STYLE.read_text(encoding='utf-8')} figure {{ max-width: 16em; vertical-align: top }}</style>",
-        f"<h1>{tally.kept:,} of {tally.items:,} {tally.kind} kept</h1>",
+        f"<h1>{tally.kept:,} of {tally.items:,} {'clips' if tally.kind == 'video' else tally.kind} kept</h1>",
         "<p>An item is dropped by the first rule that it breaks. Histograms show all items that could be measured, the "
         "kept range in blue. To choose another threshold, run the same command with it: nothing is measured again.</p>",
         _counts(tally),
