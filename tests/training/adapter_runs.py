@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
+
+from processes import run_two
 
 from mm_core.training.config import TrainingConfig
 from mm_core.training.runs import METRICS
@@ -25,10 +24,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def train_on_two_processes(config: TrainingConfig, folder: Path, preparation: str = "") -> None:
-    """The video stage in two processes. preparation: a line of Python that runs first in each.
-
-    Not by `accelerate launch --cpu --num_processes 2`, which starts one.
-    """
+    """The video stage in two processes. preparation: a line of Python that runs first in each."""
     script = folder.with_suffix(".py")
     script.write_text(
         f"import sys; from pathlib import Path; sys.path[:0] = {[str(HERE.parents[1]), str(HERE)]!r}\n"
@@ -40,5 +36,4 @@ def train_on_two_processes(config: TrainingConfig, folder: Path, preparation: st
         "from accelerate import PartialState; assert PartialState().num_processes == 2\n",
         encoding="utf-8",
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
+    run_two(str(script))
