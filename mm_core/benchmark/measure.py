@@ -99,12 +99,13 @@ def steps_in_turns(
 
     sizes: of `CogVideoXTransformer3DModel`. The peak of the plain steps is without the adapter's weights.
     """
-    with device:
-        transformer = CogVideoXTransformer3DModel(**sizes)
-    adapter = MagicMirrorAdapter(AdapterConfig.for_base(transformer.config))
+    with torch.device("meta"):  # so that nothing is on the device in float32, nor what no step runs
+        transformer = nn.Module.to(CogVideoXTransformer3DModel(**sizes), dtype).eval()
+        adapter = MagicMirrorAdapter(AdapterConfig.for_base(transformer.config)).to(dtype)
     attached = attach(transformer, adapter)
     for module in (transformer, *sampling_parts(adapter)):
-        nn.Module.to(module, device, dtype).eval()
+        for parameter in module.to_empty(device=device).parameters():
+            nn.init.normal_(parameter, std=0.02)
     inputs, state = _step_inputs(transformer, frames, height, width), _known_state(attached)
 
     def step(kwargs: dict[str, FaceState] | None) -> None:
