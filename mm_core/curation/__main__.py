@@ -13,20 +13,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import MagicMirrorError, packages
 
-_NEEDED = 'python -m pip install ".[training,data]"'
+_PACKAGES = ("pydantic", "yaml", "ray", "pyarrow", "scenedetect", "faiss", "imagehash")
+_INSTALL = 'python -m pip install ".[training,data]"'
 
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, 1 if nothing was kept, 2 for a mistake of the user's, 130 when interrupted."""
     args = _parser().parse_args(argv)
     try:
-        with packages(), _data_packages():
+        with packages():
+            _check_packages()
             return _curate(args)
     except MagicMirrorError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -62,15 +63,11 @@ def _curate(args: argparse.Namespace) -> int:
     return int(not tally.kept)
 
 
-@contextmanager
-def _data_packages() -> Iterator[None]:
-    """What the pack itself does not need."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name not in ("ray", "pyarrow", "scenedetect", "faiss", "imagehash", "yaml", "pydantic"):
-            raise
-        raise MagicMirrorError(f"Training sets need a package that is missing, {error.name}: {_NEEDED}") from error
+def _check_packages() -> None:
+    """Raise MagicMirrorError where one is missing that the pack itself does not need."""
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise MagicMirrorError(f"Training sets need packages that are missing ({', '.join(missing)}): {_INSTALL}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -173,7 +173,9 @@ def test_portraits_are_bordered_and_need_no_caption(
     assert read_picture(tmp_path / "set", sample.media).shape[1] == 2 * height
 
 
-def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "1.jpg").write_bytes(b"")
     out = ["--out", str(tmp_path.parent / "set")]
     for command, said in (
@@ -184,3 +186,6 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     ):
         assert main(command) == 2
         assert said in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "imagehash", None)
+    assert main(["pictures", str(tmp_path), *out]) == 2
+    assert '(imagehash): python -m pip install ".[training,data]"' in capsys.readouterr().err
