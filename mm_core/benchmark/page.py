@@ -122,6 +122,6 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         seconds.bar([place + 0.4 * (number - 0.5) for place in range(len(times))], times, 0.4, label=case)
     labels = [gpu.removeprefix("seconds on ") for gpu in gpus]
     seconds.set_xticks(range(len(gpus) + 1), [*labels, "A800 of\nthe paper"])
-    seconds.set(title=f"{STEPS} steps by the roofline, and the paper's clip as measured", ylabel="seconds")
+    seconds.set(title=f"{STEPS} steps by the roofline; last, the paper's clip", ylabel="seconds")
     seconds.legend()
     figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -62,7 +62,7 @@ def _check_compiler(device: torch.device) -> None:
             f"{'.'.join(map(str, _OLDEST_TO_COMPILE))} or newer, or switch compile off."
         )
     if device.type == "cpu":
-        there = any(map(shutil.which, filter(None, [os.environ.get("CXX"), "g++", "clang++", "cl"])))
+        there = any(map(shutil.which, filter(None, [os.getenv("CXX"), "g++", "clang++", "cl"])))
         needed = "a C++ compiler (g++, clang++ or cl)"
     else:
         there, needed = find_spec("triton"), "Triton (python -m pip install triton; on Windows triton-windows)"
