@@ -129,12 +129,11 @@ def factors(args: argparse.Namespace) -> int:
 
 
 def _judging(args: argparse.Namespace) -> dict[str, Any]:
-    """The networks that measure: arguments of `evaluate`."""
+    """The networks that the user chose: arguments of `evaluate`."""
     from .inception import Inception
     from .opens2v import FaceSim
     from .people import mean_face
     from .raft import Raft
-    from .recognisers import other_judges
     from .text import TextAlignment
 
     warnings.filterwarnings("ignore", "`estimate` is deprecated", FutureWarning)  # insightface's, in mid-progress
@@ -144,7 +143,6 @@ def _judging(args: argparse.Namespace) -> dict[str, Any]:
         "centre": mean_face(analyzer, args.centre) if args.centre else None,
         "alignment": TextAlignment(args.clip) if args.clip else None,
         "flow_between": Raft(args.raft) if args.raft else None,
-        "judges": other_judges(analyzer),
         "facesim": FaceSim(analyzer, args.curricularface),
         "inception": Inception(args.inception) if args.inception else None,
     }
@@ -152,12 +150,14 @@ def _judging(args: argparse.Namespace) -> dict[str, Any]:
 
 def _measure(args: argparse.Namespace, judging: dict[str, Any], videos: Path, references: Path, out: Path) -> int:
     """Measure, write, print the summary. 0, or 1 if some videos could not be measured."""
+    from .recognisers import other_judges
     from .report import write_report
     from .run import evaluate
 
+    judges = other_judges(judging["analyzer"])
     with _bar("video") as show:
         evaluation = evaluate(
-            videos=videos, references=references, threshold=args.threshold,
+            videos=videos, references=references, threshold=args.threshold, judges=judges,
             on_video=lambda name, done, total: show(done, total, name), **judging,
         )  # fmt: skip
         show(len(evaluation.clips) + len(evaluation.skipped), len(evaluation.clips) + len(evaluation.skipped))
@@ -167,7 +167,7 @@ def _measure(args: argparse.Namespace, judging: dict[str, Any], videos: Path, re
         "centred": args.centre is not None,
         "flow": args.raft.name if args.raft else "DIS",
         "clip": args.clip.name if args.clip else None,
-        "judges": [judge.name for judge in judging["judges"]],
+        "judges": [judge.name for judge in judges],
     }
     for path in write_report(out, evaluation, settings):
         print(path)
