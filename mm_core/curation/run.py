@@ -50,9 +50,11 @@ def curate(
     address: of a Ray cluster whose machines share inputs, output and this code by the same paths; None: this machine.
     workers: processes; None: one for each core.
 
-    Raises SettingError for inputs that hold nothing or the output, CheckpointError for models that are missing.
+    Raises SettingError for no workers and inputs that hold nothing or the output, CheckpointError for models that are missing.
     """
     output = output.expanduser().resolve()
+    if workers is not None and workers < 1:
+        raise SettingError(f"workers is {workers}; it must be 1 or more, or left out for one for each core.")
     for path in inputs:
         if is_below(output, path.expanduser()):
             raise SettingError(f"{output} lies in the input {path}, where it would be looked at; choose another --out.")

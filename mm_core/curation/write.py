@@ -32,7 +32,7 @@ def samples(kind: Kind, rows: Sequence[Row], config: CurationConfig) -> list[dic
         media = media_path(kind, row, config)
         line = {"id": row["id"], "media": media, "caption": caption_of(kind, row), "references": [media]}
         if kind == "pairs":
-            line["references"] = [reference_path(row)]
+            line |= {"references": [reference_path(row)], "person": row["reference"].partition(".")[0]}
         elif kind == "video":
             own = [(at, key["frame"]) for key in row["keys"][: config.keep.references]] or [(at, 0)]
             photos = [(media_path(kind, rows[other], config), frame) for other, frame in found[at] or own]

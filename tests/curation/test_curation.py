@@ -154,6 +154,7 @@ def test_pairs_are_of_one_person_and_each_person_is_there_once(
     samples = {(folder / sample.media).read_bytes(): sample for sample in read_manifest(folder)}
     a = samples[(photographs / "person_a_1.jpg").read_bytes()]
     assert (folder / a.references[0]).read_bytes() == (photographs / "person_a_2.jpg").read_bytes()
+    assert len({sample.person for sample in samples.values()}) == 2
 
 
 def test_portraits_are_bordered_and_need_no_caption(
@@ -181,6 +182,7 @@ def test_mistakes_are_told(
     for command, said in (
         (["pictures", str(tmp_path / "none"), *out], "holds nothing to look at"),
         (["pictures", str(tmp_path), "--out", str(tmp_path / "set")], "lies in the input"),
+        (["pictures", str(tmp_path), *out, "--workers", "0"], "workers is 0"),
         (["pictures", str(tmp_path), *out, "--set", "keep.min_lines=x"], "keep.min_lines is 'x'"),
         (["pictures", str(tmp_path), *out, "--set", f"measure.insightface_root={tmp_path}"], "face models are missing"),
     ):
