@@ -170,7 +170,7 @@ def _of_file(root: Path, name: str) -> Item:
     item = Item(name=name, suffix=path.suffix.lower(), content=path)
     for file in _beside(path):
         if file.is_file() and REFERENCE in file.name:
-            _add(item, file.suffix, file, True)
+            _add(item, file.suffix.lower(), file, True)
         elif file.is_file() and file.stat().st_size <= CONFIG_BYTES:
             _add_said(item, file.suffix, file.read_bytes())
     return item
@@ -200,7 +200,8 @@ def _of_tar(path: Path) -> Iterator[Item]:
 
 def _add(item: Item, suffix: str, content: bytes | Path | None, is_reference: bool = False) -> None:
     if is_reference:
-        item.reference, item.reference_suffix = content, suffix
+        if suffix in PICTURES:
+            item.reference, item.reference_suffix = content, suffix
     elif suffix in (*PICTURES, *VIDEOS):
         item.suffix, item.content = suffix, content
     elif suffix in _SIDECARS and isinstance(content, bytes):

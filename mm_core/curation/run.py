@@ -50,7 +50,8 @@ def curate(
     address: of a Ray cluster whose machines share inputs, output and this code by the same paths; None: this machine.
     workers: processes; None: one for each core.
 
-    Raises SettingError for no workers and inputs that hold nothing or the output, CheckpointError for models that are missing.
+    Raises SettingError for no workers and for inputs that hold nothing, or the output, CheckpointError for models that
+    are missing.
     """
     output = output.expanduser().resolve()
     if workers is not None and workers < 1:
