@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "training")]
 
 
 @pytest.fixture

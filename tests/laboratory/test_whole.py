@@ -2,81 +2,59 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
+import multiprocessing
+import signal
 from pathlib import Path
 
+import killed_run
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from lab.people.manifest import write_manifest
-from lab.people.shards import RenderSettings, render_dataset
+from lab import first_run
 from mm_core.checkpoints.adapter_file import read_header
-from mm_core.release.commands import main
 
-ROOT = Path(__file__).parents[2]
-CONFIG = """
-base: tiny
-insightface_root: {faces}
-face_pack: buffalo_sc
-output: {folder}/run
-width: 64
-height: 64
-validation_people: 1
-image:
-  data: {folder}/people/images.jsonl
-  features: {folder}/features/images
-  frames: 1
-  loop: {{steps: 2, batch_size: 2, log_every: 1}}
-video:
-  data: {folder}/people
-  features: {folder}/features/clips
-  frames: 9
-  loop: {{steps: 2, batch_size: 2, log_every: 1}}
-"""
+PARTS = (
+    "lab.first_run.render_dataset", "lab.first_run.write_manifest", "mm_core.release.whole.precompute",
+    "mm_core.release.whole.precompute", "mm_core.training.__main__.train_stage",
+    "mm_core.training.__main__.train_stage", "mm_core.release.whole.export", "mm_core.release.whole.make_clips",
+    "mm_core.release.whole.write_scores",
+)  # fmt: skip
+"""What the command does, in order; a part that is finished is not called again."""
 
 
 def files(folder: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if path.is_file()}
+    """When each was written; settings are at every start, the same ones."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "settings.json")
+    return {str(path): path.stat().st_mtime_ns for path in found}
 
 
 def test_one_command_trains_and_scores(
-    tmp_path: Path, insightface_root: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, insightface_root: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Killed once the first stage has a checkpoint, the same command goes on, and prints where the report is."""
-    people = tmp_path / "people"
-    render_dataset(people, RenderSettings(first=0, stop=3, clips=2), processes=1)
-    write_manifest(people, "images.jsonl", pictures=True)
-    write_manifest(people, "manifest.jsonl", pictures=False)
-    config = tmp_path / "config.yaml"
-    config.write_text(CONFIG.format(faces=insightface_root, folder=tmp_path))
-    command = ["train", "--config", str(config)]
-
-    process = subprocess.Popen([sys.executable, "-m", "mm_core.training", *command], cwd=ROOT)
-    checkpoint = tmp_path / "run" / "image" / "checkpoints" / "step-00000002" / "adapter.safetensors"
-    while not checkpoint.is_file():
-        assert process.poll() is None, "it ended before it was killed"
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
-    made = files(tmp_path / "features") | {str(checkpoint): checkpoint.stat().st_mtime_ns}
-
-    assert main(command) == 0
-    report = Path(capsys.readouterr().out.strip().splitlines()[-1])
-    assert report == tmp_path / "run" / "scores" / "video-00000002" / "report.html" and report.is_file()
-    whole = files(tmp_path)
-    assert made.items() <= whole.items()
+    """Killed after each of its parts, the same command goes on, keeps what is there, and prints where the report is."""
+    command = ["--folder", str(tmp_path), "--insightface-root", str(insightface_root), "--people", "3", "--steps", "2"]
     adapter = tmp_path / "run" / "adapter" / "magic-mirror-tiny.safetensors"
+    before: dict[str, int] = {}
+    server = multiprocessing.get_context("forkserver")  # of processes that have imported everything and done nothing
+    server.set_forkserver_preload(["killed_run", "mm_core.release.whole", "mm_core.training.adapter_task"])
+    for part in PARTS:
+        process = server.Process(target=killed_run.run, args=(*part.rsplit(".", 1), command))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, f"it ended before {part}"
+        made = files(tmp_path)
+        assert before.items() <= made.items() and len(made) > len(before), part
+        before = made
+
+    assert first_run.main(command) == 0
+    report = Path(capfd.readouterr().out.strip().splitlines()[-1])
+    assert report == tmp_path / "run" / "scores" / "video-00000002" / "report.html" and report.is_file()
+    made = files(tmp_path)
+    changed = {Path(path).parent for path in before if made[path] != before[path]}
+    assert before.keys() <= made.keys() and changed <= {report.parent, adapter.parent}
     assert {tensor.dtype for tensor in load_file(adapter).values()} == {torch.float16}
     assert read_header(adapter).trained.stage == "video"
     card = (adapter.parent / "README.md").read_text()
-    words = ("2 steps", "| id_similarity |", "| facesim_arc |", "6 samples", "non-commercial", "curve.svg")
-    assert all(word in card for word in words)
+    assert all(word in card for word in ("2 steps", "| id_similarity |", "| facesim_arc |", "non-commercial"))
     assert (adapter.parent / "curve.svg").read_text().count("<polyline") >= 2
-
-    assert main(command) == 0
-    again = files(tmp_path)
-    changed = {path for path in whole if again[path] != whole[path]}
-    assert again.keys() == whole.keys() and {Path(path).parent for path in changed} <= {adapter.parent}
