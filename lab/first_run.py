@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mm_core.errors import MagicMirrorError
 from mm_core.files import write_json
-from mm_core.training.__main__ import main as train
+from mm_core.release.commands import main as train
 
 from .people.manifest import write_manifest
 from .people.shards import RenderSettings, render_dataset

@@ -16,8 +16,8 @@ from mm_core.checkpoints.adapter_file import read_header
 
 PARTS = (
     "lab.first_run.render_dataset", "lab.first_run.write_manifest", "mm_core.release.whole.precompute",
-    "mm_core.release.whole.precompute", "mm_core.training.__main__.train_stage",
-    "mm_core.training.__main__.train_stage", "mm_core.release.whole.export", "mm_core.release.whole.make_clips",
+    "mm_core.release.whole.precompute", "mm_core.release.whole.train_stage",
+    "mm_core.release.whole.train_stage", "mm_core.release.whole.export", "mm_core.release.whole.make_clips",
     "mm_core.release.whole.write_scores",
 )  # fmt: skip
 """What the command does, in order; a part that is finished is not called again."""
@@ -37,7 +37,7 @@ def test_one_command_trains_and_scores(
     adapter = tmp_path / "run" / "adapter" / "magic-mirror-tiny.safetensors"
     before: dict[str, int] = {}
     server = multiprocessing.get_context("forkserver")  # of processes that have imported everything and done nothing
-    server.set_forkserver_preload(["killed_run", "mm_core.release.whole", "mm_core.training.adapter_task"])
+    server.set_forkserver_preload(["killed_run", "mm_core.release.whole"])
     for part in PARTS:
         process = server.Process(target=killed_run.run, args=(*part.rsplit(".", 1), command))
         process.start()
