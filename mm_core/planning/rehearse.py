@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -17,6 +20,7 @@ from ..data.features import FORMAT, INDEX, SETTINGS, shard_name
 from ..data.index import Shard, build_index
 from ..data.manifest import Sample
 from ..data.precompute import write_shard
+from ..errors import SettingError
 from ..files import write_json
 from ..pipelines.parts import build_scheduler
 from ..pipelines.presets import SCHEDULER, ClipLimits
@@ -41,6 +45,7 @@ class RandomBase:
         self.limits = ClipLimits.from_config(self.transformer_config, self.vae_config)
 
     def load(self, dtype: torch.dtype, *, text_encoder: bool = False) -> CogVideoXPipeline:
+        torch.manual_seed(0)  # the same in all processes
         return CogVideoXPipeline(
             tokenizer=None,
             text_encoder=None,
@@ -53,8 +58,19 @@ class RandomBase:
 class RehearsedTask(AdapterTask):
     """A stage on a base of random weights."""
 
+    def __init__(self, config: TrainingConfig, stage: str, start: Path | None = None) -> None:
+        super().__init__(config, stage, start)
+        self.resting: list[int] = []
+        """Bytes on the device before each step."""
+
     def open_base(self) -> RandomBase:
         return RandomBase(self.config)
+
+    def batch(self, samples: range) -> dict[str, Any]:
+        device = PartialState().device
+        if device.type != "cpu":
+            self.resting.append(torch.get_device_module(device).memory_allocated(device))
+        return super().batch(samples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,20 +79,26 @@ class Measured:
 
     seconds: float
     """A step, the median of those after the resume but the first."""
-    peak_gib: float | None
-    """Of the device; None where it keeps no count, as a CPU."""
+    gib: Mapping[str, float]
+    """By part, at the peak of the device; empty where it keeps no count, as a CPU."""
     validation: tuple[str, ...]
 
 
-def rehearse(config: TrainingConfig, steps: int, folder: Path) -> str:
+def rehearse(config: TrainingConfig, steps: int, folder: Path, price: float | None = None) -> str:
     """Each stage with the identity loss from step 0: so many steps, one validation, one save, one resume from half of
-    them. A table beside the planner's numbers. folder: an empty one, of as many bytes as a few checkpoints."""
+    them. A table beside the planner's numbers. folder: an empty one, of as many bytes as a few checkpoints. price: of
+    an hour of one device, 0 or more; the same for each that the planner knows.
+
+    Raises SettingError for a price below 0.
+    """
+    if price is not None and not price >= 0:
+        raise SettingError(f"The price of an hour is {price}; it must be 0 or more.")
     lines, start, planned = [], None, make_plan(config)
     for name in ("image", "video"):
         stage = config.stage(name)
         loop = replace(
             stage.loop, steps=steps, warmup_steps=0, save_every=-(-steps // 2), keep=9, log_every=1,
-            validate_every=steps,
+            validate_every=steps, workers=0,
         )
         features = folder / "features" / name
         stage = replace(stage, loop=loop, identity_start=0, features=str(features))
@@ -89,9 +111,12 @@ def rehearse(config: TrainingConfig, steps: int, folder: Path) -> str:
         if PartialState().is_main_process:
             shutil.rmtree(last)
         PartialState().wait_for_everyone()
-        start = train(RehearsedTask(rehearsed, name, start), loop, folder / name) / ADAPTER_FILE
-        measured = _measured(folder / name / METRICS, loop.batch_size)
-        lines += _table(name, measured, planned.stages[name], config.gradient_checkpointing)
+        _forget()
+        task = RehearsedTask(rehearsed, name, start)
+        start = train(task, loop, folder / name) / ADAPTER_FILE
+        measured = _measured(folder / name / METRICS, loop.batch_size, task.resting)
+        lines += _table(name, measured, planned.stages[name], config.gradient_checkpointing, price)
+        del task  # the next stage's memory is its own
     return "\n".join(lines)
 
 
@@ -146,23 +171,37 @@ def write_features(config: TrainingConfig, stage: str, folder: Path) -> None:
     write_json(folder / INDEX, build_index(folder, samples, shards))
 
 
+def _forget() -> None:
+    """What runs before left on the device, and how much it was."""
+    gc.collect()
+    device = PartialState().device
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()
+        torch.get_device_module(device).reset_peak_memory_stats(device)
+
+
 def _random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).half()
 
 
-def _measured(path: Path, batch_size: int) -> Measured:
+def _measured(path: Path, batch_size: int, resting: Sequence[int]) -> Measured:
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     speeds = [line["speed/samples_a_second"] for line in lines if "speed/samples_a_second" in line]
     resumed = speeds[len(speeds) // 2 + 1 :] or speeds[-1:]
-    peaks = [line[_PEAK_MEMORY] for line in lines if _PEAK_MEMORY in line]
+    gib, peaks = {}, [line[_PEAK_MEMORY] for line in lines if _PEAK_MEMORY in line]
+    if peaks and resting:
+        first, last = resting[0] / 2**30, resting[-1] / 2**30
+        gib = {"weights, Adam and EMA": first, "judges": last - first, "a step": max(peaks) - last}
     return Measured(
         seconds=statistics.median(batch_size / speed for speed in resumed),
-        peak_gib=max(peaks, default=None),
+        gib=gib,
         validation=tuple(name for line in lines for name in line if name.startswith("validation/")),
     )
 
 
-def _table(name: str, measured: Measured, planned: StagePlan, checkpointing: bool) -> list[str]:
+def _table(
+    name: str, measured: Measured, planned: StagePlan, checkpointing: bool, price: float | None
+) -> list[str]:
     processes, device = PartialState().num_processes, PartialState().device
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else ""
     hours = measured.seconds * planned.steps * processes / 3600
@@ -172,12 +211,25 @@ def _table(name: str, measured: Measured, planned: StagePlan, checkpointing: boo
         f"  seconds a step        {measured.seconds:.3f}",
         f"  device hours          {hours:,.1f} for {planned.steps:,} steps; planned "
         + ", ".join(f"{card} {planned_hours:,.1f}" for card, planned_hours in planned.gpu_hours.items()),
+        *_money(hours, planned, price),
         f"  validated             {', '.join(sorted(measured.validation)) or 'nothing'}",
     ]
     peak = next((tflops for card, tflops in PEAK_TFLOPS.items() if card in gpu), None)
     if peak is not None:
         used = planned.step_flops / (measured.seconds * processes * peak * 1e12)
         lines.append(f"  MFU                   {used:.1%}, if every sample were judged that may be")
-    found = "not counted here" if measured.peak_gib is None else f"{measured.peak_gib:.3f} GiB"
-    parts = ", ".join(f"{part} {size / 2**30:.3f}" for part, size in memory.parts.items() if size)
-    return [*lines, f"  peak memory           {found}; planned {memory.total / 2**30:.3f}: {parts}"]
+    planned_gib = {part: size / 2**30 for part, size in memory.parts.items() if size}
+    found = _parts(measured.gib) if measured.gib else "not counted here"
+    return [*lines, f"  peak memory, GiB      {found}; planned {_parts(planned_gib)}"]
+
+
+def _parts(gib: Mapping[str, float]) -> str:
+    return f"{sum(gib.values()):.3g}: " + ", ".join(f"{part} {size:.3g}" for part, size in gib.items())
+
+
+def _money(hours: float, planned: StagePlan, price: float | None) -> list[str]:
+    """What they cost, at the same price an hour."""
+    if price is None:
+        return []
+    cards = ", ".join(f"{card} {card_hours * price:,.0f}" for card, card_hours in planned.gpu_hours.items())
+    return [f"  cost                  {hours * price:,.0f} at {price:g} an hour; planned {cards}"]

@@ -130,14 +130,14 @@ def progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
 def rehearse(config: TrainingConfig, args: argparse.Namespace) -> None:
     """Real sizes, random weights, a few steps of each stage: seconds, memory and hours beside the planner's."""
     from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
+    from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
     from ..planning.rehearse import rehearse as run
 
-    processes = PartialState()
+    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # as the loop's Accelerator takes it
     with tempfile.TemporaryDirectory(dir=args.folder) as own:
         folder = broadcast_object_list([own])[0]  # the first process's
-        table = run(config, args.steps, Path(folder))
+        table = run(config, args.steps, Path(folder), args.price_per_hour)
         processes.wait_for_everyone()
     if processes.is_main_process:
         print(table)
@@ -184,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
         if run is rehearse:
             command.add_argument("--steps", type=int, default=20, help="of each stage, before and after a resume")
             command.add_argument("--folder", type=Path, help="for its files, which are removed again")
+            command.add_argument("--price-per-hour", type=float, help="of one device, to be told what the run costs")
         if run is train:
             command.add_argument("--start", type=Path, help="adapter to begin with")
     return parser

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import stand_ins
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerator import simulated
+from tiny_models import save_tiny_folder
 
-from mm_core.release.commands import main
+from mm_core.planning.plan import plan
+from mm_core.planning.rehearse import rehearse
+from mm_core.training.config import load_config
+
+ROOT = Path(__file__).parents[2]
 
 CONFIG = """
 base: tiny
@@ -26,13 +40,42 @@ video:
 """
 
 
-def test_both_stages(tmp_path: Path, insightface_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text(CONFIG.format(faces=insightface_root, folder=tmp_path))
-    assert main(["rehearse", "--config", str(config), "--steps", "2", "--folder", str(tmp_path)]) == 0
-    told = capsys.readouterr().out
+@pytest.fixture
+def config(tmp_path: Path, insightface_root: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG.format(faces=insightface_root, folder=tmp_path))
+    return path
+
+
+def test_two_processes(config: Path) -> None:
+    """Nothing of it is left, and the first of them tells the hours of both."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mm_core.training"]
+    command = [sys.executable, *launcher, "rehearse", "--config", str(config), "--steps", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    folder = ["--folder", str(config.parent), "--price-per-hour", "2.5"]
+    told = subprocess.run([*command, *folder], cwd=ROOT, env=env, check=True, capture_output=True, text=True).stdout
     for stage in ("image", "video"):
-        assert f"Stage {stage}, on 1 x cpu" in told
+        assert told.count(f"Stage {stage}, on 2 x cpu") == 1
     assert told.count("seconds a step") == told.count("validation/noise_loss") == 2
-    assert told.count("identity loss") == 2 and "for 100 steps; planned A100" in told
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]  # nothing is left
+    assert told.count("for 100 steps; planned A100") == told.count("at 2.5 an hour; planned A100") == 2
+    assert [path.name for path in config.parent.iterdir()] == ["config.yaml"]
+
+
+def test_on_a_device(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judged steps, checkpointing, a validation and a resume of both stages: whatever is left behind would raise there.
+    The parts that were on it are told; weights and Adam's moments are those that are planned."""
+    stand_ins.install(monkeypatch.setattr)
+    stand_ins.install_validation(monkeypatch.setattr)
+    sizes = dict(id_proj_dim=9, can_hidden_dim=11, perceiver_dim=8, perceiver_depth=1, perceiver_dim_head=4)
+    base = {"base": str(save_tiny_folder("5b", tmp_path / "base")), "adapter": str(sizes)}
+    settings = load_config(config, base | {"width": "48", "height": "32"})
+    with simulated() as accelerator:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState().device = accelerator.device
+        told = rehearse(settings, 2, tmp_path / "rehearsal", price=2.5)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert told.count("on 1 x simgpu") == told.count("validation/base_loss") == told.count(", a step ") == 2
+    memory = plan(replace(settings, video=replace(settings.video, identity_weight=0.0))).stages["video"].memory[0]
+    rested = sum(memory.parts[part] for part in ("frozen weights", "trained weights", "Adam", "EMA"))
+    found = [float(number) * 2**30 for number in re.findall(r"weights, Adam and EMA ([\de.-]+)", told)]
+    assert len(found) == 2 and all(rested <= size < 2 * rested for size in found)
