@@ -267,7 +267,10 @@ def plot(report: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axes, names in ((left, measures[1:]), (right, measures[:1])):  # the noise loss is the first
         for name in names:
             curve(axes, trained, report[0], name)
-        axes.set_xlabel("parameters of the adapter, millions; CAN's hidden size")
+        for entry in trained:
+            place = entry["parameters"]["adapter"] / 1e6
+            axes.annotate(entry["row"], (place, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom")
+        axes.set_xlabel("parameters of the adapter, millions; above: CAN's hidden size")
         axes.legend(fontsize="small")
     left.set_ylabel("cosine, people not trained on")
     figure.savefig(path, dpi=100)
@@ -282,8 +285,6 @@ def curve(axes: Axes, trained: Sequence[Mapping[str, Any]], shipped: Mapping[str
     x = [entry["parameters"]["adapter"] / 1e6 for entry in trained]
     (line, *_) = axes.errorbar(x, means, np.abs(bounds.T - means), marker="o", capsize=3, label=label)
     axes.axhline(offset + sign * np.mean(shipped[name]), color=line.get_color(), linestyle=":", linewidth=1)
-    for place, entry in zip(x, trained):
-        axes.annotate(entry["row"], (place, 0), xycoords=("data", "axes fraction"), ha="center", fontsize="x-small")
 
 
 def _parse() -> argparse.Namespace:
