@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from .choices import (
     AS_MODEL,
     ATTENTIONS,
+    DRAFT,
     OFFLOADING,
     PRECISIONS,
     QUANTISED,
@@ -174,7 +175,6 @@ def _clip_settings(args: argparse.Namespace, base: BaseModel, prompt: str, seed:
         dynamic_guidance=args.scheduler == "dpm",
         scheduler=args.scheduler,
         step_cache=args.step_cache,
-        guidance_end=args.guidance_end,
         seed=seed,
     )
 
@@ -334,9 +334,8 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     add("--frames", type=int, default=0, help=f"1, or 8N + 1 (CogVideoX 1.5: 16N + 1), {own}")
     add("--steps", type=int, default=0, help=own)
     add("--guidance", type=float, default=0.0, help=f"classifier-free guidance, 1 is off, {own}")
-    add("--scheduler", default=AS_MODEL, choices=(AS_MODEL, *SCHEDULERS), help=own)
+    add("--scheduler", default=AS_MODEL, choices=(AS_MODEL, DRAFT, *SCHEDULERS), help=own)
     add("--step-cache", default=STEP_CACHES[0], choices=STEP_CACHES, help="reuse much of a step in the next one")
-    add("--guidance-end", type=float, default=1.0, help="part of the steps after which guidance is off, 0 to 1")
     add("--seed", type=int, nargs="+", default=[0], help="each prompt with each seed is a clip")
     add("--identity-scale", type=float, default=1.0, help="strength of the text fusion, 0 to 3")
     add("--can-scale", type=float, default=1.0, help="strength of CAN, 0 to 3")

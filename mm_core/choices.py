@@ -32,6 +32,9 @@ SCHEDULERS = ("dpm", "ddim")
 AS_MODEL = "as the model"
 """A choice, as 0 is a number, that leaves the value to the base model."""
 
+DRAFT = "draft"
+"""A choice in the same place: the model's values but for those of `Sampling.draft`."""
+
 STEP_CACHES = ("off", "balanced", "fast")
 """How readily a step reuses the step before instead of being computed."""
 

@@ -12,7 +12,7 @@ from comfy_api.latest import InputImpl, Types, io
 from safetensors.torch import save
 from torch import Tensor
 
-from ..mm_core.choices import AS_MODEL, SCHEDULERS, STEP_CACHES
+from ..mm_core.choices import AS_MODEL, DRAFT, SCHEDULERS, STEP_CACHES
 from ..mm_core.errors import DecodeError, MagicMirrorError, SettingError
 from ..mm_core.files import atomic_write
 from ..mm_core.pipelines.control import AdapterSettings
@@ -90,7 +90,6 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
         scheduler: str,
         seed: int,
         step_cache: str = STEP_CACHES[0],
-        guidance_end: float = 1.0,
     ) -> io.NodeOutput:
         from ..mm_core.pipelines.clip import ClipSettings
 
@@ -109,7 +108,6 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
             scheduler=scheduler,
             seed=seed,
             step_cache=step_cache,
-            guidance_end=guidance_end,
         )
         mirror, settings = model.mirror, model.settings or AdapterSettings()
         mirror.check(clip, model.identity, settings)
@@ -217,9 +215,10 @@ def _denoising_inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "scheduler",
-            options=[AS_MODEL, *SCHEDULERS],
+            options=[AS_MODEL, DRAFT, *SCHEDULERS],
             default=AS_MODEL,
-            tooltip="CogVideoX's own samplers, dpm and ddim.",
+            tooltip="CogVideoX's own samplers, dpm and ddim. draft, for a try: at most 16 steps, a third of the work "
+            "of 50, and guidance that does not grow.",
         ),
         io.Int.Input(
             "seed",
@@ -236,14 +235,5 @@ def _denoising_inputs() -> list[io.Input]:
             optional=True,  # workflows of before have none
             tooltip="Skip most of a step where little changes from the one before. off: every step in full. balanced: "
             "nearly the same clip. fast: less work, more deviation. Helps from about 20 steps on.",
-        ),
-        io.Float.Input(
-            "guidance_end",
-            default=1.0,
-            min=0.0,
-            max=1.0,
-            step=0.05,
-            optional=True,
-            tooltip="Part of the steps after which guidance is off, and a step half the work. 1: guided to the end.",
         ),
     ]

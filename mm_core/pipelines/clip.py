@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
-from ..choices import AS_MODEL, SCHEDULERS, STEP_CACHES
+from ..choices import AS_MODEL, DRAFT, SCHEDULERS, STEP_CACHES
 from ..errors import SettingError
 from .presets import ClipLimits, Sampling
 from .prompt import check_text
@@ -36,8 +36,6 @@ class ClipSettings:
     """Classifier-free guidance; 1 switches it off and halves the work."""
     dynamic_guidance: bool = True
     """Let the guidance grow along the schedule, as diffusers' `use_dynamic_cfg`; goes with `dpm`."""
-    guidance_end: float = 1.0
-    """Part of the schedule, 0 to 1, after which guidance is off, and a step half the work."""
     scheduler: str = "dpm"
     """`ddim` or `dpm`, CogVideoX's own."""
     step_cache: str = "off"
@@ -60,11 +58,13 @@ class ClipSettings:
         scheduler: str = AS_MODEL,
         **more: str | int,
     ) -> ClipSettings:
-        """Settings in which 0, and AS_MODEL, stand for what a base model does best.
+        """Settings in which 0, and AS_MODEL, stand for what a base model does best; with DRAFT, for a draft.
 
-        dynamic_guidance goes with a scheduler that is chosen; AS_MODEL brings the model's own.
+        dynamic_guidance goes with a scheduler that is chosen; AS_MODEL and DRAFT bring their own.
         """
-        as_model = scheduler == AS_MODEL
+        as_model = scheduler in (AS_MODEL, DRAFT)
+        if scheduler == DRAFT:
+            sampling = sampling.draft
         return cls(
             width=width or limits.width,
             height=height or limits.height,
@@ -76,15 +76,10 @@ class ClipSettings:
             **more,
         )
 
-    def is_guided(self, step: int) -> bool:
-        """Whether a step computes the unconditional half, too."""
-        return self.guidance_scale > 1 and step / self.steps < self.guidance_end
-
     @property
     def summary(self) -> str:
         """One line, to show to the user."""
         guidance = f"{'dynamic ' if self.dynamic_guidance else ''}guidance {self.guidance_scale:g}"
-        guidance += f" to {self.guidance_end:g} of the steps" * (self.guidance_end < 1)
         cached = f", step cache {self.step_cache}" * (self.step_cache != "off")
         size = f"{self.width} x {self.height} px, {self.num_frames} frame{'s' * (self.num_frames > 1)}"
         return f"{size}, {self.steps} {self.scheduler} steps{cached}, {guidance}, seed {self.seed}"
@@ -98,8 +93,6 @@ class ClipSettings:
             raise SettingError(f"seed is {self.seed}; it must be from {-(2**63)} to {2**64 - 1}.")
         if not math.isfinite(self.guidance_scale) or not 1 <= self.guidance_scale <= 30:
             raise SettingError(f"guidance_scale is {self.guidance_scale}; it must be a number from 1 (off) to 30.")
-        if not 0 <= self.guidance_end <= 1:
-            raise SettingError(f"guidance_end is {self.guidance_end}; it must be from 0 (never guided) to 1 (always).")
         if self.scheduler not in SCHEDULERS:
             raise SettingError(f"The scheduler is {self.scheduler!r}; choose one of {', '.join(SCHEDULERS)}.")
         if self.step_cache not in STEP_CACHES:

@@ -43,18 +43,15 @@ class FaceConditioning:
         position = step / len(self.packed)
         return self.settings.acting(lambda window: window.start <= position < window.end)
 
-    def state(self, step: int, *, guided: bool) -> FaceState | None:
-        """What the blocks need at a step; None where they are the base's own.
-
-        guided: whether the batch has an unconditional half.
-        """
+    def state(self, step: int) -> FaceState | None:
+        """What the blocks need at a step; None where they are the base's own."""
         acting = self.acting(step)
         if not acting.in_blocks:
             return None
         state = FaceState.of_step(
             self.packed[step].to(self.ip_scale.device),
             self.face_tokens if acting.face else None,
-            rows=2 if self.settings.in_negative and guided else 1,
+            rows=2 if self.settings.in_negative else 1,
             can_scale=acting.can_scale,
             ip_scale=self.ip_scale,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +18,6 @@ from .conditioning import FaceConditioning
 # How much the first block's change of the video may differ between two steps, relative to it, for the later step to
 # reuse what the other blocks added. `dpm` adds noise in each step, which changes it more. docs/reference.md says what
 # they cost and save.
-_BATCHED = ("hidden_states", "encoder_hidden_states", "timestep")
 _THRESHOLDS = {"ddim": {"balanced": 0.1, "fast": 0.22}, "dpm": {"balanced": 0.15, "fast": 0.2}}
 
 
@@ -34,32 +32,6 @@ def cached_steps(transformer: CogVideoXTransformer3DModel, clip: ClipSettings) -
         yield
     finally:
         transformer.disable_cache()
-
-
-@contextmanager
-def halved_steps(transformer: CogVideoXTransformer3DModel, clip: ClipSettings) -> Iterator[None]:
-    """From the end of guidance on, computes the prompt's half of the batch alone, and gives it for both: diffusers adds
-    a multiple of their difference, which is 0 then (Kynkaanniemi et al. 2024, whose interval has a start too)."""
-    if clip.guidance_scale == 1 or clip.guidance_end == 1:
-        yield
-        return
-    forward, own, steps = transformer.forward, vars(transformer).get("forward"), itertools.count()
-
-    def halved(**inputs: Any) -> tuple[Tensor]:
-        if clip.is_guided(next(steps)):
-            return forward(**inputs)
-        inputs |= {name: inputs[name].chunk(2)[1] for name in _BATCHED}
-        with transformer.cache_context("cond"):  # what a step cache keeps has as many rows as the batch
-            predicted = forward(**inputs)[0]
-        return (torch.cat([predicted] * 2),)
-
-    transformer.forward = halved
-    try:
-        yield
-    finally:
-        del transformer.forward
-        if own is not None:
-            transformer.forward = own
 
 
 def denoise(
@@ -86,7 +58,7 @@ def denoise(
         attention_kwargs.pop(STATE, None)
         if face is None or step == clip.steps:
             return prompt
-        state = face.state(step, guided=clip.is_guided(step))
+        state = face.state(step)
         if state is not None:
             attention_kwargs[STATE] = state
         return face.prompt_embeds.to(prompt) if face.acting(step).fused else prompt
@@ -99,7 +71,7 @@ def denoise(
         return {"prompt_embeds": embeds if negative is None else torch.cat([negative, embeds])}
 
     try:
-        with cached_steps(pipe.transformer, clip), halved_steps(pipe.transformer, clip):
+        with cached_steps(pipe.transformer, clip):
             latents = pipe(
                 prompt_embeds=prepare(0),
                 negative_prompt_embeds=negative,

@@ -33,7 +33,7 @@ NODES = {
     "MagicMirrorLoRA": ("model lora_name strength", "", ["MAGICMIRROR_MODEL,MODEL", "STRING"]),
     "MagicMirrorCogVideoXSampler": (
         "model prompt negative_prompt width height num_frames steps guidance_scale dynamic_guidance scheduler seed",
-        "step_cache guidance_end",
+        "step_cache",
         ["IMAGE", "LATENT", "VIDEO", "STRING"],
     ),
     "MagicMirrorVideoCombine": (
@@ -77,7 +77,7 @@ COMBOS = {
     ("MagicMirrorExtractFaceEmbedding", "crop"): ["face", "image"],
     ("MagicMirrorExtractFaceEmbedding", "on_no_face"): ["error", "no identity", "skip photo"],
     ("MagicMirrorControl", "preset"): ["likeness first", "balanced", "motion first", "custom"],
-    ("MagicMirrorCogVideoXSampler", "scheduler"): ["as the model", "dpm", "ddim"],
+    ("MagicMirrorCogVideoXSampler", "scheduler"): ["as the model", "draft", "dpm", "ddim"],
     ("MagicMirrorCogVideoXSampler", "step_cache"): ["off", "balanced", "fast"],
     ("MagicMirrorVideoCombine", "format"): ["mp4", "webm", "webp", "gif"],
     ("MagicMirrorScoreIdentity", "on_fail"): ["pass through", "stop"],

@@ -32,6 +32,17 @@ def test_what_is_asked_for_stays() -> None:
     assert {name: getattr(clip, name) for name in asked} == asked and clip.seed == 5
 
 
+def test_a_draft_is_a_third_of_the_work() -> None:
+    """Where nothing else is asked for; a model that takes fewer steps itself takes no more for a draft."""
+    for limits, sampling, summary in (
+        (OF_5B, Sampling(), "16 dpm steps, guidance 6, seed 0"),
+        (TINY.limits, TINY.sampling, "12 ddim steps, guidance 3, seed 0"),
+    ):
+        clip = ClipSettings.of_model(limits, sampling, prompt="a man", scheduler="draft")
+        assert clip.summary.endswith(summary)
+    assert ClipSettings.of_model(OF_5B, Sampling(), prompt="a man", scheduler="draft", steps=20).steps == 20
+
+
 @pytest.mark.parametrize(("width", "height", "warned"), [(64, 64, 0), (96, 64, 0), (128, 128, 1), (16, 16, 1)])
 def test_sizes_that_were_not_trained(width: int, height: int, warned: int) -> None:
     TINY.limits.check(width=width, height=height, num_frames=9)

@@ -20,7 +20,6 @@ from mm_core.errors import SettingError
 from mm_core.examples import example_identity
 from mm_core.pipelines.base import TinyBase
 from mm_core.pipelines.clip import ClipSettings
-from mm_core.pipelines.control import AdapterSettings
 from mm_core.pipelines.magic_mirror import MagicMirror
 
 CPU = torch.device("cpu")
@@ -96,36 +95,7 @@ def test_offloaded(accelerator: Accelerator, mirror: MagicMirror, offload: str) 
     assert torch.equal(sample(there, "fast"), fast_clip(mirror))
 
 
-@pytest.mark.parametrize(("step_cache", "person"), [("off", "woman"), ("off", None), ("fast", "woman")])
-def test_after_the_end_of_guidance_a_step_is_half(mirror: MagicMirror, step_cache: str, person: str | None) -> None:
-    """One row of the batch then, which is the prompt's: from the start on, the clip is that without guidance. At the
-    end of the schedule it is the guided clip, bit for bit."""
-    rows: list[int] = []
-    layer = mirror.pipeline.transformer.transformer_blocks[0].ff
-    hook = layer.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-    clips, counts = [], []
-    for scale, end in ((3.0, 1.0), (3.0, 0.5), (3.0, 0.0), (1.0, 1.0)):
-        rows.clear()
-        clip = replace(CLIP, steps=8, step_cache=step_cache, guidance_scale=scale, guidance_end=end)
-        clips.append(mirror.sample(clip, person and example_identity(person)))
-        counts.append(sum(rows))
-    hook.remove()
-    assert counts == [16, 12, 8, 8]
-    assert torch.equal(clips[2], clips[3]) and not torch.equal(clips[1], clips[0])
-    assert "forward" not in vars(mirror.pipeline.transformer)
-
-
-def test_the_identity_in_both_halves(mirror: MagicMirror) -> None:
-    """Where one half is left, it is the one that carries it."""
-    clip, identity = replace(CLIP, steps=2, guidance_end=0.0), example_identity("woman")
-    both = mirror.sample(clip, identity, AdapterSettings(in_negative=True))
-    assert torch.equal(both, mirror.sample(clip, identity))
-
-
 def test_it_is_said_and_checked() -> None:
-    assert "guidance 3 to 0.5 of the steps" in replace(CLIP, guidance_end=0.5).summary
-    with pytest.raises(SettingError, match="guidance_end is 2"):
-        replace(CLIP, guidance_end=2.0)
     assert "24 ddim steps, step cache fast, guidance 3" in replace(CLIP, step_cache="fast").summary
     assert "cache" not in CLIP.summary
     with pytest.raises(SettingError, match="step_cache is 'slow'; choose one of off, balanced, fast"):
