@@ -44,7 +44,7 @@ class FaceConditioning:
         return self.settings.acting(lambda window: window.start <= position < window.end)
 
     def state(self, step: int) -> FaceState | None:
-        """What the blocks need at a step; None where they are the base's own."""
+        """What the blocks need at a step, from 0; None where they are the base's own."""
         acting = self.acting(step)
         if not acting.in_blocks:
             return None

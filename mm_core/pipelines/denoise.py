@@ -42,7 +42,7 @@ def denoise(
     face: FaceConditioning | None,
     on_step: Callable[[int], None] = lambda done: None,
 ) -> Tensor:
-    """diffusers' loop. Between steps, its callback hands over the next step's state and text.
+    """diffusers' loop, guided to the last step. Between steps, its callback hands over the next step's state and text.
 
     Args:
         prompt, negative: (1, T, Dtxt) on the device; negative is None without guidance.

@@ -271,7 +271,7 @@ class TestConditioning:
         """There is no face stream in any block and the photos' structure acts nowhere; the ID tokens do."""
         face, _ = self.conditioning(mirror, structure_branch=False)
         assert face.face_tokens is None
-        assert face.state(0).streams.shape == (4, 1, 0, 32)
+        assert face.state(step=0).streams.shape == (4, 1, 0, 32)
         one = build_identity()
         other = replace(one, features=one.features._replace(structure_tokens=-one.features.structure_tokens))
         settings = AdapterSettings(structure_branch=False)

@@ -1,4 +1,5 @@
-"""Steps that reuse the one before: fewer blocks run, the clip stays near, and no other clip sees anything of it.
+"""Steps that reuse the one before: fewer blocks run, the clip stays near, and no other clip, of whatever person, sees
+anything of it.
 
 On the small model that ships: how far a step is from the next is a matter of trained weights.
 """
