@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
@@ -25,6 +26,7 @@ from mm_core.training.loop import train
 from mm_core.training.loop_config import LoopConfig
 from mm_core.training.runs import is_finished, latest_checkpoint
 
+from .pieces import read_state, write_state
 from .sizes import Sizes
 
 CONFIG = Path(__file__).with_name("tiny.yaml")
@@ -86,7 +88,9 @@ class Recipe:
 
     folder: of the run; the config's paths begin with `runs/tiny`, which becomes this folder.
     vae: a VAE that the training of one begins with, the later phase only. width: see `Sizes`, whose other numbers are
-    the config's. machine: settings of all loops that are the machine's, `precision` and `workers`.
+    the config's. count: of people. machine: settings of all loops that are the machine's, `precision` and `workers`.
+    stop: once set, the training at hand, or the next one after a step, ends with a checkpoint. ended: called when a
+    training ends, however.
     """
 
     def __init__(
@@ -96,9 +100,13 @@ class Recipe:
         settings: Mapping[str, str],
         vae: Path | None = None,
         width: int = 1,
+        count: int = PEOPLE,
         machine: Mapping[str, Any] = MappingProxyType({}),
+        stop: threading.Event | None = None,
+        ended: Callable[[], None] = lambda: None,
     ) -> None:
-        self.folder, self.first_vae, self.machine = folder, vae, machine
+        self.folder, self.first_vae, self.count, self.machine = folder, vae, count, machine
+        self.stop, self.ended = stop, ended
         paths = {
             "base": folder / "base",
             "id_encoder": folder / "encoder" / "id_encoder.safetensors",
@@ -135,7 +143,7 @@ class Recipe:
 
         folder = self.folder / "people"
         settings = RenderSettings(
-            first=0, stop=PEOPLE, clips=CLIPS, frames=self.config.video.frames, size=self.config.width
+            first=0, stop=self.count, clips=CLIPS, frames=self.config.video.frames, size=self.config.width
         )
         render_dataset(folder, settings, os.cpu_count() or 1)
         write_manifest(folder, "images.jsonl", pictures=True)
@@ -215,18 +223,16 @@ class Recipe:
         folder = self.folder / "text-to-video"
         folder.mkdir(exist_ok=True)
         text = self._run(folder / "text", TEXT, lambda: TextTask(TEXT.seed, self.sizes.frames))
-        pictures = Latents.encode(self.clips, vae, 1, folder / "pictures.pt")
+
+        def task(latents: Latents, loop: LoopConfig, start: Path) -> BaseTask:
+            return BaseTask(self.clips.captions, latents, vae, loop.seed, start, self.sizes)
+
         start = self._run(
             folder / "pictures",
             BASE_PICTURES,
-            lambda: BaseTask(self.clips.captions, pictures, vae, BASE_PICTURES.seed, text, self.sizes),
+            lambda: task(Latents.encode(self.clips, vae, 1, folder / "pictures.pt"), BASE_PICTURES, text),
         )
-        clips = self.latents(vae_folder)
-        last = self._run(
-            folder / "clips",
-            BASE_CLIPS,
-            lambda: BaseTask(self.clips.captions, clips, vae, BASE_CLIPS.seed, start, self.sizes),
-        )
+        last = self._run(folder / "clips", BASE_CLIPS, lambda: task(self.latents(vae_folder), BASE_CLIPS, start))
         save_base(last, vae, self.folder / "base")
 
     def features(self) -> None:
@@ -240,11 +246,13 @@ class Recipe:
                 precompute(feature_settings(self.config, stage), features_of(self.config, stage), on_progress)
 
     def adapter(self, stage: str) -> Path:
-        from mm_core.training.adapter_task import train_stage
+        from mm_core.training.adapter_task import ADAPTER_FILE
 
         from .adapter import TinyTask
 
-        return train_stage(self.config, stage, task=TinyTask)
+        start = self.adapter("image") if stage == "video" else None
+        folder, loop = Path(self.config.output) / stage, self.config.stage(stage).loop
+        return self._train(folder, loop, lambda: TinyTask(self.config, stage, start)) / ADAPTER_FILE
 
     @cached_property
     def judge(self) -> object:
@@ -261,13 +269,15 @@ class Recipe:
         return RenderedJudge(features, crops, pose, face)
 
     def sampled(self) -> Path:
-        from mm_core.training.adapter_task import train_stage
+        from mm_core.training.adapter_task import ADAPTER_FILE
 
         from .adapter import SampledTask
 
         video = replace(self.config.video, **SAMPLED | {"loop": replace(SAMPLED["loop"], **self.machine)})
-        config = replace(self.config, output=str(self.folder / "sampled"), video=video)
-        return train_stage(config, "video", self.adapter("video"), partial(SampledTask, judge=self.judge))
+        config, start = replace(self.config, video=video), self.adapter("video")
+        folder = self.folder / "sampled" / "video"
+        last = self._train(folder, video.loop, lambda: SampledTask(config, "video", start, judge=self.judge))
+        return last / ADAPTER_FILE
 
     def pack(self) -> object:
         from .pack import pack
@@ -275,10 +285,17 @@ class Recipe:
         return pack(Path(self.config.base), Path(self.config.id_encoder), self.sampled(), self.folder / "packed")
 
     def _run(self, folder: Path, loop: LoopConfig, task: Callable[[], object]) -> Path:
+        """`_train` with the machine's settings."""
+        return self._train(folder, replace(loop, **self.machine), task)
+
+    def _train(self, folder: Path, loop: LoopConfig, task: Callable[[], object]) -> Path:
         """The folder of the last checkpoint; trains only what is missing."""
         if is_finished(folder, loop.steps):
             return latest_checkpoint(folder)
-        return train(task(), replace(loop, **self.machine), folder)
+        try:
+            return train(task(), loop, folder, self.stop)
+        finally:
+            self.ended()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -287,16 +304,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--insightface-root", type=Path, default=Path("~/.insightface"), help="holds models/buffalo_sc")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="replace settings of tiny.yaml")
     parser.add_argument("--width", type=int, default=1, help="of VAE and transformer, times that of tiny")
+    parser.add_argument("--people", type=int, default=PEOPLE, help="that are rendered; fewer are sooner there")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="bf16 for a GPU")
     parser.add_argument("--workers", type=int, default=0, help="processes that read batches ahead")
     parser.add_argument("--vae", type=Path, help="folder of a VAE to go on with, instead of a new one")
+    parser.add_argument("--minutes", type=float, help="of this piece; the training then ends with a checkpoint")
+    parser.add_argument("--state", type=Path, help="file that a piece goes on from, and leaves for the next")
+    parser.add_argument("--limit", type=float, default=60, help="MiB that it may have")
     parser.add_argument("--until", default="pack", help="last part to make: people, vae, encoder, base, ...")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         settings = dict(text.split("=", 1) for text in args.set)
         machine = {"precision": args.precision, "workers": args.workers}
-        recipe = Recipe(args.folder, args.insightface_root, settings, args.vae, args.width, machine)
+        stop, ended = threading.Event(), lambda: None
+        if args.minutes is not None:
+            timer = threading.Timer(60 * args.minutes, stop.set)
+            timer.daemon = True
+            timer.start()
+        if args.state is not None:
+            read_state(args.state, args.folder)
+            ended = partial(write_state, args.folder, args.state, args.limit)
+        sizes = args.width, args.people
+        recipe = Recipe(args.folder, args.insightface_root, settings, args.vae, *sizes, machine, stop, ended)
         if args.until not in recipe.parts:
             raise SettingError(f"--until {args.until}: there is no such part; give one of {', '.join(recipe.parts)}.")
         for name, part in recipe.parts.items():

@@ -88,16 +88,17 @@ class Task(Protocol):
         In all processes, which may share the work."""
 
 
-def train(task: Task, config: LoopConfig, folder: Path) -> Path:
+def train(task: Task, config: LoopConfig, folder: Path, stop: threading.Event | None = None) -> Path:
     """Train, or go on where a killed run stopped; returns the folder of the last checkpoint.
 
     folder: gets `checkpoints/step-*` (each whole or not there), `metrics.jsonl`, TensorBoard's files, `settings.json`.
+    stop: once it is set, in any process, the run ends as a signal ends it: KeyboardInterrupt after a checkpoint.
 
     Raises:
         SettingError: the batch does not divide, or the folder holds a run with other settings.
         MagicMirrorError: a loss that is not finite (nothing after the last checkpoint is written), a full disk.
     """
-    return _Run(task, config, folder).run()
+    return _Run(task, config, folder, stop or threading.Event()).run()
 
 
 class _Batches(Dataset):
@@ -111,7 +112,7 @@ class _Batches(Dataset):
 
 
 class _Run:
-    def __init__(self, task: Task, config: LoopConfig, folder: Path) -> None:
+    def __init__(self, task: Task, config: LoopConfig, folder: Path, stop: threading.Event) -> None:
         self.task, self.config, self.folder = task, config, folder
         self.accelerator = Accelerator(
             mixed_precision=config.precision,
@@ -149,7 +150,7 @@ class _Run:
         self.ema = EMAModel(self.parameters, decay=config.ema_decay) if config.ema_decay else None
         self.saved = SavedState(self.accelerator, folder, trained, task, self.ema)
         self.measured = Measurements(self.accelerator.device)
-        self.signalled = threading.Event()
+        self.signalled = stop
         self.stopping = False
         """All processes stop, after the same step: one of them was signalled."""
 

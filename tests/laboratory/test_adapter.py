@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import stand_ins
 import torch
 import torch.nn.functional as F
 from feature_files import write_features
+from safetensors.torch import load_file
 from tiny_models import ADAPTER_SIZES, save_tiny_folder
 from torch import Tensor, nn
 
@@ -19,10 +22,12 @@ from lab.tiny.clips import windows
 from lab.tiny.likeness import centred_identity_loss
 from lab.tiny.motion import STILLNESS, motion_loss
 from lab.tiny.muon import muon
-from mm_core.errors import SettingError
+from lab.tiny.pieces import read_state, write_state
+from mm_core.errors import MagicMirrorError, SettingError
 from mm_core.training.adapter_task import AdapterTask
 from mm_core.training.config import SamplingConfig, StageConfig, TrainingConfig
 from mm_core.training.diffusion import predict_clean
+from mm_core.training.loop import train
 from mm_core.training.loop_config import LoopConfig
 
 BATCH, STEPS, GUIDANCE = 4, 4, 3.0
@@ -152,6 +157,40 @@ def test_what_a_sampled_clip_is_asked_for(config: TrainingConfig) -> None:
     assert torch.allclose(values["loss"], values["noise_loss"] + added, rtol=1e-4)
     values["loss"].sum().backward()
     assert all(p.grad is not None for p in model.adapter.blocks["0"].can.parameters())
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_a_piece_goes_on_from_a_file_as_if_nothing_had_been(
+    config: TrainingConfig, tmp_path: Path, decay: float
+) -> None:
+    """Bit for bit, with the clips in the making."""
+    loop = replace(config.video.loop, steps=2, ema_decay=decay)
+    config = replace(config, video=replace(config.video, loop=loop))
+    stop, name, state = threading.Event(), "sampled/video", tmp_path / "state.tar"
+
+    def piece(folder: Path) -> Path:
+        return train(SampledTask(config, "video", judge=_Judge()), loop, folder / name, stop)
+
+    unbroken = piece(tmp_path / "unbroken")
+    stop.set()
+    with pytest.raises(KeyboardInterrupt):
+        piece(tmp_path / "first")
+    write_state(tmp_path / "first", state, 60)
+    read_state(state, tmp_path / "second")
+    stop.clear()
+    last = piece(tmp_path / "second")
+    for read, file in ((load_file, "adapter.safetensors"), (torch.load, "state.pt")):
+        torch.testing.assert_close(read(last / file), read(unbroken / file), rtol=0, atol=0)
+    assert (last / "optimizer.bin").read_bytes() == (unbroken / "optimizer.bin").read_bytes()
+    # Of what is finished others read the adapter alone.
+    write_state(tmp_path / "second", state, 60)
+    read_state(state, tmp_path / "third")
+    kept = sorted(path.name for path in (tmp_path / "third" / name).rglob("*.*"))
+    assert kept == ["adapter.safetensors", "settings.json"]
+    before = state.read_bytes()
+    with pytest.raises(MagicMirrorError, match=r"would have 0\.\d MiB, more than --limit 0\.01, and was not written"):
+        write_state(tmp_path / "second", state, 0.01)
+    assert state.read_bytes() == before
 
 
 def test_the_middle_is_the_mean_of_all_photos(config: TrainingConfig) -> None:

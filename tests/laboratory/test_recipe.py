@@ -25,6 +25,7 @@ def shortened(loop: LoopConfig) -> LoopConfig:
 def command(tmp_path: Path, insightface_root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(small, "PEOPLE", PEOPLE)
     monkeypatch.setattr(small, "CLIPS", 2)
+    monkeypatch.setattr("lab.tiny.vae.CENTRING", 8)
     for name, value in vars(small).copy().items():
         if isinstance(value, LoopConfig):
             monkeypatch.setattr(small, name, shortened(value))
@@ -41,12 +42,13 @@ def command(tmp_path: Path, insightface_root: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_one_command_makes_the_small_model(command: list[str], tmp_path: Path) -> None:
-    """Stopped in between, it goes on; and what it packs is a model that the nodes load."""
-    assert small.main([*command, "--until", "base"]) == 0
-    base = tmp_path / "run" / "base" / "model_index.json"
-    made = base.stat().st_mtime_ns
-    assert small.main(command) == 0
-    assert base.stat().st_mtime_ns == made
+    """Stopped in between, it goes on from one file; and what it packs is a model that the nodes load."""
+    carried = ["--state", str(tmp_path / "state.tar")]
+    assert small.main([*command, *carried, "--until", "base"]) == 0
+    (tmp_path / "run").rename(tmp_path / "before")
+    assert small.main([*command, *carried]) == 0
+    before, after = (weights(tmp_path / folder / "base") for folder in ("before", "run"))
+    assert before == after and len(before) == 3
     packed = TinyBase(tmp_path / "run" / "packed")
     pipe = packed.load(torch.float32)
     assert pipe.transformer.config.num_layers == TinyBase().load(torch.float32).transformer.config.num_layers
@@ -54,6 +56,25 @@ def test_one_command_makes_the_small_model(command: list[str], tmp_path: Path) -
     _, header = load_adapter(packed.adapter)
     assert header.config == read_header(TinyBase().adapter).config
     assert (header.trained.stage, header.trained.steps) == ("video", STEPS)
+
+
+def test_pieces_make_what_one_run_makes(command: list[str], tmp_path: Path) -> None:
+    """A step, and then all others in a folder where there is nothing but what the file brings."""
+    command = [*command, "--people", "2", "--vae", str(TinyBase().folder / "vae"), "--until", "vae"]
+    assert small.main(command) == 0
+    (tmp_path / "run").rename(tmp_path / "unbroken")
+    command += ["--state", str(tmp_path / "state.tar")]
+    assert small.main([*command, "--minutes", "0"]) == 130
+    (tmp_path / "run").rename(tmp_path / "piece")
+    assert [path.name for path in (tmp_path / "piece" / "vae").rglob("step-*")] == ["step-00000001"]
+    assert small.main(command) == 0
+    unbroken, made = (weights(tmp_path / folder / "vae" / "decoder") for folder in ("unbroken", "run"))
+    assert unbroken == made and len(made) == 1
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """What other parts read."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*model.safetensors")}
 
 
 def test_a_part_that_is_not_there_is_told_before_any_is_made(
