@@ -72,7 +72,9 @@ class AdapterTraining(nn.Module):
 
     def predict(self, batch: dict[str, Tensor], text: Tensor, state: FaceState | None) -> Tensor:
         """v, (B, F, C, H, W). state: None is the base alone."""
-        return self.transformer(
+        if learning := state is not None and torch.is_grad_enabled():
+            state.streams.requires_grad_()  # without face tokens too: blocks that run again compare it
+        prediction = self.transformer(
             hidden_states=batch["noisy"].to(self.transformer.dtype),
             encoder_hidden_states=text,
             timestep=batch["timestep"],
@@ -80,6 +82,11 @@ class AdapterTraining(nn.Module):
             attention_kwargs={} if state is None else {STATE: state},
             return_dict=False,
         )[0]
+        if learning:
+            # Checkpointed blocks hold the state until they have run again, for which the values are enough: with its
+            # graph, of which they are a part, it would be a circle that nothing frees, one more in each step.
+            state.streams = state.streams.detach().requires_grad_()
+        return prediction
 
     def identity(self, batch: dict[str, Tensor]) -> tuple[Tensor, FaceState]:
         """The prompts with the fused word, and the state that carries the identity through the blocks."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import gc
 import hashlib
 import json
 import math
 import re
+import weakref
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -20,11 +22,12 @@ from adapter_runs import losses, train_on_two_processes, with_stage
 from feature_files import write_features
 from stand_ins import LinearView
 from tiny_models import ADAPTER_SIZES, save_tiny_folder
-from torch import nn
+from torch import Tensor, nn
 
 from mm_core.checkpoints.adapter_file import expected_tensors, load_adapter
 from mm_core.errors import CheckpointError, SettingError
 from mm_core.hosts.cogvideox_diffusers import STATE
+from mm_core.models.block import FaceState
 from mm_core.release.commands import main
 from mm_core.training import validation
 from mm_core.training.adapter_task import ADAPTER_FILE, AdapterTask, train_stage
@@ -252,13 +255,27 @@ def test_ablations(config: TrainingConfig, row: str) -> None:
         assert any(text in name for name in seen) == (part not in off), part
 
 
-def test_gradient_checkpointing_changes_nothing(config: TrainingConfig) -> None:
+@pytest.mark.parametrize("row", ["ours", "A"])
+def test_gradient_checkpointing_changes_nothing(
+    config: TrainingConfig, row: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And keeps nothing of a step that is over."""
     gradients = []
     for checkpointing in (False, True):
-        task = AdapterTask(replace(config, gradient_checkpointing=checkpointing), "video")
+        task = AdapterTask(replace(config, gradient_checkpointing=checkpointing, ablation=row), "video")
         task.model.train()
+        states, identity = [], task.model.identity
+
+        def remembered(batch: dict[str, Tensor]) -> tuple[Tensor, FaceState]:
+            text, state = identity(batch)
+            states.append(weakref.ref(state))
+            return text, state
+
+        monkeypatch.setattr(task.model, "identity", remembered)
         task.model(task.batch(range(4)))["loss"].mean().backward()
         gradients.append({n: p.grad.clone() for n, p in task.model.named_parameters() if p.grad is not None})
+        gc.collect()
+        assert [state() for state in states] == [None]
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(tensor, gradients[1][name]) for name, tensor in gradients[0].items())
 
