@@ -57,7 +57,7 @@ def test_install_use_uninstall(
     with start(comfyui_paths[which], tmp_path / "base") as server:
         assert not [name for name in server.object_info() if name.startswith(PREFIX)]
     left = {path.relative_to(server.base).as_posix() for path in server.base.rglob("*") if path.is_file()}
-    ours = {name for name in left if not name.startswith(("models/insightface/", "temp/"))}
+    ours = {name for name in left if not name.startswith(("models/insightface/", "temp/", "user/__magic_mirror/"))}
     assert ours == {"comfyui.log"} | {f"output/{file}" for files in made.values() for file in files}
 
 

@@ -36,6 +36,7 @@ from mm_core.training.loop import train
 from mm_core.training.loop_config import LoopConfig
 from mm_core.training.runs import METRICS, SETTINGS, check_settings, latest_checkpoint
 from mm_core.training.sample_losses import IdentityLoss, NoiseLoss, decode_frame
+from mm_core.training.step import AdapterTraining
 
 ROOT = Path(__file__).parents[2]
 
@@ -260,22 +261,21 @@ def test_gradient_checkpointing_changes_nothing(
     config: TrainingConfig, row: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And keeps nothing of a step that is over."""
-    gradients = []
+    gradients, states, identity = [], [], AdapterTraining.identity
+
+    def remembered(model: AdapterTraining, batch: dict[str, Tensor]) -> tuple[Tensor, FaceState]:
+        text, state = identity(model, batch)
+        states.append(weakref.ref(state))
+        return text, state
+
+    monkeypatch.setattr(AdapterTraining, "identity", remembered)
     for checkpointing in (False, True):
         task = AdapterTask(replace(config, gradient_checkpointing=checkpointing, ablation=row), "video")
         task.model.train()
-        states, identity = [], task.model.identity
-
-        def remembered(batch: dict[str, Tensor]) -> tuple[Tensor, FaceState]:
-            text, state = identity(batch)
-            states.append(weakref.ref(state))
-            return text, state
-
-        monkeypatch.setattr(task.model, "identity", remembered)
         task.model(task.batch(range(4)))["loss"].mean().backward()
         gradients.append({n: p.grad.clone() for n, p in task.model.named_parameters() if p.grad is not None})
-        gc.collect()
-        assert [state() for state in states] == [None]
+    gc.collect()
+    assert [state() for state in states] == [None, None]
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(tensor, gradients[1][name]) for name, tensor in gradients[0].items())
 
