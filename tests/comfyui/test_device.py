@@ -81,27 +81,25 @@ def told(server: ComfyServer, graph: dict[str, Any], latents: list[Any], room: i
 def per_step(server: ComfyServer, graph: dict[str, Any]) -> np.ndarray:
     """Copies to the device, to the host and values read by a step, with everything loaded before."""
     found = []
-    for steps in (3, 4, 8):
+    for steps in (3, 5, 9):  # not those of clips that ComfyUI has kept
         graph = copy.deepcopy(graph)
         graph["8"]["inputs"]["steps"] = steps
         found.append(np.array(told(server, graph, ["12", 0])["traffic"]))
     return (found[2] - found[1]) / 4
 
 
-@pytest.mark.parametrize("kind", ["1.0", "1.5"])
 def test_native(
     accelerated: ComfyServer,
     server: ComfyServer,
     bases: dict[str, tuple[FolderBase, Path]],
     portrait: Callable[[str], Path],
-    kind: str,
 ) -> None:
     """Two people's clips are the CPU's; a step with identity copies its factors once, and reads which noise level it
     has."""
     for person in ("person_b_2", "person_a_2"):
-        graph = native_graph(accelerated, kind, portrait(person))
+        graph = native_graph(accelerated, "1.0", portrait(person))
         found = sampled(accelerated, graph)
-        expected = sampled(server, native_graph(server, kind, portrait(person)))
+        expected = sampled(server, native_graph(server, "1.0", portrait(person)))
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     more = per_step(accelerated, graph) - per_step(accelerated, plain(graph))
     assert (more <= np.array([1, 0, 1])).all()
@@ -163,8 +161,9 @@ def test_twenty_clips(
     assert [found["loads"][0] for found in first[1:]] == [0, 0, 0, 0, 1, 0, 0, 0, 0]  # a T5 of the other type
     assert not any(found["loads"].any() for found in second)
     assert {found["live"] for found in second} == {first[-1]["live"]}
-    # Half a model; ComfyUI keeps the clips themselves.
-    assert second[-1]["process"] - first[-1]["process"] < first[0]["live"] / 2
+    # Half a model; ComfyUI keeps the clips themselves, and the process's goes up and down by some 50 MB.
+    highest = [max(found["process"] for found in ten) for ten in rounds]
+    assert highest[1] - highest[0] < first[0]["live"] / 2
 
 
 def test_two_workflows_take_turns(
@@ -179,6 +178,7 @@ def test_two_workflows_take_turns(
         again(graph, graph["7"]["inputs"], graph["8"]["inputs"])
         del graph["13"]
     workflows = {"own": (own, [own.id(SAMPLER), 1]), "native": (native, ["12", 0]), "core": (core, ["12", 0])}
+    accelerated.free()  # of what the tests before have loaded
     room, rounds = 40_000_000, []
     latents: dict[str, Tensor] = {}
     for _ in range(5):
@@ -188,9 +188,9 @@ def test_two_workflows_take_turns(
             assert torch.equal(latents.setdefault(name, found["latents"]), found["latents"]), name
             rounds[-1].append(found)
     for turn in zip(*rounds[1:]):  # from the second round on what is left of the others is there
-        there = {name: size for name, size, device, _ in turn[-1]["models"] if device == "npu"}
-        assert [found["models"] for found in turn] == [turn[-1]["models"]] * 4
-        loaded = sum(size for _, size, device, _ in turn[-1]["models"] if device == "npu")
+        each = [[(name, size) for name, size, device, _ in found["models"] if device == "npu"] for found in turn]
+        assert each == [each[-1]] * 4
+        there, loaded = dict(each[-1]), sum(size for _, size in each[-1])
         assert {found["live"] for found in turn} == {loaded} and loaded < 1.3 * room
         grown = turn[-1]["process"] - turn[0]["process"]
         print(there, [found["live"] for found in turn], f"the process has grown by {grown}")
