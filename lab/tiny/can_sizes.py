@@ -270,7 +270,7 @@ def plot(report: Sequence[Mapping[str, Any]], path: Path) -> None:
         for entry in trained:
             place = entry["parameters"]["adapter"] / 1e6
             axes.annotate(entry["row"], (place, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom")
-        axes.set_xlabel("parameters of the adapter, millions; above: CAN's hidden size")
+        axes.set_xlabel("million parameters; above: CAN's hidden size")
         axes.legend(fontsize="small")
     left.set_ylabel("cosine, people not trained on")
     figure.savefig(path, dpi=100)
