@@ -190,7 +190,8 @@ def _measured(path: Path, batch_size: int, resting: Sequence[int]) -> Measured:
     resumed = speeds[len(speeds) // 2 + 1 :] or speeds[-1:]
     gib, peaks = {}, [line[_PEAK_MEMORY] for line in lines if _PEAK_MEMORY in line]
     if peaks and resting:
-        first, last = resting[0] / 2**30, resting[-1] / 2**30
+        # The judges come with the first step; between the parts of a batch there are gradients too.
+        first, last = resting[0] / 2**30, min(resting[1:] or resting) / 2**30
         gib = {"weights, Adam and EMA": first, "judges": last - first, "a step": max(peaks) - last}
     return Measured(
         seconds=statistics.median(batch_size / speed for speed in resumed),
