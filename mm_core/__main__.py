@@ -21,7 +21,7 @@ from .choices import (
     TINY,
     VIDEO_FORMATS,
 )
-from .errors import MagicMirrorError, packages
+from .errors import MagicMirrorError, exit_code
 from .files import atomic_write, numbered_name
 
 if TYPE_CHECKING:
@@ -41,16 +41,7 @@ FACES = Path.home() / ".insightface"
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    try:
-        with packages():
-            args.run(args)
-    except MagicMirrorError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("cancelled", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: args.run(args))
 
 
 def generate(args: argparse.Namespace) -> None:

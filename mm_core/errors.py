@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -119,6 +119,20 @@ def packages() -> Iterator[None]:
             f"MagicMirror needs a Python package that is missing or too old ({missing}). Install its requirements and "
             f'start again: "{sys.executable}" -m pip install -r "{requirements}"'
         ) from error
+
+
+def exit_code(command: Callable[[], int | None], interrupted: str = "cancelled") -> int:
+    """Of a command line: the command's own, 0 for None, 2 for a mistake of the user's, which is told, 130 when it is
+    interrupted, told in the words of `interrupted`."""
+    try:
+        with packages():
+            return command() or 0
+    except MagicMirrorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
 
 
 def _root_import_error(error: BaseException | None) -> ImportError | None:

@@ -17,7 +17,7 @@ import diffusers
 import torch
 
 from ..choices import POLICIES, TINY
-from ..errors import MagicMirrorError
+from ..errors import exit_code
 from ..files import atomic_write, write_json
 from ..memory import default_device
 from ..pipelines.base import FolderBase, TinyBase
@@ -34,14 +34,12 @@ COUNTED = ("CogVideoX-5b", "CogVideoX-2b")
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     command = shlex.join(["python", "-m", "mm_core.benchmark", *(sys.argv[1:] if argv is None else argv)])
-    try:
-        found = measure(args) | {"command": command}
-        write(found, args.output)
-    except MagicMirrorError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: _run(args, command))
+
+
+def _run(args: argparse.Namespace, command: str) -> None:
+    write(measure(args) | {"command": command}, args.output)
     print(args.output.absolute())
-    return 0
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..errors import MagicMirrorError, packages
+from ..errors import MagicMirrorError, exit_code
 
 _PACKAGES = ("pydantic", "yaml", "ray", "pyarrow", "scenedetect", "faiss", "imagehash")
 _INSTALL = 'python -m pip install ".[training,data]"'
@@ -25,19 +25,11 @@ _INSTALL = 'python -m pip install ".[training,data]"'
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, 1 if nothing was kept, 2 for a mistake of the user's, 130 when interrupted."""
     args = _parser().parse_args(argv)
-    try:
-        with packages():
-            _check_packages()
-            return _curate(args)
-    except MagicMirrorError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from there", file=sys.stderr)
-        return 130
+    return exit_code(lambda: _curate(args), "stopped; the same command goes on from there")
 
 
 def _curate(args: argparse.Namespace) -> int:
+    _check_packages()
     from tqdm import tqdm
 
     from ..settings_file import load_settings, parse_setting

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..choices import EXPORTS, SYSTEMS
-from ..errors import MagicMirrorError, SettingError, packages
+from ..errors import MagicMirrorError, SettingError, exit_code
 from ..faces.references import MIN_SAME_PERSON
 
 FACES = Path.home() / ".insightface"
@@ -28,15 +28,7 @@ FACES = Path.home() / ".insightface"
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, 1 if some videos could not be measured, 2 for a mistake of the user, 130 interrupted."""
     args = _parser().parse_args(argv)
-    try:
-        with packages():
-            return args.run(args)
-    except MagicMirrorError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("cancelled", file=sys.stderr)
-        return 130
+    return exit_code(lambda: args.run(args))
 
 
 def score(args: argparse.Namespace) -> int:

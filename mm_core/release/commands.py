@@ -18,7 +18,6 @@ import argparse
 import json
 import logging
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..errors import MagicMirrorError, packages
+from ..errors import exit_code
 from ..settings_file import parse_setting
 from ..training.config import TrainingConfig, load_config
 
@@ -37,17 +36,13 @@ def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, 1 for a dataset with faults, 2 for a mistake of the user's, 130 when interrupted."""
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        with packages():
-            _take_device()
-            config = load_config(args.config, dict(parse_setting(text) for text in args.set))
-            return args.run(config, args) or 0
-    except MagicMirrorError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    return exit_code(lambda: _run(args), "stopped; the same command goes on from the last checkpoint")
+
+
+def _run(args: argparse.Namespace) -> int | None:
+    _take_device()
+    config = load_config(args.config, dict(parse_setting(text) for text in args.set))
+    return args.run(config, args)
 
 
 def plan(config: TrainingConfig, args: argparse.Namespace) -> None:
