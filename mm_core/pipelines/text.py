@@ -47,10 +47,10 @@ def prompt_encoder(
 
     stored: fp8, which leaves it as it is, or one of `choices.QUANTISED`.
     """
-    quantised = stored if stored in QUANTISED else None
+    quantised = "int8" if stored in QUANTISED else None  # with nf4 too, see quantised.py
     files = [path.resolve() for path in base.text_encoder_files if path.is_file()]
     versions = [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in files]
-    key = (dtype, residence, quantised and "int8", cache, *(versions or [base]))
+    key = (dtype, residence, quantised, cache, *(versions or [base]))
     encoder = _shared.get(key)
     if encoder is None:
         encoder = _shared[key] = PromptEncoder(base, dtype, quantised, cache)
@@ -110,8 +110,7 @@ class PromptEncoder:
         return self._embeds[ids]
 
     def _key(self, ids: tuple[int, ...]) -> str:
-        kind = self._quantised and "int8"
-        return cache_key(self._base.text_encoder_files, "T5", self._dtype, kind, ids)
+        return cache_key(self._base.text_encoder_files, "T5", self._dtype, self._quantised, ids)
 
     def _known(self, ids: tuple[int, ...]) -> Tensor | None:
         """From disk."""

@@ -61,7 +61,7 @@ class RehearsedTask(AdapterTask):
     def __init__(self, config: TrainingConfig, stage: str, start: Path | None = None) -> None:
         super().__init__(config, stage, start)
         self.resting: list[int] = []
-        """Bytes on the device before each step."""
+        """Bytes on the device before each part of a batch."""
 
     def open_base(self) -> RandomBase:
         return RandomBase(self.config)
