@@ -33,10 +33,11 @@ def _curate(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..settings_file import load_settings, parse_setting
-    from .config import CurationConfig
+    from .config import CurationConfig, settings_of_model
     from .run import PAGE, curate
 
-    config = load_settings(CurationConfig, args.config, dict(parse_setting(text) for text in args.set))
+    settings = settings_of_model(args.model) if args.model is not None else {}
+    config = load_settings(CurationConfig, args.config, settings | dict(parse_setting(text) for text in args.set))
     bars: dict[str, tqdm] = {}
 
     def show(what: str, done: int, of: int) -> None:
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("kind", choices=("pictures", "portraits", "pairs", "video"))
     parser.add_argument("inputs", type=Path, nargs="+", metavar="INPUT", help="a folder, .tar or .parquet file")
     parser.add_argument("--out", type=Path, required=True, help="folder for the manifest and what it names")
+    parser.add_argument("--model", help="what is trained: tiny, a published name, a folder; default: CogVideoX-5b")
     parser.add_argument("--config", type=Path, help="a YAML file; docs/data.md has the settings")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="replace settings")
     parser.add_argument("--workers", type=int, help="processes; default: one for each core")

@@ -15,6 +15,8 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 Kind = Literal["pictures", "portraits", "pairs", "video"]
 """The paper's sources: A pictures with captions, B portraits with a standard caption, C a picture and another of the
 same person that a generator made, D footage."""
+HEIGHT, MIN_LINES = 480, 720
+"""The paper's: of its model, and of what it is trained on."""
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -50,7 +52,7 @@ class Measuring:
 class Keeping:
     """The thresholds. What is measured is within them, or dropped with the rule's name for a reason."""
 
-    min_lines: Count = 720
+    min_lines: Count = MIN_LINES
     """Pixels of the shorter side."""
     min_score: Share = MIN_SCORE
     """Of the face detector; fainter finds are no faces."""
@@ -99,4 +101,20 @@ class CurationConfig:
     keep: Keeping = dataclasses.field(default_factory=Keeping)
     width: Annotated[int, Field(ge=16, multiple_of=16)] = 720
     """Of what will be trained: portraits get black borders to this shape."""
-    height: Annotated[int, Field(ge=16, multiple_of=16)] = 480
+    height: Annotated[int, Field(ge=16, multiple_of=16)] = HEIGHT
+
+
+def settings_of_model(name: str) -> dict[str, str]:
+    """By dotted name, what a training set for a base model must have: length, rate, shape, and as many lines as the
+    paper takes for its model, 720 for 480, or the model's own where it has more.
+
+    name: as in `pipelines.named`. Raises as `limits_of`.
+    """
+    from ..pipelines.named import limits_of  # with it diffusers, which workers need not load
+
+    limits = limits_of(name)
+    settings = {
+        "measure.frames": limits.num_frames, "measure.fps": limits.fps, "width": limits.width, "height": limits.height,
+        "keep.min_lines": max(limits.height, min(MIN_LINES, limits.height * MIN_LINES // HEIGHT)),
+    }  # fmt: skip
+    return {setting: str(value) for setting, value in settings.items()}

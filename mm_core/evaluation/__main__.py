@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +49,7 @@ def benchmark(args: argparse.Namespace) -> int:
     import torch
     from accelerate import PartialState
 
+    from ..checkpoints.adapter_file import read_header
     from .benchmark_set import read_set
     from .generate import VIDEOS, check_run, clip_of, generate
     from .systems import LOADERS, Size, Weights
@@ -57,7 +57,7 @@ def benchmark(args: argparse.Namespace) -> int:
 
     if not re.fullmatch(r"\w[\w .'-]*", args.system):
         raise SettingError(f"The system is {args.system!r}; it must be a folder's name, such as {SYSTEMS[0]}")
-    out, entries = args.out / args.system, read_set(args.set)
+    out, entries, trained = args.out / args.system, read_set(args.set), None
     processes = PartialState(cpu=not torch.accelerator.is_available())  # which alone lets processes on CPUs meet
     judging = _judging(args) if processes.is_main_process else None  # what is wrong with it is told before the clips
     if args.system in SYSTEMS:
@@ -65,8 +65,11 @@ def benchmark(args: argparse.Namespace) -> int:
             raise SettingError(f"--model is missing: give the folder of {args.system}'s weights")
         weights = Weights(model=args.model, adapter=args.adapter, id_encoder=args.id_encoder)
         size = Size(width=args.width, height=args.height, frames=args.frames, steps=args.steps)
+        if args.adapter is not None:  # whose file may be replaced by one of the next run, under the same name
+            trained = str(read_header(args.adapter).trained)
+        made_with = {name: str(path) for name, path in vars(weights).items()} | {"trained": trained}
         with processes.main_process_first():
-            check_run(out, {name: str(path) for name, path in vars(weights).items()}, size, args.seed)
+            check_run(out, made_with, size, args.seed)
         with _bar("clip", processes.is_main_process) as show:
             generate(
                 entries, lambda: LOADERS[args.system](weights, _analyzer(args), processes.device), out, size=size,
@@ -83,7 +86,7 @@ def benchmark(args: argparse.Namespace) -> int:
     if judging is not None:
         made = max((path.stat().st_mtime for path in (out / VIDEOS).rglob("*")), default=0.0)
         if not (out / RESULTS).is_file() or (out / RESULTS).stat().st_mtime < made:
-            code = _measure(args, judging, out / VIDEOS, args.set, out)
+            code = _measure(args, judging, out / VIDEOS, args.set, out, trained)
         print(*write_tables(args.out), sep="\n")
     processes.destroy_process_group()
     return code
@@ -128,7 +131,6 @@ def _judging(args: argparse.Namespace) -> dict[str, Any]:
     from .raft import Raft
     from .text import TextAlignment
 
-    warnings.filterwarnings("ignore", "`estimate` is deprecated", FutureWarning)  # insightface's, in mid-progress
     analyzer = _analyzer(args)
     return {
         "analyzer": analyzer,
@@ -140,8 +142,14 @@ def _judging(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _measure(args: argparse.Namespace, judging: dict[str, Any], videos: Path, references: Path, out: Path) -> int:
-    """Measure, write, print the summary. 0, or 1 if some videos could not be measured."""
+def _measure(
+    args: argparse.Namespace, judging: dict[str, Any], videos: Path, references: Path, out: Path,
+    adapter: str | None = None,
+) -> int:  # fmt: skip
+    """Measure, write, print the summary. 0, or 1 if some could not be measured.
+
+    adapter: what that of the videos has been through, if it is known.
+    """
     from .recognisers import other_judges
     from .report import write_report
     from .run import evaluate
@@ -160,6 +168,7 @@ def _measure(args: argparse.Namespace, judging: dict[str, Any], videos: Path, re
         "flow": args.raft.name if args.raft else "DIS",
         "clip": args.clip.name if args.clip else None,
         "judges": [judge.name for judge in judges],
+        "adapter": adapter,
     }
     for path in write_report(out, evaluation, settings):
         print(path)
@@ -244,7 +253,7 @@ def _benchmark_arguments(add: Callable[..., Any]) -> None:
     add("--set", type=Path, required=True, help="folder of the benchmark, or of IPVG's test set")
     add("--out", type=Path, required=True, help="folder for a folder of each system, and for the tables")
     add("--system", required=True, help=f"{', '.join(SYSTEMS)}, or any other whose clips are in <out>/<system>/videos")
-    add("--model", help="folder of the system's weights in diffusers' layout; magic-mirror: or tiny")
+    add("--model", help="folder of the system's weights in diffusers' layout, a published name of CogVideoX, or tiny")
     _adapter_arguments(add, "magic-mirror: ")
     add("--width", type=int, default=0, help="pixels; 0: the model's own, of baselines 720")
     add("--height", type=int, default=0, help="pixels; 0: the model's own, of baselines 480")
@@ -262,7 +271,7 @@ def _export_arguments(add: Callable[..., Any]) -> None:
 
 
 def _factors_arguments(add: Callable[..., Any]) -> None:
-    add("--model", required=True, help="folder of a base model in diffusers' layout, or tiny")
+    add("--model", required=True, help="folder of a base model in diffusers' layout, a published name, or tiny")
     _adapter_arguments(add)
     add("--reference", type=Path, nargs="+", required=True, help="photos of one person")
     add("--steps", type=int, default=50, help="of the schedule, 1 to 1000")
@@ -271,7 +280,7 @@ def _factors_arguments(add: Callable[..., Any]) -> None:
 
 def _adapter_arguments(add: Callable[..., Any], whose: str = "") -> None:
     add("--adapter", type=Path, help=f"{whose}adapter file; tiny brings its own")
-    add("--id-encoder", type=Path, help=f"{whose}photomaker-v2.bin; tiny brings its own")
+    add("--id-encoder", type=Path, help=f"{whose}photomaker-v2.bin; default: where fetch puts it; tiny brings its own")
 
 
 _ARGUMENTS = {

@@ -31,7 +31,8 @@ _PROMPTS = Path(__file__).with_name("prompts.json")
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A clip to make. name: of its file, without ending. kind: one of CLASSES, "" where it is not known."""
+    """A clip to make. name: of its file, without ending. kind: one of CLASSES, "" where it is not known. prompt: may
+    have our trigger, which others are not told."""
 
     name: str
     person: str

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..choices import EXPORTS
 from ..errors import MagicMirrorError, SettingError
 from ..files import atomic_folder, write_json
+from ..pipelines.prompt import without_trigger
 from .benchmark_set import Entry
 from .generate import clip_of
 
@@ -24,11 +25,12 @@ def export_vbench(entries: Sequence[Entry], clips: Path, out: Path) -> None:
     seen: Counter[str] = Counter()
     with atomic_folder(out) as temporary:
         for entry in entries:
-            name = f"{entry.prompt}-{seen[entry.prompt]}.mp4"
+            prompt = without_trigger(entry.prompt)
+            name = f"{prompt}-{seen[prompt]}.mp4"
             if "/" in name or "\n" in name or len(name.encode()) > _NAME_BYTES:
                 raise SettingError(f"The prompt of {entry.name} is no file name, as VBench wants it to be: shorten it")
             shutil.copyfile(_there(clips, entry), temporary / name)
-            seen[entry.prompt] += 1
+            seen[prompt] += 1
 
 
 def export_opens2v(entries: Sequence[Entry], clips: Path, out: Path) -> None:
@@ -49,7 +51,7 @@ def export_opens2v(entries: Sequence[Entry], clips: Path, out: Path) -> None:
             shutil.copyfile(entry.photos[0], temporary / picture)
             shutil.copyfile(_there(clips, entry), temporary / "Videos" / f"singleface_{number}.mp4")
             index[f"singleface_{number}"] = {
-                "img_paths": [picture], "prompt": entry.prompt, "class_label": [folder.capitalize()],
+                "img_paths": [picture], "prompt": without_trigger(entry.prompt), "class_label": [folder.capitalize()],
             }  # fmt: skip
         write_json(temporary / "Human-Domain_Eval.json", index)
 

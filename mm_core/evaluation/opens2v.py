@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..faces.analysis import FaceAnalyzer
+from ..faces.quality import norm_crop
 from ..faces.references import read_image
 from .curricularface import CurricularFace
 
@@ -65,9 +66,7 @@ class FaceSim:
         return embedding, None if self._network is None else self._curricular(image, landmarks - border[::-1])
 
     def _curricular(self, image: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
-        from insightface.utils import face_align
-
-        return self._network(face_align.norm_crop(image, landmarks, _ALIGNED_SIZE))
+        return self._network(norm_crop(image, landmarks, _ALIGNED_SIZE))
 
 
 class MotionAmplitude:

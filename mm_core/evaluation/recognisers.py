@@ -21,7 +21,7 @@ from PIL import Image
 
 from ..errors import MagicMirrorError, NoFaceError
 from ..faces.analysis import Face, FaceAnalyzer, select_face
-from ..faces.quality import ALIGNED_SIZE
+from ..faces.quality import ALIGNED_SIZE, norm_crop
 
 MIN_SIDE = 300  # pixels: smaller frames are enlarged first, recognisers were trained on faces of 100 px and more
 INSTALL = {  # what pip calls the modules
@@ -145,10 +145,8 @@ class SFaceJudge:
         return None if found is None else self.describe(*found)
 
     def describe(self, picture: np.ndarray, face: Face) -> np.ndarray:
-        from insightface.utils import face_align
-
         # SFace is aligned to ArcFace's template. It wants RGB, 0 to 255; its graph subtracts and divides.
-        aligned = face_align.norm_crop(picture, face.landmarks, ALIGNED_SIZE)
+        aligned = norm_crop(picture, face.landmarks, ALIGNED_SIZE)
         data = aligned.transpose(2, 0, 1)[None].astype(np.float32)  # (1, 3, 112, 112)
         return self._session.run(None, {"data": data})[0][0]
 

@@ -16,15 +16,16 @@ from diffusers.pipelines.easyanimate.pipeline_easyanimate_inpaint import (
 )
 from PIL import Image
 
-from ..choices import SYSTEMS, TINY
+from ..choices import SYSTEMS
 from ..errors import CheckpointError, MagicMirrorError, reason
 from ..faces.analysis import Face, FaceAnalyzer, select_face
 from ..faces.references import analyse_references, read_image
 from ..faces.tracking import find_faces
 from ..json_file import read_object
-from ..pipelines.base import FolderBase, TinyBase
 from ..pipelines.clip import ClipSettings
 from ..pipelines.magic_mirror import MagicMirror
+from ..pipelines.named import base_of, folder_of, id_encoder_for
+from ..pipelines.prompt import without_trigger
 
 WIDTH, HEIGHT, FRAMES, STEPS, FPS = 720, 480, 49, 50, 8  # of the paper's comparison: what baselines make by default
 
@@ -56,7 +57,8 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Where a system's weights are. model: a folder in diffusers' layout, or `tiny`; the rest is for our own model."""
+    """Where a system's weights are. model: a folder in diffusers' layout, a published name of CogVideoX, or `tiny`; the
+    rest is for our own model."""
 
     model: str
     adapter: Path | None = None
@@ -65,9 +67,8 @@ class Weights:
 
 def mirror_of(weights: Weights, device: torch.device) -> MagicMirror:
     """Our model. Raises CheckpointError for a folder that holds no complete base model."""
-    base = TinyBase() if weights.model == TINY else FolderBase(Path(weights.model))
-    base.check_complete()
-    return MagicMirror(base, adapter=weights.adapter, id_encoder=weights.id_encoder, device=device)
+    encoder = weights.id_encoder or id_encoder_for(weights.model)
+    return MagicMirror(base_of(weights.model), adapter=weights.adapter, id_encoder=encoder, device=device)
 
 
 def magic_mirror(weights: Weights, analyzer: FaceAnalyzer, device: torch.device) -> Make:
@@ -150,7 +151,7 @@ def consisid_faces(folder: str, device: torch.device, dtype: torch.dtype) -> Cal
 
 def _load(kind: type[DiffusionPipeline], weights: Weights, device: torch.device) -> DiffusionPipeline:
     """A pipeline from a folder, with what is not computing in main memory."""
-    on_cpu, folder = device.type == "cpu", Path(weights.model)
+    on_cpu, folder = device.type == "cpu", folder_of(weights.model)
     try:
         if not (folder / "model_index.json").is_file():  # diffusers would take the name for one on the hub
             raise OSError("it has no model_index.json")
@@ -189,7 +190,7 @@ def _run(pipe: DiffusionPipeline, request: Request, **conditions: Any) -> tuple[
     """A clip at the pipeline's own guidance."""
     size = request.size
     found = pipe(
-        prompt=request.prompt,
+        prompt=without_trigger(request.prompt),
         negative_prompt="",  # what others take None for; EasyAnimate does not
         width=size.width or WIDTH,
         height=size.height or HEIGHT,

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import CheckpointError, MagicMirrorError, reason
 from ..faces.crop import whole_image
+from ..pipelines.prompt import without_trigger
 from .metrics import sample_evenly
 
 SAMPLES = 8  # frames of a clip, evenly spaced
@@ -85,7 +86,7 @@ def find_prompts(folder: Path, videos: list[Path], references: Path | None = Non
             prompts[video] = file.read_text(encoding="utf-8").strip()
         else:
             prompts[video] = listed.get(name.as_posix()) or listed.get(name.with_suffix("").as_posix()) or ""
-    return {video: prompt for video, prompt in prompts.items() if prompt}
+    return {video: without_trigger(prompt) for video, prompt in prompts.items() if prompt}
 
 
 def _read_prompts(path: Path) -> dict[str, str]:

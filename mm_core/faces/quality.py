@@ -53,6 +53,15 @@ def aligned(image: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
     return cv2.resize(face, (ALIGNED_SIZE, ALIGNED_SIZE), interpolation=cv2.INTER_AREA)
 
 
+def norm_crop(image: np.ndarray, landmarks: np.ndarray, size: int) -> np.ndarray:
+    """(size, size, 3) uint8: insightface's own crop for recognisers, black outside of the picture. As `aligned`."""
+    from insightface.utils import face_align
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # as above
+        return face_align.norm_crop(image, landmarks, size)
+
+
 def measure(image: np.ndarray, landmarks: np.ndarray) -> tuple[float, float, float]:
     """`Face`'s sharpness, blown and brightest of the face at these landmarks."""
     import cv2

@@ -22,6 +22,7 @@ from ..data.manifest import Sample
 from ..data.precompute import write_shard
 from ..errors import SettingError
 from ..files import write_json
+from ..pipelines.named import configs_of
 from ..pipelines.parts import build_scheduler
 from ..pipelines.presets import SCHEDULER, ClipLimits
 from ..training.adapter_task import ADAPTER_FILE, AdapterTask
@@ -31,7 +32,7 @@ from ..training.losses import TEMPORAL_COMPRESSION
 from ..training.runs import METRICS
 from .plan import PEAK_TFLOPS, StagePlan
 from .plan import plan as make_plan
-from .step import base_configs, id_encoder_sizes
+from .step import id_encoder_sizes
 
 _SAMPLES, _PHOTOS = 4, 2  # of each person
 _PEAK_MEMORY = "speed/peak_memory_gib"
@@ -41,7 +42,7 @@ class RandomBase:
     """The base that a config names, by its sizes; what `AdapterTask` asks of a `BaseModel`."""
 
     def __init__(self, config: TrainingConfig) -> None:
-        self.name, self.transformer_config, self.vae_config, self.text = base_configs(config.base)
+        self.name, self.transformer_config, self.vae_config, self.text = configs_of(config.base)
         self.limits = ClipLimits.from_config(self.transformer_config, self.vae_config)
 
     def load(self, dtype: torch.dtype, *, text_encoder: bool = False) -> CogVideoXPipeline:

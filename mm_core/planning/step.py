@@ -6,7 +6,7 @@ left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import T5Config, T5EncoderModel
+from transformers import T5EncoderModel
 
 from ..checkpoints.photomaker import read_id_encoder_config
 from ..counting import Counter, GpuKernels
@@ -27,9 +27,9 @@ from ..memory import store_in_fp8
 from ..models.adapter import MagicMirrorAdapter
 from ..models.id_encoder import PHOTOMAKER_V2, IDEncoder, IDEncoderConfig
 from ..pipelines import tiny
-from ..pipelines.base import FolderBase, TinyBase
 from ..pipelines.control import AdapterSettings
-from ..pipelines.presets import PRESETS, T5_XXL, ClipLimits, published
+from ..pipelines.named import configs_of
+from ..pipelines.presets import ClipLimits
 from ..training.config import ABLATIONS, SamplingConfig, StageConfig, TrainingConfig, adapter_config
 from ..training.losses import TEMPORAL_COMPRESSION
 from ..training.sample_losses import IdentityLoss, NoiseLoss, Pass
@@ -64,7 +64,7 @@ def build_models(config: TrainingConfig, precision: str) -> Models:
         SettingError: an unknown base, or an adapter with unknown sizes or sizes that are not the base's.
         CheckpointError: a folder that is no CogVideoX text-to-video model.
     """
-    name, transformer, vae, text = base_configs(config.base)
+    name, transformer, vae, text = configs_of(config.base)
     id_encoder = id_encoder_sizes(config)
     try:
         sizes = adapter_config(config, name, transformer)
@@ -95,20 +95,6 @@ def build_models(config: TrainingConfig, precision: str) -> Models:
 def autocast(precision: str) -> torch.dtype | None:
     """The type that mixed precision computes in; None without."""
     return None if precision == "no" else DTYPES[precision]
-
-
-def base_configs(base: str) -> tuple[str, Mapping[str, Any], Mapping[str, Any], T5Config]:
-    """Name, transformer, VAE and T5 of a base: `tiny`, a published name, or a folder."""
-    preset = published(base)
-    if preset is not None:
-        config = {"patch_size_t": None} | dict(preset.transformer)
-        return preset.repo, config, preset.vae, T5Config(**T5_XXL)
-    folder = TinyBase().folder if base == tiny.NAME else Path(base).expanduser()
-    if not folder.is_dir():
-        raise SettingError(f"base is {base}; it must be tiny, one of {', '.join(PRESETS)}, or the folder of a model.")
-    model = FolderBase(folder)
-    name = base if base == tiny.NAME else folder.name
-    return name, model.transformer_config, model.vae_config, T5Config(**model.text_config)
 
 
 def id_encoder_sizes(config: TrainingConfig) -> IDEncoderConfig:

@@ -102,7 +102,12 @@ def whole(config: TrainingConfig, args: argparse.Namespace) -> None:
     """Check, precompute, train both stages, export and score: what is finished is skipped."""
     from .whole import train_whole
 
-    print(train_whole(config, args.rank, args.world_size))
+    with progress(quiet=args.rank > 0) as on_progress:
+
+        def show(stage: str, what: str, done: int, of: int) -> None:
+            on_progress(f"{stage}: {what}", done, of)
+
+        print(train_whole(config, args.rank, args.world_size, show))
     _leave()
 
 

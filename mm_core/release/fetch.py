@@ -14,9 +14,10 @@ from ..errors import MagicMirrorError
 from ..faces.analysis import download_pack
 from ..files import DOWNLOADS
 from ..pipelines.base import FolderBase, download_folder
-from ..pipelines.presets import HUB_ADDRESS
+from ..pipelines.named import folder_of
+from ..pipelines.presets import HUB_ADDRESS, published
 from ..training.config import TrainingConfig
-from ..training.sources import base_folder, id_encoder_of, published_base
+from ..training.sources import id_encoder_of
 
 _log = logging.getLogger(__name__)
 
@@ -36,8 +37,8 @@ class Part:
 
 def parts(config: TrainingConfig) -> Iterator[Part]:
     """What a config names by a public name: base, ID encoder, face pack. What it names by a path is not fetched."""
-    if (preset := published_base(config)) is not None:
-        folder = base_folder(config)
+    if (preset := published(config.base)) is not None:
+        folder = folder_of(config.base)
         yield Part(
             name=preset.repo,
             path=folder,
@@ -90,10 +91,10 @@ def fetch(config: TrainingConfig, accepted: bool) -> list[Path]:
     for part in missing:
         _log.info("fetching %s into %s", part.name, part.path)
         part.download()
-    for path, published in ((path, sha) for part in wanted for path, sha in part.hashed.items() if path.is_file()):
+    for path, wanted_sha in ((path, sha) for part in wanted for path, sha in part.hashed.items() if path.is_file()):
         found = sha256_of(path)
-        if found != published:
+        if found != wanted_sha:
             raise MagicMirrorError(
-                f"{path} has the SHA-256 {found}, not the published {published}. Remove it and run this again."
+                f"{path} has the SHA-256 {found}, not the published {wanted_sha}. Remove it and run this again."
             )
     return [part.path for part in wanted]

@@ -8,8 +8,9 @@ from pathlib import Path
 from ..data.check import Report, check_dataset
 from ..data.precompute import FeatureSettings
 from ..files import write_json
+from ..pipelines.named import base_of
 from ..training.config import TrainingConfig
-from ..training.sources import base_of, id_encoder_of
+from ..training.sources import id_encoder_of
 
 
 def feature_settings(config: TrainingConfig, stage: str) -> FeatureSettings:
@@ -20,7 +21,7 @@ def feature_settings(config: TrainingConfig, stage: str) -> FeatureSettings:
         width=config.width,
         height=config.height,
         frames=settings.frames,
-        base=base_of(config),
+        base=base_of(config.base),
         id_encoder=id_encoder_of(config),
         face_models=Path(config.insightface_root).expanduser(),
         face_pack=config.face_pack,

@@ -12,10 +12,10 @@ from ..data.features import Features
 from ..errors import NumericsError
 from ..files import atomic_write
 from ..json_file import parse_object, read_object
-from ..pipelines.presets import HUB_ADDRESS
+from ..pipelines.presets import HUB_ADDRESS, published
 from ..training.config import TrainingConfig
 from ..training.runs import METRICS, latest_checkpoint
-from ..training.sources import features_of, published_base
+from ..training.sources import features_of
 
 CARD, CURVE = "README.md", "curve.svg"
 _SHOWN = ("noise_loss", "identity_loss", "validation/id_similarity")
@@ -53,7 +53,7 @@ def _last(config: TrainingConfig) -> Path:
 
 def write_card(config: TrainingConfig, adapter: Path, scores: Path) -> None:
     """`README.md` and `curve.svg` beside the adapter. scores: results.json of the evaluation."""
-    header, preset = read_header(adapter), published_base(config)
+    header, preset = read_header(adapter), published(config.base)
     base = header.base_model if preset is None else preset.repo
     summary = read_object(scores)["summary"] or {"means": {}}
     summary = summary.pop("means") | summary

@@ -23,8 +23,9 @@ from ..files import atomic_write
 from ..pipelines.clip import ClipSettings
 from ..pipelines.control import AdapterSettings
 from ..pipelines.magic_mirror import MagicMirror
+from ..pipelines.named import base_of
 from ..training.config import ABLATIONS, TrainingConfig
-from ..training.sources import base_of, features_of, id_encoder_of
+from ..training.sources import features_of, id_encoder_of
 from ..video import write_video
 
 _log = logging.getLogger(__name__)
@@ -38,6 +39,11 @@ def scores_of(config: TrainingConfig, adapter: Path) -> Path:
     return Path(config.output).expanduser() / "scores" / f"{trained.stage}-{trained.steps:08d}"
 
 
+def people_of(config: TrainingConfig) -> Path:
+    """The folder of the people left out of training: photos and prompts, a set that `evaluation benchmark` takes."""
+    return Path(config.output).expanduser() / "set"
+
+
 def clips_of(config: TrainingConfig, adapter: Path) -> dict[Path, int]:
     """The clip of each person left out, and the row of the features that it is made of. Raises SettingError."""
     features = Features.open(features_of(config, "video"))
@@ -46,7 +52,7 @@ def clips_of(config: TrainingConfig, adapter: Path) -> dict[Path, int]:
     if not people:
         raise SettingError("Nobody is left out of training, so that nobody can be scored: set validation_people.")
     folder = scores_of(config, adapter) / "videos"
-    return {folder / f"person{number:03d}.mp4": row for number, row in enumerate(people.values())}
+    return {folder / f"person{number:03d}_prompt1.mp4": row for number, row in enumerate(people.values())}
 
 
 def make_clips(config: TrainingConfig, adapter: Path, clips: Mapping[Path, int], rank: int, world_size: int) -> None:
@@ -58,11 +64,13 @@ def make_clips(config: TrainingConfig, adapter: Path, clips: Mapping[Path, int],
     features, data = Features.open(features_of(config, "video")), manifest_path(Path(config.video.data).expanduser())
     captions = {sample.id: sample.caption for sample in read_manifest(data)}
     analyzer = FaceAnalyzer(Path(config.insightface_root).expanduser(), config.face_pack)
-    mirror = MagicMirror(base_of(config), adapter=adapter, id_encoder=id_encoder_of(config))
+    mirror = MagicMirror(base_of(config.base), adapter=adapter, id_encoder=id_encoder_of(config))
     for clip, row in wanted.items():
         entry = features.entries[row]
         photos = [read_picture(data.parent, features.references[number]) for number in entry["references"]]
-        _make(config, mirror, analyzer, captions[entry["id"]], photos, clip)
+        caption = captions[entry["id"]]
+        _write_person(people_of(config) / clip.stem.partition("_")[0], caption, photos)
+        _make(config, mirror, analyzer, caption, photos, clip)
     mirror.unload()
 
 
@@ -72,7 +80,7 @@ def write_scores(config: TrainingConfig, adapter: Path) -> Path:
     if not (folder / REPORT).is_file():
         analyzer = FaceAnalyzer(Path(config.insightface_root).expanduser(), config.face_pack)
         evaluation = evaluate(
-            analyzer, folder / "videos", folder / "references", threshold=MIN_SAME_PERSON,
+            analyzer, folder / "videos", people_of(config), threshold=MIN_SAME_PERSON,
             judges=other_judges(analyzer), facesim=FaceSim(analyzer),  # beside ArcFace, which it was trained with
         )  # fmt: skip
         trained = str(read_header(adapter).trained)
@@ -81,14 +89,19 @@ def write_scores(config: TrainingConfig, adapter: Path) -> Path:
     return folder / REPORT
 
 
+def _write_person(folder: Path, caption: str, photos: Sequence[np.ndarray]) -> None:
+    for number, photo in enumerate(photos):
+        with atomic_write(folder / f"{number}.png") as temporary:
+            Image.fromarray(photo).save(temporary, format="png")
+    with atomic_write(folder / "prompt1.txt") as temporary:
+        temporary.write_text(f"{caption}\n", encoding="utf-8")
+
+
 def _make(
     config: TrainingConfig, mirror: MagicMirror, analyzer: FaceAnalyzer, caption: str, photos: Sequence[np.ndarray],
     clip: Path,
 ) -> None:  # fmt: skip
-    """A clip from a sample's own caption and photos, which are copied beside it."""
-    for number, photo in enumerate(photos):
-        with atomic_write(clip.parents[1] / "references" / clip.stem / f"{number}.png") as temporary:
-            Image.fromarray(photo).save(temporary, format="png")
+    """A clip from a sample's own caption and photos."""
     identity = mirror.identity(analyse_references(analyzer, photos), config.face_pack)
     wanted = ClipSettings.of_model(
         mirror.base.limits, mirror.base.sampling, prompt=caption, width=config.width, height=config.height,

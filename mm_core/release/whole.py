@@ -6,6 +6,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,10 +25,16 @@ _log = logging.getLogger(__name__)
 _POLL = 2.0  # seconds
 
 
-def train_whole(config: TrainingConfig, rank: int = 0, world_size: int = 1) -> Path:
+def train_whole(
+    config: TrainingConfig,
+    rank: int = 0,
+    world_size: int = 1,
+    on_progress: Callable[[str, str, int, int], None] = lambda stage, what, done, of: None,
+) -> Path:
     """Check, precompute, train both stages, export, score; returns the page of the scores.
 
     rank, world_size: of this process, which does its share of everything.
+    on_progress(stage, what, done, of): of precomputing.
 
     Raises MagicMirrorError as the parts do.
     """
@@ -37,7 +44,8 @@ def train_whole(config: TrainingConfig, rank: int = 0, world_size: int = 1) -> P
         if not (features / INDEX).is_file():
             if rank == 0:
                 _log.info("%s: %s", stage, check(config, stage))
-            precompute(feature_settings(config, stage), features, rank=rank, world_size=world_size)
+            shown = partial(on_progress, stage)
+            precompute(feature_settings(config, stage), features, shown, rank=rank, world_size=world_size)
             _wait((features / INDEX).is_file)
     output = Path(config.output).expanduser()
     for stage in stages:
@@ -47,7 +55,7 @@ def train_whole(config: TrainingConfig, rank: int = 0, world_size: int = 1) -> P
             if torch.accelerator.is_available():
                 torch.get_device_module().empty_cache()
     if rank == 0:
-        export(config)
+        _log.info("%s", export(config))
     _wait(lambda: exported(config)[1])
     adapter, _ = exported(config)
     clips = clips_of(config, adapter)

@@ -21,6 +21,7 @@ from ..memory import store_in_fp8
 from ..models.adapter import MagicMirrorAdapter
 from ..pipelines.base import BaseModel
 from ..pipelines.control import AdapterSettings
+from ..pipelines.named import base_of
 from .config import ABLATIONS, TrainingConfig, adapter_config
 from .diffusion import add_noise, alphas_bar, rotary_embedding
 from .loop import train
@@ -29,7 +30,7 @@ from .randomness import generator_for, shuffled
 from .rollouts import Rollouts
 from .runs import is_finished, latest_checkpoint
 from .sample_losses import IdentityLoss, NoiseLoss, SampleLoss
-from .sources import base_of, features_of
+from .sources import features_of
 from .step import AdapterTraining
 from .validation import validate
 
@@ -75,7 +76,7 @@ class AdapterTask:
         self.rotary = rotary_embedding(pipe.transformer, self.padding + frames, height, width)
 
     def open_base(self) -> BaseModel:
-        return base_of(self.config)
+        return base_of(self.config.base)
 
     def losses(self) -> tuple[Sequence[SampleLoss], Rollouts | None, Sequence[SampleLoss]]:
         """Of noised training samples; the clips that the model samples itself; and theirs. Here, the paper's."""

@@ -15,11 +15,12 @@ from tiny_models import save_tiny_folder
 
 from mm_core.checkpoints.photomaker import FILE_NAME, REPO
 from mm_core.errors import CheckpointError, MagicMirrorError
+from mm_core.pipelines import named
+from mm_core.pipelines.named import base_of
 from mm_core.release import fetch as module
 from mm_core.release.commands import main
-from mm_core.training import sources
 from mm_core.training.config import TrainingConfig, load_config
-from mm_core.training.sources import base_of, id_encoder_of
+from mm_core.training.sources import id_encoder_of
 
 RECIPE = Path(__file__).parents[2] / "mm_core" / "training" / "configs" / "cogvideox_5b.yaml"
 BASE, WEIGHTS = "THUDM/CogVideoX-5b", "transformer/diffusion_pytorch_model.safetensors"
@@ -96,7 +97,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)  # 10 MB: what is written at a time
-    for place in (module, sources):
+    for place in (module, named):
         monkeypatch.setattr(place, "DOWNLOADS", tmp_path / "models")
     digests = {f"{BASE}/{name}": hashlib.sha256(content).hexdigest() for name, content in base.items()}
     monkeypatch.setattr(module, "PUBLISHED_SHA256", digests | {FILE_NAME: hashlib.sha256(b"weights").hexdigest()})
@@ -123,14 +124,14 @@ def test_nothing_is_fetched_without_consent(
 def test_what_was_cut_off_goes_on(hub: type[Hub], config: TrainingConfig, tmp_path: Path) -> None:
     """And the published names of the recipe then mean what was fetched, to every command."""
     with pytest.raises(CheckpointError, match="training fetch"):
-        base_of(config)
+        base_of(config.base)
     hub.cut = WEIGHTS
     module.fetch(config, accepted=True)
     received = len(hub.files[BASE][WEIGHTS]) // 2 // CHUNK * CHUNK
     assert [part for part in hub.asked if part[1]] == [(WEIGHTS, f"bytes={received}-")]
     folder = tmp_path / "models" / "CogVideoX-5b"
     assert (folder / WEIGHTS).read_bytes() == hub.files[BASE][WEIGHTS]
-    assert base_of(config).name == folder.name and id_encoder_of(config).read_bytes() == b"weights"
+    assert base_of(config.base).name == folder.name and id_encoder_of(config).read_bytes() == b"weights"
     hub.asked.clear()
     (folder / "vae" / "config.json").unlink()
     module.fetch(config, accepted=True)
