@@ -27,6 +27,14 @@ class Limit:
     least: str | None = None
     most: str | None = None
 
+    def distances(self, row: Row, keep: Keeping) -> dict[str, float]:
+        """By the name of each threshold, how far inside of it a row is; below 0: outside."""
+        value = self.value(row, keep)
+        if value is None:
+            return {}
+        least = {} if self.least is None else {self.least: value - getattr(keep, self.least)}
+        return least | ({} if self.most is None else {self.most: getattr(keep, self.most) - value})
+
     def broken(self, row: Row, keep: Keeping) -> str | None:
         value = self.value(row, keep)
         if value is not None and self.least is not None and value < getattr(keep, self.least):

@@ -11,14 +11,17 @@ from .measure import Row
 from .rules import Limit, rules
 
 EXAMPLES = 6
+KEPT, DROPPED = "kept", "dropped"
 Example = tuple[int, Row, str]
-"""Number of the shard, the row, and what is wrong."""
+"""Number of the shard, the row, and what is to be said of it."""
 
 
 class Tally:
     """What the report shows.
 
     values: of each limit, over all items that it can be measured of.
+    shown: by KEPT or DROPPED, and the name of a threshold, the items nearest to it on that side: those that another
+        one would drop or keep. By DROPPED and the name of another rule, and by KEPT and "", the first ones.
     seconds: of a core, by stage, and `items`, of what this run has measured itself.
     """
 
@@ -29,7 +32,7 @@ class Tally:
         self.dropped: Counter[str] = Counter()
         self.licences: Counter[str] = Counter()
         self.sources: Counter[str] = Counter()
-        self.examples: dict[str, list[Example]] = {}
+        self.shown: dict[tuple[str, str], list[tuple[float, Example]]] = {}
         self.limits = [rule for rule in rules(kind, config.measure) if isinstance(rule, Limit)]
         self.values = {limit.name: array("f") for limit in self.limits}
 
@@ -44,19 +47,29 @@ class Tally:
     def drop(self, shard: int, row: Row, why: tuple[str, str]) -> dict[str, str]:
         """A line about the item."""
         self.dropped[why[0]] += 1
-        self._show(why[0], (shard, row, why[1]))
+        limit = next((limit for limit in self.limits if limit.name == why[0]), None)
+        far = {why[0]: 0.0} if limit is None else limit.distances(row, self.config.keep)
+        for name, distance in far.items():
+            if distance <= 0:
+                self._show((DROPPED, name), -distance, (shard, row, why[1]))
         return {"name": row["name"], "id": row.get("id", ""), "rule": why[0], "why": why[1]}
 
     def keep(self, shard: int, row: Row) -> None:
         self.kept += 1
         self.licences[row["licence"] or "unknown"] += 1
         self.sources[row["source"] or "unknown"] += 1
-        self._show("kept", (shard, row, ""))
+        self._show((KEPT, ""), 0.0, (shard, row, ""))
+        for limit in self.limits:
+            for name, distance in limit.distances(row, self.config.keep).items():
+                said = f"{limit.value(row, self.config.keep):g} {limit.unit}"
+                self._show((KEPT, name), distance, (shard, row, said))
 
-    def _show(self, name: str, example: Example) -> None:
-        shown = self.examples.setdefault(name, [])
-        if len(shown) < EXAMPLES:
-            shown.append(example)
+    def _show(self, key: tuple[str, str], distance: float, example: Example) -> None:
+        shown = self.shown.setdefault(key, [])
+        if len(shown) < EXAMPLES or distance < shown[-1][0]:
+            shown.append((distance, example))
+            shown.sort(key=lambda each: each[0])
+            del shown[EXAMPLES:]
 
     def per_item(self) -> dict[str, float]:
         """Seconds of a core that an item took, by stage; {} where nothing was measured in this run."""

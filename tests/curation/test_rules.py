@@ -7,6 +7,7 @@ import json
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from mm_core.curation.clips import Footage
 from mm_core.curation.config import CurationConfig, Keeping, Measuring
 from mm_core.curation.items import Item, read, shards_of
 from mm_core.curation.measure import packed, spread
+from mm_core.curation.page import render_page
 from mm_core.curation.rules import judged, marked, portrait_caption, rules
+from mm_core.curation.tally import Tally
 from mm_core.curation.write import bordered, samples
 from mm_core.data.manifest import PICTURES
 from mm_core.errors import SampleError, SettingError
@@ -295,6 +298,28 @@ def test_clips_stay_within_scenes_at_the_nearest_frames() -> None:
     assert abs(footage.times[clips[1]] - footage.times[45] - wanted).max() <= 0.5 / 30 + 1e-9
     assert list(Footage(times=np.arange(8) / 8, cuts=[0]).clips(9, 8.0)) == []
     assert len(list(Footage(times=np.arange(17) / 8, cuts=[0]).clips(9, 8.0))) == 1
+
+
+def test_what_is_nearest_to_a_threshold_is_shown() -> None:
+    """On both sides, of however many items, in a page that does not grow with them."""
+    config = CurationConfig()
+    tally = Tally("video", config)
+    pages = []
+    for _ in range(2):
+        for number in range(1000):
+            row = CLIP | {"name": f"{number}.mp4", "motion": number / 50}
+            tally.measure(row)
+            why = judged(row, rules("video", config.measure), config.keep)
+            tally.keep(0, row) if why is None else tally.drop(0, row, why)
+        pages.append(render_page(tally, [SimpleNamespace(items=list)]))
+    nearest = {key: [round(50 * row["motion"]) for _, (_, row, _) in shown] for key, shown in tally.shown.items()}
+    assert nearest["dropped", "min_motion"] == [2, 2, 1, 1, 0, 0]
+    assert nearest["kept", "min_motion"] == [3, 3, 4, 4, 5, 5]
+    assert nearest["kept", "max_motion"] == [750, 750, 749, 749, 748, 748]
+    assert nearest["dropped", "max_motion"] == [751, 751, 752, 752, 753, 753]
+    assert nearest["kept", ""] == [3, 4, 5, 6, 7, 8]  # the first
+    assert "--set keep.min_motion=0.05" in pages[1] and "504 of 2,000 outside, 504 dropped by it" in pages[1]
+    assert len(pages[1]) < len(pages[0]) + 500
 
 
 def test_settings_are_named_when_they_are_wrong(tmp_path: Path) -> None:
