@@ -5,7 +5,7 @@ Arithmetic, bytes moved, and bytes held at once, forward and back. Workspaces of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -50,29 +50,33 @@ class Op(NamedTuple):
 
 
 class Counter(TorchDispatchMode):
-    """Notes each op's arithmetic and traffic while it is on, and which storages are alive after it."""
+    """Notes each op's arithmetic and traffic while it is on, and which storages are alive after it.
 
-    def __init__(self) -> None:
+    weights: those that may be stored anew meanwhile, which takes no more than they took before.
+    """
+
+    def __init__(self, weights: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.ops: list[Op] = []
         self.peak = 0
         """The largest that was alive at once, of what was made meanwhile."""
-        self._before = 0
-        self._storages: dict[StorageWeakRef, int] = {}
-        self._at_most = 0
-        """Bytes of the storages, of which some may be gone."""
+        storages = [tensor.untyped_storage() for tensor in weights]
+        self._storages = {StorageWeakRef(storage): storage.nbytes() for storage in storages}
+        self._at_most = self._before = sum(self._storages.values())
+        """Bytes of the storages, of which some may be gone; and what there was when counting began."""
 
     def restart(self) -> None:
         """Forget what ran so far; what it left behind, such as weights that were stored anew, is no activation."""
         self.ops.clear()
-        self.peak, self._before = 0, self.alive
+        self._before += self.alive
+        self.peak = 0
 
     @property
     def alive(self) -> int:
         """Bytes that are alive now, of what was made meanwhile."""
         self._storages = {ref: size for ref, size in self._storages.items() if not ref.expired()}
         self._at_most = sum(self._storages.values())
-        return self._at_most
+        return self._at_most - self._before
 
     @property
     def flops(self) -> int:
@@ -104,7 +108,7 @@ class Counter(TorchDispatchMode):
                 self._storages[reference] = storage.nbytes()
                 self._at_most += storage.nbytes()
         if self._at_most - self._before > self.peak:  # else whatever is gone makes no difference
-            self.peak = max(self.peak, self.alive - self._before)
+            self.peak = max(self.peak, self.alive)
         return out
 
 

@@ -186,7 +186,7 @@ class DryStep:
                 output[0].register_hook(lambda gradient: mark(back))
 
         hook = models.transformer.register_forward_hook(predicted)
-        with Counter() as counter, self.kernels:
+        with Counter(models.transformer.parameters()) as counter, self.kernels:
             loss = self.loss(samples)
             self.kernels.copies = WeakValueDictionary()  # autocast keeps its copies to the end of the forward pass
             loss.backward()
