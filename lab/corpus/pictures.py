@@ -9,7 +9,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from ..people.captions import caption
 from ..people.person import Person
@@ -21,6 +21,12 @@ SIZE = 768
 _RENDERED = 256  # pixels: faces of 180 px, enlarged with the picture
 _SAMPLES = 2
 KEPT = "kept"
+LETTERS = [
+    ("stamp", "text", "stock.example", 30, (0.84, 0.97), 0.8),
+    ("subtitle", "text", "I never said that.", 20, (0.5, 0.93)),
+    ("watermark", "text", "SAMPLE", 5, (0.5, 0.6), 0.35),
+]
+"""What is written on pictures, and what should become of them."""
 
 
 def photo(person: Person, number: int, yaw: float | None = None) -> tuple[np.ndarray, str]:
@@ -80,6 +86,18 @@ def _again(picture: np.ndarray) -> np.ndarray:
     return (smaller.astype(np.float32) * 1.05).clip(0, 255).astype(np.uint8)
 
 
+def lettered(picture: np.ndarray, text: str, size: float, at: tuple[float, float], strength: float = 1) -> np.ndarray:
+    """A picture with a line of white, black-rimmed letters. size: in lines of the picture. at: the middle of the text,
+    in parts of width and height. strength: 0..1, how opaque it is."""
+    height, width = picture.shape[:2]
+    over = Image.new("RGBA", (width, height))
+    font, alpha = ImageFont.load_default(height / size), round(255 * strength)
+    place = (at[0] * width, at[1] * height)
+    style = dict(font=font, anchor="mm", fill=(255, 255, 255, alpha), stroke_fill=(0, 0, 0, alpha))
+    ImageDraw.Draw(over).text(place, text, stroke_width=round(height / size / 16), **style)
+    return np.asarray(Image.alpha_composite(Image.fromarray(picture).convert("RGBA"), over).convert("RGB"))
+
+
 def plant_pictures(folder: Path, people: range) -> dict[str, str]:
     """Write a set of photos of each person into a folder, two sources beside each other; what should become of each
     file: KEPT, or the rule that should drop it; or another one, since a profile may not be found as a face."""
@@ -117,6 +135,8 @@ def plant_pictures(folder: Path, people: range) -> dict[str, str]:
         put("far", "face size", _small(first, seed, 1), text)
         put("blurred", "sharpness", _blurred(fresh()[0]), text)
         put("text", "caption", fresh()[0], f"{text[:-1]}, with the text SALE.")
+        for what, rule, *letters in LETTERS:
+            put(what, rule, lettered(first, *letters), text)
         put("house", "caption", fresh()[0], "A house by the sea.")
         put("silent", "caption", fresh()[0], None)
     return truth

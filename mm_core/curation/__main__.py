@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..errors import MagicMirrorError, exit_code
 
-_PACKAGES = ("pydantic", "yaml", "ray", "pyarrow", "scenedetect", "faiss", "imagehash")
+_PACKAGES = ("pydantic", "yaml", "ray", "pyarrow", "scenedetect", "faiss", "imagehash", "rapidocr")
 _INSTALL = 'python -m pip install ".[training,data]"'
 
 

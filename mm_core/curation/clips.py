@@ -23,6 +23,7 @@ from .measure import Measurer, Row, face_row, file_id, number, packed, perceptua
 
 LOOK_EVERY = 4
 """Frames of a clip: faces are looked for in each latent frame, as the trainer's `precompute` does."""
+_READ_EVERY = 16  # frames of a clip: two seconds of CogVideoX's, as long as a subtitle stays
 _SEEN_WIDTH = 160  # pixels: of what cuts are looked for in
 _FLOW_SIDE = 256  # pixels: the shorter side of what motion is measured in
 _KEYS = 6  # faces of a clip that are kept as embeddings
@@ -136,13 +137,14 @@ def clip_frames(path: Path, indices: Sequence[int]) -> np.ndarray:
 
 
 def _measure_clip(measurer: Measurer, clip: list[int], reader: Reader, caption: str | None) -> Row:
-    """Size, hash of three frames, motion, the tracked face."""
+    """Size, hash of three frames, motion, text, the tracked face."""
     import cv2
 
     from ..evaluation.flow import FlowMeter
 
     meter, hashes, last, by_models = FlowMeter(), [], None, {}
     looks: list[list[Row]] = []
+    texts: list[float] = []
     found: list[tuple[int, Face]] = []
     for place, index in enumerate(clip):
         with measurer.stage("decode"):
@@ -154,6 +156,8 @@ def _measure_clip(measurer: Measurer, clip: list[int], reader: Reader, caption: 
         if place in (0, len(clip) // 2, len(clip) - 1):
             with measurer.stage("hash"):
                 hashes.append(perceptual_hash(picture))
+        if place % _READ_EVERY == 0:
+            texts.append(measurer.text(picture))
         if place == len(clip) // 2:
             by_models = measurer.by_models(picture, caption)
         if place % LOOK_EVERY == 0:
@@ -171,6 +175,7 @@ def _measure_clip(measurer: Measurer, clip: list[int], reader: Reader, caption: 
         "size": [picture.shape[1], picture.shape[0]],
         "hash": "".join(hashes),
         "motion": number(motion),
+        "text": max(texts),
         "looks": looks,
         "same": number(min((one @ other for one, other in pairwise(embeddings)), default=1.0)),
         "keys": [

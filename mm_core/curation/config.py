@@ -66,6 +66,8 @@ class Keeping:
     max_yaw: Degrees = 60.0
     """Of a picture's face; in clips heads may turn."""
     max_roll: Degrees = 45.0
+    max_text: Annotated[float, Field(ge=0, le=100)] = 0.5
+    """Percent of the picture that is covered by text; of a clip, of the frame with most of it."""
     banned_words: tuple[str, ...] = ("text",)
     """A caption with one of them speaks of writing in the picture."""
     refused_labels: tuple[str, ...] = ()

@@ -22,6 +22,7 @@ from ..faces.references import decode_image
 from ..faces.tracking import find_faces
 from .config import Measuring
 from .items import Item, read
+from .text import TextReader
 
 Row = dict[str, Any]
 HASH_SIDE = 16
@@ -84,15 +85,21 @@ class Measurer:
         return row
 
     def measured(self, image: np.ndarray, recognise: bool) -> Row:
-        """Size, perceptual hash, and the faces, the largest first. image: (H, W, 3) uint8 RGB."""
+        """Size, perceptual hash, share of text, and the faces, the largest first. image: (H, W, 3) uint8 RGB."""
         with self.stage("hash"):
             hashed = perceptual_hash(image)
         with self.stage("faces"):
             faces = sorted(find_faces(self.analyzer, image, recognise), key=lambda face: -face.size)
         row: Row = {"size": [image.shape[1], image.shape[0]], "hash": hashed, "looks": [[face_row(f) for f in faces]]}
+        row["text"] = self.text(image)
         if recognise and faces:
             row["embedding"] = packed(faces[0].normed_embedding)
         return row
+
+    def text(self, image: np.ndarray) -> float:
+        """Percent of a picture that text covers."""
+        with self.stage("text"):
+            return number(self._reader.share(image))
 
     def by_models(self, image: np.ndarray, caption: str | None) -> Row:
         """What a classifier thinks of a picture, and a captioner where there is no caption; as far as they are set."""
@@ -112,6 +119,10 @@ class Measurer:
             text=[{"role": "user", "content": asked}], max_new_tokens=_CAPTION_TOKENS, return_full_text=False
         )
         return answer[0]["generated_text"].strip()
+
+    @cached_property
+    def _reader(self) -> TextReader:
+        return TextReader()
 
     @cached_property
     def _captioner(self) -> Any:

@@ -28,7 +28,7 @@ from .tally import Tally
 from .workers import MeasureShard, Workers, write_task
 from .write import check_written, files_of, samples
 
-FORMAT = 1
+FORMAT = 2
 """Of the measurements: another one measures again."""
 MEASURED, DROPPED, SUMMARY, PAGE = "measured", "dropped.jsonl", "summary.json", "report.html"
 Progress = Callable[[str, int, int], None]

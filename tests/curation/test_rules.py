@@ -36,6 +36,7 @@ ROW = {
     "caption": "A man reads.",
     "source": None,
     "licence": None,
+    "text": 0.0,
     "looks": [[FACE]],
     "suffix": ".jpg",
 }
@@ -174,6 +175,7 @@ def test_what_is_damaged_ends_its_shard_with_an_item_that_says_so(tmp_path: Path
         ({"looks": [[FACE, FACE | {"score": 0.55}]]}, None),
         ({"looks": [[FACE | {"size": 60.0}]]}, "face size"),
         ({"looks": [[FACE | {"sharpness": 9.0}]]}, "sharpness"),
+        ({"text": 0.6}, "text"),
         ({"looks": [[FACE | {"yaw": -70.0}]]}, "yaw"),
         ({"looks": [[FACE | {"roll": 50.0}]]}, "roll"),
         ({"labels": {"nsfw": 0.9, "fine": 0.1}}, "safety"),
