@@ -1,4 +1,4 @@
-"""Reads the ID encoder from the published file of the second PhotoMaker, or from a safetensors copy of it."""
+"""Reads the ID encoder and the LoRA from the published file of the second PhotoMaker, or from a safetensors copy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COPY_NAME = "photomaker-v2.safetensors"
 
 # Older transformers saved this constant buffer (0, 1, 2 ...) with the weights.
 _NOT_A_WEIGHT = "vision_model.embeddings.position_ids"
-_PREFIX = "id_encoder."
+_ENCODER, _LORA = "id_encoder", "lora_weights"
 _CONFIG = "config"
 
 
@@ -122,6 +122,20 @@ def load_id_encoder(
     return encoder.requires_grad_(False).eval()
 
 
+def load_lora(path: Path) -> dict[str, torch.Tensor]:
+    """The LoRA by which SDXL's UNet reads ID tokens, for diffusers' `load_lora_weights`.
+
+    Raises:
+        CheckpointError: missing or damaged file, or one with the ID encoder alone.
+    """
+    weights = _read(path, _LORA)
+    if not weights:
+        raise CheckpointError(
+            f"{path.name} has no `{_LORA}` part, which SDXL needs. Use {FILE_NAME} of https://huggingface.co/{REPO}."
+        )
+    return weights
+
+
 def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 of an ID encoder's weights: names, shapes, and values in half precision.
 
@@ -141,15 +155,16 @@ def read_fingerprint(path: Path) -> str:
     return fingerprint(weights)
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
+def _read(path: Path, part: str = _ENCODER) -> dict[str, torch.Tensor]:
+    """A part of a file; {} where there is none, but for the encoder, which a file may hold alone."""
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}. It is {FILE_NAME} of https://huggingface.co/{REPO}.")
     if path.suffix == ".safetensors":
         with open_safetensors(path) as file:
-            keys = list(file.keys())
-            own = [key for key in keys if key.startswith(_PREFIX)] or keys
-            return {key.removeprefix(_PREFIX): file.get_tensor(key) for key in own}
-    return _read_pickle(path)["id_encoder"]
+            keys, prefix = list(file.keys()), f"{part}."
+            own = [key for key in keys if key.startswith(prefix)] or (keys if part == _ENCODER else [])
+            return {key.removeprefix(prefix): file.get_tensor(key) for key in own}
+    return _read_pickle(path).get(part, {})
 
 
 def _read_pickle(path: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -161,8 +176,8 @@ def _read_pickle(path: Path) -> dict[str, dict[str, torch.Tensor]]:
             f"{path.name} is damaged, cut short, or holds more than weights, which is not read: it could run code. "
             f"Download {FILE_NAME} of https://huggingface.co/{REPO} again."
         ) from error
-    if not isinstance(content, dict) or not isinstance(content.get("id_encoder"), dict):
-        raise CheckpointError(f"{path.name} has no `id_encoder` part: it is not PhotoMaker-V2's file.")
+    if not isinstance(content, dict) or not isinstance(content.get(_ENCODER), dict):
+        raise CheckpointError(f"{path.name} has no `{_ENCODER}` part: it is not PhotoMaker-V2's file.")
     for part, entries in content.items():
         if not isinstance(entries, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in entries.values()):
             raise CheckpointError(

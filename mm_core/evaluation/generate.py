@@ -61,13 +61,21 @@ def clip_of(out: Path, entry: Entry) -> Path:
 def check_run(out: Path, settings: dict[str, Any], size: Size, seed: int) -> None:
     """Note what the clips of a folder are made with; raise SettingError where clips are there of something else."""
     wanted = settings | asdict(size) | {"seed": seed}
-    if not any((out / VIDEOS).glob("*")):
-        write_json(out / RUN, wanted)
-    known = read_object(out / RUN)
+    check_made_with(out / RUN, wanted, "clips", begun=any((out / VIDEOS).glob("*")))
+
+
+def check_made_with(note: Path, wanted: dict[str, Any], what: str, *, begun: bool) -> None:
+    """Note what something in the note's folder is made with; raise SettingError where it is begun with something else.
+
+    what: in the plural, for the message.
+    """
+    if not begun:
+        write_json(note, wanted)
+    known = read_object(note)
     differ = [name for name in wanted if known.get(name) != wanted[name]]
     if differ:
         there = ", ".join(f"{name} {known.get(name)}, not {wanted[name]}" for name in differ)
-        raise SettingError(f"{out} holds clips made with {there}: use these, or another folder")
+        raise SettingError(f"{note.parent} holds {what} made with {there}: use these, or another folder")
 
 
 def _start(device: torch.device) -> float:

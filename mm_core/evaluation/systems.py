@@ -151,20 +151,25 @@ def consisid_faces(folder: str, device: torch.device, dtype: torch.dtype) -> Cal
 
 def _load(kind: type[DiffusionPipeline], weights: Weights, device: torch.device) -> DiffusionPipeline:
     """A pipeline from a folder, with what is not computing in main memory."""
-    on_cpu, folder = device.type == "cpu", folder_of(weights.model)
+    on_cpu = device.type == "cpu"
+    pipe = open_pipeline(kind, folder_of(weights.model), torch.float32 if on_cpu else torch.bfloat16)
+    if not on_cpu:
+        pipe.enable_model_cpu_offload(device=device)
+    pipe.vae.enable_tiling()
+    return pipe
+
+
+def open_pipeline(kind: type[DiffusionPipeline], folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    """A pipeline on the CPU, from a folder. Raises CheckpointError for one that holds another, or names code."""
     try:
         if not (folder / "model_index.json").is_file():  # diffusers would take the name for one on the hub
             raise OSError("it has no model_index.json")
         _check_code(folder)
-        dtype = torch.float32 if on_cpu else torch.bfloat16
         pipe = kind.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder} holds no {kind.__name__}: {reason(error)}. Give a folder with that model, as diffusers saves it"
         ) from error
-    if not on_cpu:
-        pipe.enable_model_cpu_offload(device=device)
-    pipe.vae.enable_tiling()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -99,8 +100,8 @@ class FaceFeatures(NamedTuple):
     """(R, S, clip_hidden_size), the ViT's penultimate hidden state."""
 
 
-class _FuseModule(nn.Module):
-    """The text fusion of PhotoMaker: a part of the file that is never run here, where `id_fusion` does it."""
+class FuseModule(nn.Module):
+    """PhotoMaker's own text fusion, into SDXL's text; for CogVideoX's there is `id_fusion`."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -108,9 +109,15 @@ class _FuseModule(nn.Module):
         self.mlp2 = MLP(dim, dim)
         self.layer_norm = nn.LayerNorm(dim)
 
+    def forward(self, text_slots: Tensor, id_tokens: Tensor) -> Tensor:
+        """(K, c) embeddings of the person's word and (K, c) ID tokens -> (K, c) fused slots."""
+        fused = text_slots + self.mlp1(torch.cat([text_slots, id_tokens], dim=-1))
+        return self.layer_norm(fused + self.mlp2(fused))
+
 
 class IDEncoder(CLIPVisionModelWithProjection):
-    """`vision_model` (ViT) + `qformer_perceiver` (tau_id); the other parts are only there for the file's sake."""
+    """`vision_model` (ViT) + `qformer_perceiver` (tau_id); `fuse_module` is for SDXL, the projections for the file's
+    sake."""
 
     def __init__(self, config: IDEncoderConfig) -> None:
         vision = CLIPVisionConfig(
@@ -124,7 +131,7 @@ class IDEncoder(CLIPVisionModelWithProjection):
         )
         super().__init__(vision)
         self.visual_projection_2 = nn.Linear(config.clip_hidden_size, config.second_projection_dim, bias=False)
-        self.fuse_module = _FuseModule(config.id_token_dim)
+        self.fuse_module = FuseModule(config.id_token_dim)
         self.qformer_perceiver = IDPerceiver(
             id_dim=config.id_embedding_dim,
             image_dim=config.clip_hidden_size,
