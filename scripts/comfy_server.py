@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -284,10 +285,18 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
 
 
+# Of a range that is this process's own, below those that the system gives to whoever asks: a server takes seconds until
+# it listens, and another process must not take its port meanwhile.
+_first_port = 10_000 + 200 * (os.getpid() % 100)
+_ports = iter(range(_first_port, _first_port + 200))
+
+
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    for port in _ports:
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise ServerFailed("There is no free port left: a process starts at most 200 servers.")
 
 
 def _link(source: Path, link: Path) -> None:

@@ -37,7 +37,7 @@ PARTIAL = ".partial-"
 DAY = 24 * 3600
 
 TEST_REQUIREMENTS = (
-    *("pytest", "ruff", "playwright", "websocket-client", "scikit-image", "torchvision", "torchaudio"),
+    *("pytest", "pytest-xdist", "ruff", "playwright", "websocket-client", "scikit-image", "torchvision", "torchaudio"),
     *("numba", "scipy"),  # rendered people
     *("onnx2torch", "tensorboard", "PyYAML", "pydantic"),  # training
     *("dlib-bin", "face-recognition-models"),  # judges of likeness

@@ -180,11 +180,11 @@ def server(
         yield running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def old_server(
     old_comfyui_path: Path, insightface_root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ComfyServer]:
-    """The oldest supported ComfyUI, running with the pack, for one test module."""
+    """The oldest supported ComfyUI, running with the pack, shared by all tests."""
     base = tmp_path_factory.mktemp("old_comfyui")
     with ComfyServer(old_comfyui_path, Path(sys.executable), base, ROOT, insightface_root=insightface_root) as running:
         yield running

@@ -28,9 +28,9 @@ from mm_core.video import write_video
 
 @pytest.fixture(autouse=True)
 def quick() -> Iterator[None]:
-    begun = time.monotonic()
+    begun = time.process_time()
     yield
-    assert time.monotonic() - begun < 10
+    assert time.process_time() - begun < 10
 
 
 def test_yaml_has_no_aliases(tmp_path: Path) -> None:

@@ -418,10 +418,10 @@ def test_weights_of_another_kind_are_refused(path: Path, dtype: torch.dtype) -> 
 )
 def test_a_header_cannot_ask_for_more_than_fits(path: Path, sizes: dict[str, object]) -> None:
     write(path, config=json.dumps(CONFIG | sizes))
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(CheckpointError, match=r"at most 128|from 1 to 16384"):
         read_header(path)
-    assert time.monotonic() - begun < 2
+    assert time.process_time() - begun < 2
 
 
 def test_a_loaded_adapter_does_not_change_with_its_file(path: Path) -> None:

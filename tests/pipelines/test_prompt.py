@@ -211,12 +211,12 @@ def test_no_report_of_a_prompt_that_cannot_be_read(tokenizer: PreTrainedTokenize
 @pytest.mark.parametrize("filler", ["a", " ", "-", "a-", "'", "_", "img", "man", "a ", "\t", "é", "("])
 def test_reading_takes_a_time_in_proportion(filler: str) -> None:
     """40,000 letters took 49 seconds once, in which the whole server stood still."""
-    begun = time.monotonic()
+    begun = time.process_time()
     for prompt in (filler * 19_000, filler * (19_000 // len(filler)), f"{filler * (9_000 // len(filler))} img man"):
         with contextlib.suppress(PromptError):
             mark_identity(prompt)
         without_trigger(prompt)
-    assert time.monotonic() - begun < 1
+    assert time.process_time() - begun < 1
 
 
 def test_a_word_that_the_tokenizer_does_not_know_is_named(tokenizer: PreTrainedTokenizerBase) -> None:
