@@ -41,13 +41,13 @@ bad = {
     "raw error": fail,
     "dead process": lambda: os.kill(os.getpid(), 11),
     "hang": lambda: [time.sleep(0) for _ in iter(int, 1)],
-    "memory": lambda: b"x" * (5 * 2**28),
+    "memory": lambda: b"x" * (5 * 2**26),
     "reached out": lambda: open("/etc/passwd").close(),
 }
 campaign.KINDS.clear()
 for name, act in bad.items():
     campaign.KINDS[name] = Kind(make, lambda path, act=act: path.read_bytes() == b"good" or act())
-campaign.TIME = 5
+campaign.TIME, campaign.GROWTH = 2, 2**28
 sys.exit(campaign.main())
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -235,6 +236,7 @@ def test_caches_that_skip(model: Model, expected: Tensor, name: str) -> None:
     assert torch.nn.functional.cosine_similarity(actual.flatten(), expected.flatten(), dim=0) > 0.9
 
 
+@functools.cache  # the base alone is asked for more than once
 def compiled_graphs(adapter: str | None, *, whole: bool = False) -> list[int]:
     """How many graphs there are after each clip: two clips of two people, of three steps and other strengths each,
     with guidance, without, and both again. adapter: attached before or after compiling; None for the base alone."""

@@ -322,7 +322,7 @@ def test_identity_loss_acts_where_it_should(config: TrainingConfig, monkeypatch:
 
 def test_eight_clips_are_learnt_by_heart(config: TrainingConfig) -> None:
     """The clips are what another adapter makes of the same base and photos, so that the loss can fall to zero."""
-    loop = replace(config.video.loop, steps=1000, batch_size=8, learning_rate=4e-3, log_every=50, save_every=1000)
+    loop = replace(config.video.loop, steps=200, batch_size=8, learning_rate=4e-3, log_every=20, save_every=200)
     config = with_stage(config, loop=loop, text_dropout=0.0, face_area=0.0, max_references=1)
     config = replace(config, validation_people=0)
     teacher, student = AdapterTask(config, "video"), AdapterTask(config, "video")

@@ -63,8 +63,9 @@ class RegressionTask:
 
     def batch(self, samples: range) -> dict[str, Tensor]:
         assert PartialState().num_processes == self.processes
-        if self.pids and samples.start < 8:
+        if self.pids:
             Path(f"{self.pids}-{PartialState().process_index}").write_text(str(os.getpid()))
+            self.pids = None
         time.sleep(self.slow)
         x = torch.stack([torch.randn(6, generator=generator_for(3, shuffled(n, 50, 3))) for n in samples])
         if self.broken_from is not None and samples.stop > self.broken_from:
@@ -128,19 +129,25 @@ import sys; from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 from test_loop import RegressionTask, config
 from mm_core.training.loop import train
-for folder in {folders!r}:
-    train(RegressionTask(**{task!r}), config(**{changes!r}), Path(folder))
+for folder, task in {runs!r}.items():
+    train(RegressionTask(**task), config(**{changes!r}), Path(folder))
 """
 
 
 def start(
-    *folders: Path, processes: int = 1, task: Mapping[str, object] = MappingProxyType({}), **changes: object
+    *folders: Path,
+    processes: int = 1,
+    task: Mapping[str, object] = MappingProxyType({}),
+    last: Mapping[str, object] = MappingProxyType({}),
+    **changes: object,
 ) -> subprocess.Popen[str]:
-    """Runs, one after the other, in processes of their own; `accelerate launch --cpu --num_processes 2` starts one."""
-    task = dict(task) | {"processes": processes}
-    code = SCRIPT.format(
-        root=str(ROOT), tests=str(Path(__file__).parent), task=task, changes=changes, folders=[*map(str, folders)]
-    )
+    """Runs of a task, one after the other, the last of another one, in processes of their own.
+
+    `accelerate launch --cpu --num_processes 2` starts one.
+    """
+    runs = {str(folder): dict(task) | {"processes": processes} for folder in folders}
+    runs[str(folders[-1])] |= last
+    code = SCRIPT.format(root=str(ROOT), tests=str(Path(__file__).parent), runs=runs, changes=changes)
     script = folders[0].with_suffix(".py")
     script.write_text(code, encoding="utf-8")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -155,38 +162,35 @@ def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> 
         time.sleep(0.005)
 
 
-def test_kill_at_any_moment(tmp_path: Path) -> None:
-    """Killed without warning, twice, a run ends with the losses of one that was left alone."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+def test_stop_at_any_moment(tmp_path: Path) -> None:
+    """Killed without warning, then by SIGTERM, as a cluster's scheduler sends it, which saves the last step, a run ends
+    with the losses of one that was left alone."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train(RegressionTask(), config(steps=40), whole)
-    for until in (9, 23):
-        process = start(killed, task={"slow": 0.02}, steps=40)
-        wait_for_steps(process, killed, until)
-        process.kill()
-        process.wait()
-    assert not is_finished(killed, 40)
-    train(RegressionTask(), config(steps=40), killed)
-    assert losses(killed) == losses(whole)
-    assert not list((killed / "checkpoints").glob(".*"))
-
-
-def test_interrupt_saves_first(tmp_path: Path) -> None:
-    """SIGTERM, as a cluster's scheduler sends it, ends the run with a checkpoint of the last step."""
-    folder = tmp_path / "run"
-    process = start(folder, task={"slow": 0.02}, steps=100, save_every=100)
-    wait_for_steps(process, folder, 3)
+    process = start(stopped, task={"slow": 0.05}, steps=40)
+    wait_for_steps(process, stopped, 9)
+    process.kill()
+    process.wait()
+    process = start(stopped, task={"slow": 0.05}, steps=40, save_every=40)
+    wait_for_steps(process, stopped, 23)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60)
-    step = int(latest_checkpoint(folder).name.removeprefix("step-"))
-    assert 3 <= step == max(losses(folder))
+    assert 23 <= int(latest_checkpoint(stopped).name.removeprefix("step-")) == max(losses(stopped)) < 40
+    train(RegressionTask(), config(steps=40), stopped)
+    assert losses(stopped) == losses(whole)
+    assert not list((stopped / "checkpoints").glob(".*"))
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """Two processes, accumulation, and readers of batches beside them give one process's losses for the same batch."""
-    one, two, accumulated = tmp_path / "one", tmp_path / "two", tmp_path / "accumulated"
+    """Two processes, accumulation, and readers of batches beside them give one process's losses for the same batch; a
+    bad gradient in one of them stops both, with the message, and nothing is saved."""
+    one, two, accumulated, bad = (tmp_path / name for name in ("one", "two", "accumulated", "bad"))
     train(RegressionTask(), config(), one)
-    process = start(two, following := tmp_path / "following", processes=2)  # as the second stage after the first
-    assert process.wait(timeout=240) == 0, process.stderr.read()
+    # One after the other, as stages are.
+    process = start(two, following := tmp_path / "following", bad, processes=2, last={"cliff": 55})
+    assert process.wait(timeout=240)
+    assert "gradient's norm is nan at step 6" in process.stderr.read()
+    assert latest_checkpoint(bad).name == "step-00000004"
     assert losses(following)[12]["loss"] == losses(two)[12]["loss"]
     train(RegressionTask(), config(micro_batch=2, workers=2), accumulated)
     for folder in (two, accumulated):
@@ -231,34 +235,27 @@ def test_weights_in_pieces_are_refused(kind: str, tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("signalled", ["one", "both, apart", "one, killed"])
-def test_a_signal_to_two_processes(tmp_path: Path, signalled: str) -> None:
+def test_signals_to_two_processes(tmp_path: Path) -> None:
     """Whichever gets SIGTERM, and when: both stop after the same step, with a checkpoint, and the run goes on there.
     Killed without warning, one takes the other with it, and the run goes on from the checkpoint before."""
-    folder, pids, killed = tmp_path / "run", tmp_path / "pid", signalled == "one, killed"
-    save_every = 5 if killed else 400
-    process = start(folder, processes=2, task={"slow": 0.02, "pids": str(pids)}, steps=400, save_every=save_every)
-    wait_for_steps(process, folder, 7 if killed else 3)
-    first, second = (int(Path(f"{pids}-{rank}").read_text()) for rank in (0, 1))
-    os.kill(second, signal.SIGKILL if killed else signal.SIGTERM)
-    if signalled == "both, apart":
-        time.sleep(0.03)
-        os.kill(first, signal.SIGTERM)
-    assert process.wait(timeout=120)
-    step = int(latest_checkpoint(folder).name.removeprefix("step-"))
-    assert 3 <= step <= max(losses(folder)) < 400
-    assert step == max(losses(folder)) or killed
-    again = start(folder, processes=2, task={"slow": 0.0}, steps=400, save_every=400)
+    folder, step = tmp_path / "run", 0
+    for signalled in ("one", "both, apart", "one, killed"):
+        pids, killed = tmp_path / signalled, signalled == "one, killed"
+        save_every = 5 if killed else 400
+        process = start(folder, processes=2, task={"slow": 0.02, "pids": str(pids)}, steps=400, save_every=save_every)
+        wait_for_steps(process, folder, step + (12 if killed else 3))
+        first, second = (int(Path(f"{pids}-{rank}").read_text()) for rank in (0, 1))
+        os.kill(second, signal.SIGKILL if killed else signal.SIGTERM)
+        if signalled == "both, apart":
+            time.sleep(0.03)
+            os.kill(first, signal.SIGTERM)
+        assert process.wait(timeout=120)
+        before, step = step, int(latest_checkpoint(folder).name.removeprefix("step-"))
+        assert before + 3 <= step <= max(losses(folder)) < 400
+        assert step == max(losses(folder)) or killed
+    again = start(folder, processes=2, steps=400, save_every=400)
     assert again.wait(timeout=240) == 0, again.stderr.read()
     assert is_finished(folder, 400) and list(losses(folder)) == list(range(1, 401))
-
-
-def test_a_bad_gradient_on_one_of_two_processes(tmp_path: Path) -> None:
-    """Both stop, with the message, and nothing is saved."""
-    process = start(tmp_path / "run", processes=2, task={"cliff": 55})
-    assert process.wait(timeout=120)
-    assert "gradient's norm is nan at step 6" in process.stderr.read()
-    assert latest_checkpoint(tmp_path / "run").name == "step-00000004"
 
 
 def test_checkpoints_roll_and_validation_sees_the_average(tmp_path: Path) -> None:
