@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(kind, help=what)
         command.set_defaults(run=_curate)
         _shared_arguments(command.add_argument, "for the manifest and what it names")
-        command.add_argument("--model", help="what is trained: tiny, a published name, a folder; default: CogVideoX-5b")
+        command.add_argument("--model", help="that will be trained: tiny, CogVideoX-5b (the default), ...")
         command.add_argument("--config", type=Path, help="a YAML file; docs/data.md has the settings")
         command.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="replace settings")
         command.add_argument("--workers", type=int, help="processes; default: one for each core")

@@ -156,7 +156,7 @@ def _measure_clip(measurer: Measurer, clip: list[int], reader: Reader, caption: 
         if place in (0, len(clip) // 2, len(clip) - 1):
             with measurer.stage("hash"):
                 hashes.append(perceptual_hash(picture))
-        if place % _READ_EVERY == 0:
+        if place % _READ_EVERY == 0 or place == len(clip) - 1:
             texts.append(measurer.text(picture))
         if place == len(clip) // 2:
             by_models = measurer.by_models(picture, caption)

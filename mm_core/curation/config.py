@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from ..faces.references import MIN_SCORE, MIN_SHARPNESS, MIN_SIZE
+from ..pipelines.presets import limits_of
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
 Kind = Literal["pictures", "portraits", "pairs", "video"]
@@ -110,10 +111,8 @@ def settings_of_model(name: str) -> dict[str, str]:
     """By dotted name, what a training set for a base model must have: length, rate, shape, and as many lines as the
     paper takes for its model, 720 for 480, or the model's own where it has more.
 
-    name: as in `pipelines.named`. Raises as `limits_of`.
+    name: `tiny` or a published one. Raises SettingError.
     """
-    from ..pipelines.named import limits_of  # with it diffusers, which workers need not load
-
     limits = limits_of(name)
     settings = {
         "measure.frames": limits.num_frames, "measure.fps": limits.fps, "width": limits.width, "height": limits.height,

@@ -16,7 +16,7 @@ from ..errors import CheckpointError, SettingError
 from ..files import DOWNLOADS
 from . import tiny
 from .base import BaseModel, FolderBase, TinyBase
-from .presets import PRESETS, T5_XXL, ClipLimits, published
+from .presets import PRESETS, T5_XXL, published
 
 
 def folder_of(name: str) -> Path:
@@ -65,9 +65,3 @@ def configs_of(name: str) -> tuple[str, Mapping[str, Any], Mapping[str, Any], T5
         name if name == tiny.NAME else folder.name, model.transformer_config, model.vae_config,
         T5Config(**model.text_config),
     )  # fmt: skip
-
-
-def limits_of(name: str) -> ClipLimits:
-    """Sizes, lengths and rate of a base's clips. Raises as `configs_of`."""
-    _, transformer, vae, _ = configs_of(name)
-    return ClipLimits.from_config(transformer, vae)

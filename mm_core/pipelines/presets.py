@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..choices import TINY
 from ..errors import SettingError
 
 HUB_ADDRESS = "https://huggingface.co"
@@ -32,6 +33,32 @@ _VAE = dict(
     norm_num_groups=32,
     sample_height=480,
     sample_width=720,
+)
+TINY_TRANSFORMER = dict(
+    num_attention_heads=6,
+    attention_head_dim=32,
+    num_layers=8,
+    time_embed_dim=128,
+    text_embed_dim=128,
+    in_channels=16,
+    out_channels=16,
+    max_text_seq_length=48,
+    sample_frames=9,
+    sample_height=16,
+    sample_width=16,
+    use_rotary_positional_embeddings=True,
+)
+# One level less than the published VAE: 4 px a latent instead of 8, so that at 64 px a face has 64 tokens, not 16.
+TINY_VAE = dict(
+    block_out_channels=(16, 32, 64),
+    down_block_types=("CogVideoXDownBlock3D",) * 3,
+    up_block_types=("CogVideoXUpBlock3D",) * 3,
+    latent_channels=16,
+    layers_per_block=1,
+    norm_num_groups=8,
+    sample_height=64,
+    sample_width=64,
+    scaling_factor=1.0,
 )
 SCHEDULER = dict(
     beta_start=0.00085,
@@ -195,3 +222,13 @@ class ClipLimits:
         return [
             f"This model was trained at {self.width} x {self.height} px; at {width} x {height} faces may fall apart."
         ]
+
+
+def limits_of(name: str) -> ClipLimits:
+    """Of `tiny` or a published model, with its owner or without; no library is loaded. Raises SettingError."""
+    preset = published(name)
+    if preset is not None:
+        return ClipLimits.from_config(preset.transformer, preset.vae)
+    if name != TINY:
+        raise SettingError(f"The model is {name}; it must be {TINY} or one of {', '.join(PRESETS)}.")
+    return ClipLimits.from_config(TINY_TRANSFORMER, TINY_VAE)

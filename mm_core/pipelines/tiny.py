@@ -18,44 +18,17 @@ from ..models.adapter import MagicMirrorAdapter
 from ..models.config import AdapterConfig
 from ..models.id_encoder import IDEncoder, IDEncoderConfig
 from .presets import SCHEDULER as COGVIDEOX_SCHEDULER
-from .presets import Sampling
+from .presets import TINY_TRANSFORMER, TINY_VAE, Sampling
 
 NAME = TINY
 WEIGHTS = Path(__file__).parents[1] / "weights" / TINY
 _SEED = 0
-_TEXT_DIM = 128
-TEXT_TOKENS = 48
-SIZE = 64  # pixels
-NUM_FRAMES = 9
+TRANSFORMER, VAE = TINY_TRANSFORMER, TINY_VAE
+_TEXT_DIM, TEXT_TOKENS = TRANSFORMER["text_embed_dim"], TRANSFORMER["max_text_seq_length"]
+SIZE, NUM_FRAMES = VAE["sample_height"], TRANSFORMER["sample_frames"]
 SAMPLING = Sampling(steps=12, guidance_scale=3.0, dynamic_guidance=False, scheduler="ddim")
 """As it was trained and scored; guidance 1.5 keeps less of the person."""
 
-TRANSFORMER = dict(
-    num_attention_heads=6,
-    attention_head_dim=32,
-    num_layers=8,
-    time_embed_dim=128,
-    text_embed_dim=_TEXT_DIM,
-    in_channels=16,
-    out_channels=16,
-    max_text_seq_length=TEXT_TOKENS,
-    sample_frames=NUM_FRAMES,
-    sample_height=SIZE // 4,
-    sample_width=SIZE // 4,
-    use_rotary_positional_embeddings=True,
-)
-# One level less than the published VAE: 4 px a latent instead of 8, so that at 64 px a face has 64 tokens, not 16.
-VAE = dict(
-    block_out_channels=(16, 32, 64),
-    down_block_types=("CogVideoXDownBlock3D",) * 3,
-    up_block_types=("CogVideoXUpBlock3D",) * 3,
-    latent_channels=16,
-    layers_per_block=1,
-    norm_num_groups=8,
-    sample_height=SIZE,
-    sample_width=SIZE,
-    scaling_factor=1.0,
-)
 SCHEDULER = COGVIDEOX_SCHEDULER | dict(snr_shift_scale=1.0)
 ID_ENCODER = IDEncoderConfig(
     clip_hidden_size=192,

@@ -123,19 +123,6 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Workers, "each", each)
 
 
-def test_footage_becomes_clips_with_references(
-    in_this_process: None, tmp_path: Path, insightface_root: Path
-) -> None:
-    truth = plant("video", tmp_path, range(1))
-    config = config_of("video", insightface_root)
-    curate("video", [tmp_path / "raw"], tmp_path / "set", config)
-    found = became(tmp_path / "set")
-    assert all(score[2:] == (1, 1) for score in scores(truth, found).values()), table(truth, found)
-    folder = tmp_path / "set"
-    report = check_dataset(folder, width=256, height=256, frames=config.measure.frames, check_caption=mark_identity)
-    assert len(report.usable) == 3 and not report.problems, report
-
-
 def test_pairs_are_of_one_person_and_each_person_is_there_once(
     in_this_process: None, tmp_path: Path, photographs: Path, insightface_root: Path
 ) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mm_core.curation import neighbours
 from mm_core.curation.clips import Footage
-from mm_core.curation.config import CurationConfig, Keeping, Measuring
+from mm_core.curation.config import CurationConfig, Keeping, Measuring, settings_of_model
 from mm_core.curation.items import Item, read, shards_of
 from mm_core.curation.measure import packed, spread
 from mm_core.curation.page import render_page
@@ -24,6 +24,7 @@ from mm_core.curation.tally import Tally
 from mm_core.curation.write import bordered, samples
 from mm_core.data.manifest import PICTURES
 from mm_core.errors import SampleError, SettingError
+from mm_core.pipelines.presets import PRESETS
 from mm_core.pipelines.prompt import mark_identity
 from mm_core.settings_file import load_settings
 
@@ -322,6 +323,17 @@ def test_what_is_nearest_to_a_threshold_is_shown() -> None:
     assert nearest["kept", ""] == [3, 4, 5, 6, 7, 8]  # the first
     assert "--set keep.min_motion=0.05" in pages[1] and "504 of 2,000 outside, 504 dropped by it" in pages[1]
     assert len(pages[1]) < len(pages[0]) + 500
+
+
+def test_a_model_says_how_its_clips_are_cut() -> None:
+    """The published names are the presets'; without one, the settings are those of the 5B model."""
+    of = {name: load_settings(CurationConfig, None, settings_of_model(name)) for name in ("tiny", *PRESETS)}
+    assert of["CogVideoX-5b"] == of["CogVideoX-2b"] == CurationConfig()
+    assert (of["tiny"].measure.frames, of["tiny"].width, of["tiny"].keep.min_lines) == (9, 64, 96)
+    of_1_5 = of["CogVideoX1.5-5B"]
+    assert (of_1_5.measure.frames, of_1_5.measure.fps, of_1_5.height, of_1_5.keep.min_lines) == (81, 16, 768, 768)
+    with pytest.raises(SettingError, match="must be tiny or one of CogVideoX-5b"):
+        settings_of_model("CogVideoX-7b")
 
 
 def test_settings_are_named_when_they_are_wrong(tmp_path: Path) -> None:
