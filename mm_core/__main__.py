@@ -202,7 +202,8 @@ def doctor(args: argparse.Namespace) -> None:
 def _base(args: argparse.Namespace) -> BaseModel:
     """The base model that `--base` names: tiny, a folder, a file, or a model on the hub."""
     from .pipelines.base import FileBase, FolderBase, TinyBase, download_folder
-    from .pipelines.presets import PRESETS
+    from .pipelines.named import folder_of
+    from .pipelines.presets import HUB_ADDRESS, PRESETS, published
 
     path = Path(args.base)
     parts = {"--text-encoder": args.text_encoder, "--vae": args.vae, "--tokenizer": args.tokenizer}
@@ -221,19 +222,17 @@ def _base(args: argparse.Namespace) -> BaseModel:
         )
     if args.base == TINY:
         return TinyBase()
-    repos = {preset.repo for preset in PRESETS.values()}
-    if args.base in repos:
-        path = DOWNLOADS / path.name
-        if args.download:
-            download_folder(args.base, path)
-        elif not path.is_dir():
-            raise MagicMirrorError(
-                f"{args.base} is not on this machine. Add --download to fetch it into {path} (20 GB or more, under the "
-                f"model's own licence: https://huggingface.co/{args.base}), or give the folder of a copy."
-            )
+    preset, path = published(args.base), folder_of(args.base)
+    if preset is not None and args.download:
+        download_folder(preset.repo, path)
+    if preset is not None and not path.is_dir():
+        raise MagicMirrorError(
+            f"{args.base} is not on this machine. Add --download to fetch it into {path} (20 GB or more, under the "
+            f"model's own licence: {HUB_ADDRESS}/{preset.repo}), or give the folder of a copy."
+        )
     if not path.is_dir():
         raise MagicMirrorError(
-            f"There is no base model {args.base}: give tiny, a folder, a file, or one of {sorted(repos)}."
+            f"There is no base model {args.base}: give tiny, a folder, a file, or one of {', '.join(PRESETS)}."
         )
     base = FolderBase(path)
     base.check_complete()
@@ -241,20 +240,19 @@ def _base(args: argparse.Namespace) -> BaseModel:
 
 
 def _id_encoder(args: argparse.Namespace) -> Path | None:
-    from .checkpoints.photomaker import COPY_NAME, FILE_NAME, REPO, download_id_encoder
+    from .checkpoints.photomaker import REPO, download_id_encoder
+    from .pipelines.named import id_encoder_for
 
     if args.id_encoder or args.base == TINY:
         return args.id_encoder
-    path, copy = DOWNLOADS / FILE_NAME, DOWNLOADS / COPY_NAME
-    if copy.is_file():
-        return copy
+    path = id_encoder_for(args.base)
+    if path.is_file():
+        return path
     if args.download:
         return download_id_encoder(DOWNLOADS)
-    if not path.is_file():
-        raise MagicMirrorError(
-            f"There is no {path}. Add --download to fetch it from https://huggingface.co/{REPO}, or give --id-encoder."
-        )
-    return path
+    raise MagicMirrorError(
+        f"There is no {path}. Add --download to fetch it from https://huggingface.co/{REPO}, or give --id-encoder."
+    )
 
 
 def _download_face_pack(root: Path, pack: str) -> None:
@@ -303,7 +301,7 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     add(
         "--base",
         default=TINY,
-        help="tiny (built in), a diffusers folder, a .safetensors file, or a hub name",
+        help="tiny (built in), a diffusers folder, a .safetensors file, or a published name",
     )
     add("--text-encoder", type=Path, help="with a file as base: T5 encoder file")
     add("--vae", type=Path, help="with a file as base: VAE file")

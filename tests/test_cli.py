@@ -120,6 +120,7 @@ def test_a_clip_that_cannot_be_written_is_kept(
         (["--start", "0.9", "--end", "0.1"], "start (0.9) is after end (0.1)"),
         (["--base", "nowhere"], "There is no base model nowhere"),
         (["--base", "THUDM/CogVideoX-5b"], "Add --download"),
+        (["--base", "CogVideoX1.5-5B"], "huggingface.co/THUDM/CogVideoX1.5-5B"),
         (["--adapter", "nothing.safetensors"], "There is no file nothing.safetensors."),
         (["--reference", "nothing.jpg"], "nothing.jpg"),
         (["--reference", *["nothing.jpg"] * 65], "65 reference photos were given; use at most 64"),
@@ -150,7 +151,7 @@ def test_a_mistake_is_one_clear_line(
 ) -> None:
     """Told before any model loads: there is no model to load, loading would fail the test."""
     monkeypatch.setattr(TinyBase, "load", lambda self, dtype: pytest.fail("the base model was loaded"))
-    monkeypatch.setattr("mm_core.__main__.DOWNLOADS", tmp_path / "nothing")
+    monkeypatch.setattr("mm_core.pipelines.named.DOWNLOADS", tmp_path / "nothing")
     monkeypatch.chdir(tmp_path)
     Path("folder.mp4").mkdir()
     monkeypatch.setattr(

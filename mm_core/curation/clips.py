@@ -14,7 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from ..errors import MagicMirrorError
+from ..errors import MagicMirrorError, reason
 from ..faces.analysis import Face
 from ..faces.tracking import find_faces, follow
 from ..video import open_video
@@ -82,7 +82,7 @@ def measure_video(measurer: Measurer, item: Item) -> Iterator[Row]:
                 row = said | {"id": name, "clip": place, "frames": clip, "rate": number(rate)}
                 yield row | _measure_clip(measurer, clip, reader, said["caption"])
     except (MagicMirrorError, av.FFmpegError, OSError) as error:
-        yield said | {"id": said.get("of", item.name), "error": ["unreadable", str(error)]}
+        yield said | {"id": said.get("of", item.name), "error": ["unreadable", reason(error)]}
 
 
 def look_through(path: Path, cut_threshold: float) -> Footage:

@@ -88,7 +88,8 @@ class Tally:
     def __str__(self) -> str:
         lines = [f"{self.kept:,} of {self.items:,} kept"]
         lines += [f"  {count:>9,} dropped: {rule}" for rule, count in self.dropped.most_common()]
-        lines.append(f"licences: {', '.join(f'{name} ({count:,})' for name, count in self.licences.most_common())}")
+        if self.kept:
+            lines.append(f"licences: {', '.join(f'{name} ({count:,})' for name, count in self.licences.most_common())}")
         seconds = self.per_item()
         if seconds:
             stages = ", ".join(f"{name} {1000 * value:.0f}" for name, value in seconds.items())
