@@ -168,8 +168,7 @@ def _measure(
         "flow": args.raft.name if args.raft else "DIS",
         "clip": args.clip.name if args.clip else None,
         "judges": [judge.name for judge in judges],
-        "adapter": adapter,
-    }
+    } | ({} if adapter is None else {"adapter": adapter})
     for path in write_report(out, evaluation, settings):
         print(path)
     for left_out in evaluation.skipped:
