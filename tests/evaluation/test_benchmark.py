@@ -232,6 +232,9 @@ def test_baselines_are_wired(
     clips = [make(Request(prompt="A man walks.", photos=photo, seed=1, size=size))[0] for photo in photos]
     assert clips[0].shape == (9, 32, 48, 3) and np.isfinite(clips[0]).all()
     assert (np.abs(clips[0] - clips[1]).max() > 1e-4) == (system != "cogvideox")  # which sees no photo
+    if system == "cogvideox":  # nobody else knows our trigger
+        marked = make(Request(prompt="A man img walks.", photos=photos[0], seed=1, size=size))[0]
+        assert np.array_equal(marked, clips[0])
     other = make(Request(prompt="A man walks.", photos=photos[0], seed=2, size=size))[0]
     assert np.abs(clips[0] - other).max() > 1e-4
     entry = Entry(name="a", person="a", kind="man", photos=photos[0], prompt="A man walks.")
@@ -239,7 +242,12 @@ def test_baselines_are_wired(
     assert json.loads((tmp_path / "costs" / "a.json").read_text())["frames"] == 9 and clip_of(tmp_path, entry).is_file()
 
 
-def test_what_a_baseline_lacks_is_told(analyzer: FaceAnalyzer, tmp_path: Path) -> None:
+def test_what_a_baseline_lacks_is_told(
+    analyzer: FaceAnalyzer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mm_core.pipelines.named.DOWNLOADS", tmp_path / "models")
+    with pytest.raises(CheckpointError, match="models/CogVideoX-5b holds no CogVideoXPipeline"):
+        LOADERS["cogvideox"](Weights(model="CogVideoX-5b"), analyzer, CPU)
     with pytest.raises(CheckpointError, match=r"holds no CogVideoXImageToVideoPipeline: it has no model_index"):
         LOADERS["cogvideox-i2v"](Weights(model=str(tmp_path)), analyzer, CPU)
     (tmp_path / "text_encoder").mkdir()
