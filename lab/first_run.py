@@ -1,8 +1,8 @@
 """From an empty folder to a trained adapter and its scores, in minutes: `python -m lab.first_run --folder runs/first`.
 
-Renders a few people, writes the config of a run on `tiny`, and hands it to `python -m mm_core.training train`, which
-prints where the page of the scores is. It shows that everything works here; a few steps teach nothing. The same command
-goes on from wherever it was stopped or killed.
+Renders a few people and hands them to `python -m mm_core.training train`, which prints where the page of the scores is,
+with the config of `tiny` that comes with it. It shows that everything works here; a few steps teach nothing. The same
+command goes on from wherever it was stopped or killed.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 from mm_core.errors import MagicMirrorError
-from mm_core.files import write_json
 from mm_core.release.commands import main as train
 
 from .people.manifest import write_manifest
 from .people.shards import RenderSettings, render_dataset
 
+CONFIG = Path(__file__).parents[1] / "mm_core" / "training" / "configs" / "tiny.yaml"
 CLIPS = 2  # of each person; each one's photos are of the other
 
 
@@ -34,10 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     except MagicMirrorError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    config = args.folder / "config.yaml"
-    if not config.is_file():
-        write_json(config, settings(args.folder, args.insightface_root, args.steps))  # which is YAML too
-    return train(["train", "--config", str(config)])
+    return train(["train", "--config", str(CONFIG), "--set", *settings(args.folder, args.insightface_root, args.steps)])
 
 
 def render(folder: Path, people: int) -> None:
@@ -48,20 +45,13 @@ def render(folder: Path, people: int) -> None:
             write_manifest(folder, name, pictures=name == "images.jsonl")
 
 
-def settings(folder: Path, insightface_root: Path, steps: int) -> dict[str, object]:
-    """Both stages, as short as they can be."""
-    loop = {"steps": steps, "batch_size": 2, "log_every": 1}
-    stages = {
-        name: {
-            "data": str(folder / "people" / manifest), "features": str(folder / "features" / name), "frames": frames,
-            "loop": loop,
-        }
-        for name, manifest, frames in (("image", "images.jsonl", 1), ("video", "manifest.jsonl", 9))
-    }  # fmt: skip
-    return stages | {
-        "base": "tiny", "insightface_root": str(insightface_root), "face_pack": "buffalo_sc",
-        "output": str(folder / "run"), "width": 64, "height": 64, "validation_people": 1,
-    }  # fmt: skip
+def settings(folder: Path, insightface_root: Path, steps: int) -> list[str]:
+    """What is not as in CONFIG: where everything is, and stages that are as short as they can be."""
+    own: dict[str, object] = {"insightface_root": insightface_root, "output": folder / "run"}
+    for stage, manifest in (("image", "images.jsonl"), ("video", "manifest.jsonl")):
+        own |= {f"{stage}.data": folder / "people" / manifest, f"{stage}.features": folder / "features" / stage}
+        own |= {f"{stage}.loop.steps": steps, f"{stage}.loop.batch_size": 2, f"{stage}.loop.log_every": 1}
+    return [f"{name}={value}" for name, value in own.items()]
 
 
 if __name__ == "__main__":

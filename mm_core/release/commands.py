@@ -119,6 +119,8 @@ def progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     def show(what: str, done: int, of: int) -> None:
         bar = bars.setdefault(what, tqdm(desc=what, total=of, disable=quiet or None))
         bar.update(done - bar.n)
+        if done == of:  # not under the bars of what comes next
+            bar.close()
 
     try:
         yield show

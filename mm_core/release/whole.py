@@ -34,7 +34,7 @@ def train_whole(
     """Check, precompute, train both stages, export, score; returns the page of the scores.
 
     rank, world_size: of this process, which does its share of everything.
-    on_progress(stage, what, done, of): of precomputing.
+    on_progress(stage, what, done, of): of checking and precomputing.
 
     Raises MagicMirrorError as the parts do.
     """
@@ -43,7 +43,7 @@ def train_whole(
         features = features_of(config, stage)
         if not (features / INDEX).is_file():
             if rank == 0:
-                _log.info("%s: %s", stage, check(config, stage))
+                _log.info("%s: %s", stage, check(config, stage, partial(on_progress, stage, "checked")))
             shown = partial(on_progress, stage)
             precompute(feature_settings(config, stage), features, shown, rank=rank, world_size=world_size)
             _wait((features / INDEX).is_file)
