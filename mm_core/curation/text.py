@@ -8,6 +8,7 @@ LINES = 480
 """Pixels of the shorter side at which pictures are read: letters of 2% of it are found."""
 _CERTAIN = 0.8  # of the recogniser: what the detector takes for text in faces and furniture is read at 0.7 at most
 _LETTERS = 2  # of a word at least: eyes and corners are read as one
+_STRIP = 32  # times as long as wide: there RapidOCR fails, and no face is seen
 
 
 class TextReader:
@@ -25,6 +26,8 @@ class TextReader:
         """Percent of a picture, (H, W, 3) uint8 RGB, that is covered by words that can be read."""
         import cv2
 
+        if max(image.shape[:2]) >= _STRIP * min(image.shape[:2]):
+            return 0.0
         scale = LINES / min(image.shape[:2])
         if scale < 1:
             image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)

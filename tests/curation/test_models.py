@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,13 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from lab.corpus.pictures import lettered
 from mm_core.curation.clips import clip_frames, measure_video
 from mm_core.curation.config import Keeping, Measuring
 from mm_core.curation.items import Item
 from mm_core.curation.measure import Measurer
 from mm_core.curation.rules import judged, rules
+from mm_core.curation.text import TextReader
 from mm_core.errors import CheckpointError, MagicMirrorError
 from mm_core.video import write_video
 
@@ -118,3 +121,12 @@ def test_footage_with_too_few_frames_says_so(tmp_path: Path, insightface_root: P
     assert abs(clip_frames(path, [3, 3, 7]).mean((1, 2, 3)) - [30, 30, 70]).max() < 3
     with pytest.raises(MagicMirrorError, match="ends before frame 20"):
         clip_frames(path, [3, 20])
+
+
+def test_text_is_read_in_pictures_of_any_shape_and_nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it asked for a connection"))
+    reader = TextReader()
+    for shape in ((1, 1), (3, 5000), (9000, 40), (300, 300)):
+        assert reader.share(np.full((*shape, 3), 90, np.uint8)) == 0
+    written = lettered(np.full((900, 1200, 3), 90, np.uint8), "SALE", 5, (0.5, 0.5))
+    assert 3 < reader.share(written) < 20
