@@ -135,7 +135,7 @@ def test_pairs_are_of_one_person_and_each_person_is_there_once(
             shutil.copyfile(photographs / f"{photo}.jpg", raw / file)
         (raw / f"{name}.txt").write_text("A person looks into the camera.")
     config = config_of("pictures", insightface_root)
-    low = dict(min_lines=200, min_face_size=60.0, min_pair_cosine=0.4, same_identity=0.4)
+    low = dict(min_lines=200, min_face_size=60.0, min_pair_cosine=0.4, same_identity=0.4, max_text=100.0)
     curate("pairs", [raw], folder, replace(config, keep=replace(config.keep, **low)))
     dropped = {line["name"]: line["rule"] for line in read_lines(folder / DROPPED)}
     repeated = dropped.keys() & {"b.jpg", "c.jpg"}
@@ -152,7 +152,8 @@ def test_portraits_are_bordered_and_need_no_caption(
 ) -> None:
     shutil.copyfile(photographs / "person_b_1.jpg", tmp_path / "1.jpg")
     config = config_of("pictures", insightface_root)
-    config = replace(config, keep=replace(config.keep, min_lines=200, min_face_size=60.0))
+    low = dict(min_lines=200, min_face_size=60.0, max_text=100.0)  # letters are on the wall behind her
+    config = replace(config, keep=replace(config.keep, **low))
     curate("portraits", [tmp_path / "1.jpg"], tmp_path / "set", config)
     (sample,) = read_manifest(tmp_path / "set")
     assert sample.caption == "A squared ID photo of a person img, with pure black on two sides."
