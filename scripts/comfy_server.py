@@ -25,7 +25,7 @@ from environment import PACK_FOLDER
 if TYPE_CHECKING:
     from typing import Self
 
-START_SECONDS = 180
+START_SECONDS = 600  # on a busy machine; one that has ended is seen at once
 STOP_SECONDS = 10
 POLL_SECONDS = 0.1
 LOG_TAIL_LINES = 40
