@@ -35,6 +35,12 @@ Progress = Callable[[str, int, int], None]
 """What is being made, one of KINDS, how many of its shards are done, and of how many."""
 
 
+def is_made(settings: FeatureSettings, folder: Path) -> bool:
+    """Whether a folder has all features of a data set. Raises SettingError as `precompute`."""
+    _check_settings(folder, _wanted(settings))
+    return (folder / INDEX).is_file()
+
+
 def precompute(
     settings: FeatureSettings,
     folder: Path,
@@ -59,7 +65,7 @@ def precompute(
     items = _Items.of(read_manifest(manifest))
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    wanted = settings.to_json(manifest) | {"samples_per_shard": SAMPLES_PER_SHARD}
+    wanted = _wanted(settings)
     _check_settings(folder, wanted)
     _check_space(folder, settings, items)
     mine = items.shards[rank::world_size]
@@ -118,6 +124,11 @@ class _Items:
 
     def count(self, kind: str) -> int:
         return sum(len(shard.items) for shard in self.shards if shard.kind == kind)
+
+
+def _wanted(settings: FeatureSettings) -> dict[str, Any]:
+    """What the settings of a folder must be, beside the weights."""
+    return settings.to_json(manifest_path(settings.data)) | {"samples_per_shard": SAMPLES_PER_SHARD}
 
 
 def _check_settings(folder: Path, wanted: dict[str, Any]) -> bool:

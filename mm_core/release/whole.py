@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..data.features import INDEX
-from ..data.precompute import precompute
+from ..data.precompute import is_made, precompute
 from ..training.adapter_task import train_stage
 from ..training.config import TrainingConfig
 from ..training.runs import is_finished
@@ -40,12 +40,11 @@ def train_whole(
     """
     stages = ("video",) if config.ablation == "G" else ("image", "video")
     for stage in stages:
-        features = features_of(config, stage)
-        if not (features / INDEX).is_file():
+        features, settings = features_of(config, stage), feature_settings(config, stage)
+        if not is_made(settings, features):
             if rank == 0:
                 _log.info("%s: %s", stage, check(config, stage, partial(on_progress, stage, "checked")))
-            shown = partial(on_progress, stage)
-            precompute(feature_settings(config, stage), features, shown, rank=rank, world_size=world_size)
+            precompute(settings, features, partial(on_progress, stage), rank=rank, world_size=world_size)
             _wait((features / INDEX).is_file)
     output = Path(config.output).expanduser()
     for stage in stages:

@@ -19,8 +19,9 @@ from lab.corpus.pictures import KEPT
 from lab.people.person import Person
 from mm_core.checkpoints.adapter_file import read_header
 from mm_core.data.features import Features
-from mm_core.data.manifest import read_manifest
+from mm_core.data.manifest import MANIFEST, read_manifest
 from mm_core.evaluation.__main__ import main
+from mm_core.release.commands import main as train
 from mm_core.video import write_video
 
 CONFIG = "mm_core/training/configs/tiny.yaml"
@@ -62,7 +63,8 @@ def test_from_raw_footage_to_scores(
     settings = [f"{stage}.{name}" for stage in stages for name in (f"data={data}", f"features={tmp_path / stage}")]
     settings += [f"{stage}.loop.steps=2" for stage in stages]
     settings += [f"insightface_root={insightface_root}", f"output={output}"]
-    run(repository, "mm_core.training", "train", "--config", CONFIG, "--set", *settings)
+    training = ["train", "--config", CONFIG, "--set", *settings]
+    run(repository, "mm_core.training", *training)
     for stage in stages:
         features = Features.open(tmp_path / stage)
         assert [entry["id"] for entry in features.entries] == [sample.id for sample in kept]
@@ -82,6 +84,11 @@ def test_from_raw_footage_to_scores(
     results = json.loads((output / "benchmark" / "magic-mirror" / "results.json").read_text(encoding="utf-8"))
     assert results["settings"]["adapter"] == str(trained) and len(results["clips"]) == 1
     assert "\n| magic-mirror | " in (output / "benchmark" / "table.md").read_text(encoding="utf-8")
+
+    manifest = data / MANIFEST
+    manifest.write_text("".join(manifest.read_text(encoding="utf-8").splitlines(True)[1:]), encoding="utf-8")
+    assert train(training) == 2
+    assert "was made with another manifest" in capsys.readouterr().err
 
     with safe_open(adapter, "pt") as file:
         header = file.metadata()
