@@ -6,6 +6,7 @@
     video      footage: clips of one person, with references from the person's other clips (D)
 
     synthesise  what pairs reads: other pictures of the people in portraits, by PhotoMaker-V2 on SDXL
+    join        one manifest for the sets in a folder, which a stage then learns together
 
 Interrupted commands go on where they stopped when they are given again. Other thresholds decide anew by what is
 measured already.
@@ -106,6 +107,14 @@ def _synthesise(args: argparse.Namespace) -> int:
     return int(bool(left_out) and not made)
 
 
+def _join(args: argparse.Namespace) -> int:
+    from .join import join
+
+    for name, samples in join(args.folder).items():
+        print(f"{name}: {samples:,} samples")
+    return 0
+
+
 def _check_packages() -> None:
     """Raise MagicMirrorError where one is missing that the pack itself does not need."""
     missing = [name for name in _PACKAGES if find_spec(name) is None]
@@ -133,6 +142,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_synthesise)
     _shared_arguments(command.add_argument, "for the pairs")
     _synthesis_arguments(command.add_argument)
+    command = commands.add_parser("join", help="one manifest for several sets")
+    command.set_defaults(run=_join)
+    command.add_argument("folder", type=Path, metavar="FOLDER", help="in which the sets' folders are")
     return parser
 
 

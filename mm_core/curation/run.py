@@ -8,14 +8,12 @@ are, and in which order they finish, changes nothing.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..data.manifest import MANIFEST, PICTURES, VIDEOS
 from ..errors import SettingError
-from ..files import atomic_write, write_json
+from ..files import atomic_write, write_json, write_lines
 from ..json_file import read_lines
 from ..names import is_below
 from .config import CurationConfig, Kind
@@ -84,7 +82,7 @@ def curate(
         for _ in pool.each(write_task, (kind, config, output), tasks, lambda *at: on_progress("written", *at)):
             pass
     check_written(output, lines)
-    _write_lines(output / MANIFEST, lines)
+    write_lines(output / MANIFEST, lines)
     write_json(output / SUMMARY, tally.to_json())
     with atomic_write(output / PAGE) as temporary:
         temporary.write_text(render_page(tally, shards), encoding="utf-8")
@@ -113,12 +111,7 @@ def _decide(
             yield from (tally.drop(*passed[at], found[at]) for at in sorted(found))
             passed[:] = [each for at, each in enumerate(passed) if at not in found]
 
-    _write_lines(output / DROPPED, dropped())
+    write_lines(output / DROPPED, dropped())
     for number, row in passed:
         tally.keep(number, row)
     return passed
-
-
-def _write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

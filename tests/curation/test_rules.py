@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from mm_core.curation import neighbours
+from mm_core.curation.__main__ import main
 from mm_core.curation.clips import Footage
 from mm_core.curation.config import CurationConfig, Keeping, Measuring, settings_of_model
 from mm_core.curation.items import Item, read, shards_of
@@ -22,8 +23,10 @@ from mm_core.curation.page import render_page
 from mm_core.curation.rules import judged, marked, portrait_caption, rules
 from mm_core.curation.tally import Tally
 from mm_core.curation.write import bordered, samples
-from mm_core.data.manifest import PICTURES
+from mm_core.data.check import check_dataset
+from mm_core.data.manifest import MANIFEST, PICTURES, read_manifest
 from mm_core.errors import SampleError, SettingError
+from mm_core.files import write_lines
 from mm_core.pipelines.presets import PRESETS
 from mm_core.pipelines.prompt import mark_identity
 from mm_core.settings_file import load_settings
@@ -334,6 +337,27 @@ def test_a_model_says_how_its_clips_are_cut() -> None:
     assert (of_1_5.measure.frames, of_1_5.measure.fps, of_1_5.height, of_1_5.keep.min_lines) == (81, 16, 768, 768)
     with pytest.raises(SettingError, match="must be tiny or one of CogVideoX-5b"):
         settings_of_model("CogVideoX-7b")
+
+
+def test_sets_are_joined_where_they_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One manifest, of the same files, that is made anew when a set changes; a set is never overwritten by it."""
+    line = {"id": "7", "media": "media/7.png", "caption": "A man img reads.", "references": ["media/7.png"]}
+    for name in ("pairs", "pictures"):
+        (tmp_path / name / "media").mkdir(parents=True)
+        Image.new("RGB", (64, 48)).save(tmp_path / name / "media" / "7.png")
+        write_lines(tmp_path / name / MANIFEST, [line | {"person": "7", "licence": "MIT"}])
+        if name == "pairs":
+            assert main(["join", str(tmp_path)]) == 2
+            assert "holds 1 training sets, of two or more" in capsys.readouterr().err
+    for _ in range(2):
+        assert main(["join", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith("pairs: 1 samples\npictures: 1 samples\n")
+    report = check_dataset(tmp_path, width=64, height=48, frames=1, check_caption=mark_identity)
+    assert report.usable == ["pairs/7", "pictures/7"] and not report.problems
+    assert {(sample.person, sample.licence) for sample in read_manifest(tmp_path)} == {("7", "MIT")}
+    write_lines(tmp_path / MANIFEST, [line])
+    assert main(["join", str(tmp_path)]) == 2
+    assert [sample.id for sample in read_manifest(tmp_path)] == ["7"]
 
 
 def test_settings_are_named_when_they_are_wrong(tmp_path: Path) -> None:
