@@ -67,7 +67,7 @@ def benchmark(args: argparse.Namespace) -> int:
         size = Size(width=args.width, height=args.height, frames=args.frames, steps=args.steps)
         if args.adapter is not None:  # whose file may be replaced by one of the next run, under the same name
             trained = str(read_header(args.adapter).trained)
-        made_with = {name: str(path) for name, path in vars(weights).items()} | {"trained": trained}
+        made_with = {name: str(path) for name, path in vars(weights).items()} | {"weights": trained}
         with processes.main_process_first():
             check_run(out, made_with, size, args.seed)
         with _bar("clip", processes.is_main_process) as show:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -37,9 +38,17 @@ def generate(
 
     Clips that are there are kept. load: reads the weights, if there is something to make. seed: of the first clip; each
     has its own. on_clip: is told how many are done, of how many.
+
+    Raises SettingError for a clip that is there of other photos, or of another prompt.
     """
     share = list(enumerate(entries))[rank::world_size]
     todo = [(number, entry) for number, entry in share if not clip_of(out, entry).is_file()]
+    for _, entry in (each for each in share if each not in todo):
+        if read_object(out / COSTS / f"{entry.name}.json").get("made of") != _made_of(entry):
+            raise SettingError(
+                f"{clip_of(out, entry)} is not of the photos and the prompt that {entry.person} has now: remove it, or "
+                "choose another folder"
+            )
     on_clip(len(share) - len(todo), len(share))
     make = load() if todo else None
     for done, (number, entry) in enumerate(todo, len(share) - len(todo) + 1):
@@ -48,7 +57,8 @@ def generate(
         frames, fps = make(request)
         cost = {"seconds": round(time.perf_counter() - start, 3), "gib": round(_peak(device) / 2**30, 3)}
         shape = {"frames": len(frames), "height": frames.shape[1], "width": frames.shape[2]}
-        write_json(out / COSTS / f"{entry.name}.json", cost | shape | {"device": _name(device)})  # before the clip
+        note = cost | shape | {"device": _name(device), "made of": _made_of(entry)}
+        write_json(out / COSTS / f"{entry.name}.json", note)  # before the clip
         write_video(clip_of(out, entry), frames, fps)
         on_clip(done, len(share))
 
@@ -56,6 +66,12 @@ def generate(
 def clip_of(out: Path, entry: Entry) -> Path:
     """Where a clip is, or will be."""
     return out / VIDEOS / f"{entry.name}.mp4"
+
+
+def _made_of(entry: Entry) -> str:
+    """A hash of prompt and photos."""
+    photos = [hashlib.sha256(path.read_bytes()).hexdigest() for path in entry.photos]
+    return hashlib.sha256("\n".join([entry.prompt, *photos]).encode()).hexdigest()
 
 
 def check_run(out: Path, settings: dict[str, Any], size: Size, seed: int) -> None:

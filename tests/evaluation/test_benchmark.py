@@ -120,6 +120,11 @@ def test_killed_and_resumed_to_a_table_and_exports(
     assert before == {name: (videos / name).stat().st_mtime_ns for name in before}  # kept
     assert main([*ours[:-1], "--seed=6"]) == 2
     assert "made with seed 5, not 6" in capsys.readouterr().err
+    prompt = (own / "karl" / "prompt1.txt").read_text()
+    (own / "karl" / "prompt1.txt").write_text("A man waits.")
+    assert main(ours) == 2
+    assert "karl_prompt1.mp4 is not of the photos and the prompt that karl has now" in capsys.readouterr().err
+    (own / "karl" / "prompt1.txt").write_text(prompt)
     for wrong, told in (
         (["--system=nobody"], "karl_prompt1.mp4"), (["--system=../out"], "a folder's name"),
         ([*ours[-4:-1], "--system=cogvideox", "--clip=/nowhere"], "no CLIP model"),  # before anything is made

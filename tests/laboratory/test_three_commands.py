@@ -95,4 +95,4 @@ def test_from_raw_footage_to_scores(
     further = json.loads(header["trained"]) | {"steps": 9}
     save_file(load_file(adapter), adapter, header | {"trained": json.dumps(further)})
     assert main(benchmark) == 2
-    assert "made with trained trained: video stage, 2 steps" in capsys.readouterr().err
+    assert "made with weights trained: video stage, 2 steps" in capsys.readouterr().err
