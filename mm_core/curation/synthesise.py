@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.manifest import MANIFEST, PICTURES, read_manifest
-from ..errors import NoFaceError, PromptError, SampleError, SettingError
+from ..errors import MagicMirrorError, NoFaceError, PromptError, SettingError
 from ..faces.references import decode_image
 from ..files import atomic_write, write_json
 from ..names import is_below
@@ -100,14 +100,19 @@ def synthesise(
             continue
         try:
             content = item.read()
-            person, portrait = content_id(content), decode_image(io.BytesIO(content), item.name)
+            portrait = decode_image(io.BytesIO(content), item.name)
+        except MagicMirrorError as error:
+            left_out[item.name] = str(error)
+            continue
+        try:
             for picture in range(origin.each):
-                if not (out / f"{person}-{picture}.jpg").is_file():
+                stem = out / f"{content_id(content)}-{picture}"
+                if not stem.with_suffix(".jpg").is_file():
                     generator = generator or load()
-                    _make(generator, item, content, portrait, out / f"{person}-{picture}", origin)
+                    _make(generator, item, content, portrait, stem, origin)
                 there += 1
                 on_picture(there)
-        except (SampleError, NoFaceError) as error:
+        except NoFaceError as error:
             left_out[item.name] = str(error)
     return there, left_out
 

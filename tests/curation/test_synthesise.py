@@ -187,12 +187,13 @@ def test_prompts_fit_and_differ(maker: PhotoMaker) -> None:
 
 @pytest.fixture
 def portraits(tmp_path: Path, photographs: Path) -> Path:
-    """Two people with a portrait each, and a wall."""
+    """Two people with a portrait each, a wall, and a file that was cut off."""
     folder = tmp_path / "portraits"
     folder.mkdir()
     for name in ("person_a_1", "person_b_1"):
         (folder / f"{name}.jpg").write_bytes((photographs / f"{name}.jpg").read_bytes())
     (folder / "person_a_1.json").write_text(json.dumps({"caption": "A woman.", "licence": "MIT", "url": "a.example"}))
+    (folder / "cut.jpg").write_bytes((folder / "person_b_1.jpg").read_bytes()[:2000])
     Image.new("RGB", (300, 300), (90, 90, 90)).save(folder / "wall.png")
     return folder
 
@@ -210,7 +211,7 @@ def test_pairs_are_shared_by_processes_and_read_by_the_next_command(tmp_path: Pa
     origin = Origin(prompts=Prompts(), each=2, seed=0, generator="a copier")
     outcomes = [synthesise([portraits], tmp_path / "two", Copier, origin, rank=rank, world_size=2) for rank in (0, 1)]
     assert sum(there for there, _ in outcomes) == 4
-    assert {name for _, left_out in outcomes for name in left_out} == {"wall.png"}
+    assert {name for _, left_out in outcomes for name in left_out} == {"wall.png", "cut.jpg"}
     synthesise([portraits], tmp_path / "one", Copier, origin)
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two and len(one) == 12
@@ -245,7 +246,7 @@ def test_killed_and_run_again(
     first = {path: path.stat().st_mtime_ns for path in out.glob("*-0.jpg")}
     assert main([*whole, "--each=1"]) == 0
     said = capsys.readouterr()
-    assert "2 pairs, 1 portraits left out" in said.out and "left out: wall.png: " in said.err
+    assert "2 pairs, 2 portraits left out" in said.out and "left out: wall.png: " in said.err
     assert all(path.stat().st_mtime_ns == at for path, at in first.items())
     assert {np.asarray(Image.open(path)).shape for path in out.glob("*-0.jpg")} == {(32, 32, 3)}
 
