@@ -8,8 +8,10 @@ are, and in which order they finish, changes nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ..data.manifest import MANIFEST, PICTURES, VIDEOS
 from ..errors import SettingError
@@ -29,8 +31,19 @@ from .write import check_written, files_of, samples
 FORMAT = 2
 """Of the measurements: another one measures again."""
 MEASURED, DROPPED, SUMMARY, PAGE = "measured", "dropped.jsonl", "summary.json", "report.html"
+_REMEMBERED = ("name", "id", "of", "size", "hash", "suffix", "reference", "identity", "keys", "frames")
+"""Of a row that passed: what `neighbours` and the page want of all at once. The rest is read again where it is written,
+so that memory hardly depends on how much there is."""
 Progress = Callable[[str, int, int], None]
 """measured or written, how many shards are done, and of how many."""
+
+
+class Passed(NamedTuple):
+    """A row that passed: the number of its shard, its place in what was measured of it, and what is remembered."""
+
+    shard: int
+    place: int
+    row: Row
 
 
 def curate(
@@ -70,48 +83,67 @@ def curate(
             for seconds in pool.each(MeasureShard, (kind, config), tasks, lambda *at: on_progress("measured", *at)):
                 tally.seconds.update(seconds)
         kept = _decide(kind, config, shards, files, tally, output)
-        lines = samples(kind, [row for _, row in kept], config)
-        by_shard: dict[int, list[Row]] = {}
-        for number, row in kept:
-            by_shard.setdefault(number, []).append(row)
-        tasks = [
-            {"shard": dataclasses.asdict(shards[number]), "rows": rows}
-            for number, rows in by_shard.items()
-            if not all((output / path).is_file() for row in rows for path in files_of(kind, row, config))
+        by_shard = {number: list(some) for number, some in groupby(kept, lambda each: each.shard)}
+        unwritten = [
+            number
+            for number, some in by_shard.items()
+            if not all((output / path).is_file() for each in some for path in files_of(kind, each.row, config))
         ]
+        tasks = [_write_task(shards[number], files[number], by_shard[number]) for number in unwritten]
         for _ in pool.each(write_task, (kind, config, output), tasks, lambda *at: on_progress("written", *at)):
             pass
-    check_written(output, lines)
-    write_lines(output / MANIFEST, lines)
+    whole = _whole(by_shard, shards, files, tally)
+    lines = [check_written(output, line) for line in samples(kind, whole, [each.row for each in kept], config)]
+    write_lines(output / MANIFEST, sorted(lines, key=lambda line: line["id"]))
     write_json(output / SUMMARY, tally.to_json())
     with atomic_write(output / PAGE) as temporary:
         temporary.write_text(render_page(tally, shards), encoding="utf-8")
     return tally
 
 
+def _write_task(shard: Shard, file: Path, kept: Sequence[Passed]) -> dict[str, Any]:
+    return {"shard": dataclasses.asdict(shard), "measured": str(file), "places": [each.place for each in kept]}
+
+
+def _rows(shard: Shard, file: Path) -> list[Row]:
+    """What was measured of a shard."""
+    rows = read_lines(file)
+    for row in rows:
+        row["source"], row["licence"] = row["source"] or shard.source, row["licence"] or shard.licence
+    return rows
+
+
+def _whole(
+    kept: Mapping[int, Sequence[Passed]], shards: Sequence[Shard], files: Sequence[Path], tally: Tally
+) -> Iterator[Row]:
+    """All of each row that is kept, by the numbers of the shards, for the tally as well."""
+    for number, some in kept.items():
+        rows = _rows(shards[number], files[number])
+        for each in some:
+            tally.keep(number, rows[each.place])
+            yield rows[each.place]
+
+
 def _decide(
     kind: Kind, config: CurationConfig, shards: Sequence[Shard], files: Sequence[Path], tally: Tally, output: Path
-) -> list[tuple[int, Row]]:
-    """The rows that are kept, each with its shard's number; the others go into `dropped.jsonl`, all into the tally."""
-    passed: list[tuple[int, Row]] = []
+) -> list[Passed]:
+    """What is kept, in the order of the shards; the others go into `dropped.jsonl`, all into the tally."""
+    passed: list[Passed] = []
 
     def dropped() -> Iterator[dict[str, str]]:
         asked = rules(kind, config.measure)
         for number, (shard, file) in enumerate(zip(shards, files)):
-            for row in read_lines(file):
-                row["source"], row["licence"] = row["source"] or shard.source, row["licence"] or shard.licence
+            for place, row in enumerate(_rows(shard, file)):
                 why = judged(row, asked, config.keep)
                 tally.measure(row)
                 if why is None:
-                    passed.append((number, row))
+                    passed.append(Passed(number, place, {name: row[name] for name in _REMEMBERED if name in row}))
                 else:
                     yield tally.drop(number, row, why)
         for find in (duplicates, *([repeated_identities] if kind == "pairs" else [])):
-            found = find([row for _, row in passed], config.keep)
-            yield from (tally.drop(*passed[at], found[at]) for at in sorted(found))
+            found = find([each.row for each in passed], config.keep)
+            yield from (tally.drop(passed[at].shard, passed[at].row, found[at]) for at in sorted(found))
             passed[:] = [each for at, each in enumerate(passed) if at not in found]
 
     write_lines(output / DROPPED, dropped())
-    for number, row in passed:
-        tally.keep(number, row)
     return passed

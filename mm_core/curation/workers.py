@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import MagicMirrorError
 from ..files import atomic_write
+from ..json_file import read_lines
 from .clips import measure_video
 from .config import CurationConfig, Kind
 from .items import Shard
@@ -47,7 +48,8 @@ class MeasureShard:
 def write_task(row: Mapping[str, str], kind: Kind, config: CurationConfig, output: Path) -> dict[str, str]:
     """Write the media of a shard."""
     task = json.loads(row["task"])
-    write_shard(kind, Shard(**task["shard"]), task["rows"], output, config)
+    measured = read_lines(Path(task["measured"]))
+    write_shard(kind, Shard(**task["shard"]), [measured[place] for place in task["places"]], output, config)
     return {"result": "{}"}
 
 
@@ -133,7 +135,8 @@ class Workers:
             except (ConnectionError, ValueError) as error:  # the latter for an address of another form
                 raise MagicMirrorError(
                     f"There is no Ray cluster at {self.address} that takes this process: {error}. Give the address "
-                    "that `ray start --head` printed, and its token in RAY_AUTH_TOKEN where it has one."
+                    "that `ray start --head` printed; where it has a token, that in RAY_AUTH_TOKEN, with "
+                    "RAY_AUTH_MODE=token."
                 ) from error
         self._started = True
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ from .rules import marked, portrait_caption
 _QUALITY = 95  # of JPEG, and of clips
 
 
-def samples(kind: Kind, rows: Sequence[Row], config: CurationConfig) -> list[dict[str, Any]]:
-    """Lines of the manifest, by id."""
-    lines = []
-    found, people = cross_references(rows, config.keep) if kind == "video" else ([], [])
+def samples(
+    kind: Kind, rows: Iterable[Row], all_rows: Sequence[Row], config: CurationConfig
+) -> Iterator[dict[str, Any]]:
+    """Lines of the manifest, in the order of the rows. all_rows: the same once more, of which only what names files and
+    compares clips is looked at."""
+    found, people = cross_references(all_rows, config.keep) if kind == "video" else ([], [])
     for at, row in enumerate(rows):
         media = media_path(kind, row, config)
         line = {"id": row["id"], "media": media, "caption": caption_of(kind, row), "references": [media]}
@@ -35,11 +37,10 @@ def samples(kind: Kind, rows: Sequence[Row], config: CurationConfig) -> list[dic
             line |= {"references": [reference_path(row)], "person": row["reference"].partition(".")[0]}
         elif kind == "video":
             own = [(at, key["frame"]) for key in row["keys"][: config.keep.references]] or [(at, 0)]
-            photos = [(media_path(kind, rows[other], config), frame) for other, frame in found[at] or own]
+            photos = [(media_path(kind, all_rows[other], config), frame) for other, frame in found[at] or own]
             line["references"] = [f"{path}@{frame}" for path, frame in photos]
-            line["person"] = rows[people[at]]["id"]
-        lines.append(line | {what: row[what] for what in ("source", "licence") if row[what]})
-    return sorted(lines, key=lambda line: line["id"])
+            line["person"] = all_rows[people[at]]["id"]
+        yield line | {what: row[what] for what in ("source", "licence") if row[what]}
 
 
 def caption_of(kind: Kind, row: Row) -> str:
@@ -116,11 +117,11 @@ def _write(path: Path, content: bytes) -> None:
             temporary.write_bytes(content)
 
 
-def check_written(output: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Raises MagicMirrorError if a file is missing: an input changed while it was read."""
-    for line in lines:
-        for path in (line["media"], *line["references"]):
-            if not (output / path.partition("@")[0]).is_file():
-                raise MagicMirrorError(
-                    f"{output / path} could not be written: its input is not what was measured. Run this again."
-                )
+def check_written(output: Path, line: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The line. Raises MagicMirrorError if a file of it is missing: an input changed while it was read."""
+    for path in (line["media"], *line["references"]):
+        if not (output / path.partition("@")[0]).is_file():
+            raise MagicMirrorError(
+                f"{output / path} could not be written: its input is not what was measured. Run this again."
+            )
+    return line

@@ -285,7 +285,7 @@ def test_references_come_from_other_clips_of_the_person() -> None:
     found, people = neighbours.cross_references(rows, keep)
     assert found[0] == [(1, 0), (1, 4)] and people == [0, 0, 0, 3] and found[3] == []
     config = replace(CurationConfig(), keep=keep)
-    lines = {line["id"]: line for line in samples("video", rows, config)}
+    lines = {line["id"]: line for line in samples("video", rows, rows, config)}
     assert lines["a"]["references"] == ["media/b/b.mp4@0", "media/b/b.mp4@4"] and lines["same"]["person"] == "a"
     assert lines["stranger"]["references"] == ["media/st/stranger.mp4@0"]
 
