@@ -1,4 +1,4 @@
-"""Rendered footage with faults, and what should become of each clip."""
+"""Footage with faults, and what should become of each clip: of rendered people, and a pan over a photograph."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from mm_core.video import write_video
@@ -16,13 +15,14 @@ from ..people.captions import caption
 from ..people.person import Person
 from ..people.render import paint_background, render_frame
 from ..people.scene import sample_clip
-from .pictures import KEPT, enlarged, lettered, wall
+from .photographs import Album, resized
+from .pictures import KEPT, OR, blurred, far, lettered, wall
 
 FRAMES, FPS = 17, 8.0
 """Of a clip, as the corpus is curated: two seconds."""
 RATE = 12
 """Of the footage."""
-_LENGTH = 25  # frames of footage that hold a clip
+_LENGTH = 25  # frames of footage that hold a clip; faces are looked for in each sixth
 _RENDERED, SIZE, _SAMPLES = 160, 320, 2
 _TURN = 15.0  # degrees to either side
 
@@ -37,34 +37,37 @@ def shot(person: Person, number: int, yaws: Sequence[float] | None = None) -> tu
     frames = []
     for part, yaw in zip(np.linspace(0, 1, _LENGTH), yaws):
         turned = dataclasses.replace(clip, yaw=(float(yaw), float(yaw)))
-        frames.append(enlarged(render_frame(person, turned, float(part), background, _SAMPLES), SIZE))
+        frames.append(resized(render_frame(person, turned, float(part), background, _SAMPLES), SIZE, SIZE))
     return np.stack(frames), caption(clip).replace(" img", "")
 
 
-def _walked_out(frames: np.ndarray, seed: int) -> np.ndarray:
-    """A wall slides over the person, slowly enough to be no cut."""
-    scene, left = wall(seed, 2, SIZE), frames.copy()
-    scene[:] = scene.mean((0, 1)).astype(np.uint8)
+def _hidden(frames: np.ndarray, first: int, last: int) -> np.ndarray:
+    """A plain wall slides over the person between two frames, slowly enough to be no cut."""
+    left = frames.copy()
     for place, frame in enumerate(left):
-        hidden = round(SIZE * np.clip((place - 7) / 9, 0, 1))
-        frame[:, :hidden] = scene[:, :hidden]
+        frame[:, : round(SIZE * np.clip((place - first) / (last - first), 0, 1))] = frames[0].mean((0, 1))
     return left
-
-
-def _sliding(seed: int) -> np.ndarray:
-    """A camera that moves along furniture."""
-    scene = wall(seed, 3, 2 * SIZE)
-    return np.stack([scene[:SIZE, 2 * step : 2 * step + SIZE] for step in range(_LENGTH)])
 
 
 def _subtitled(frames: np.ndarray) -> np.ndarray:
     """In the second half."""
     at = len(frames) // 2
-    return np.stack([*frames[:at], *(lettered(frame, "Where have you been?", 16, (0.5, 0.9)) for frame in frames[at:])])
+    return np.concatenate([frames[:at], _each(lettered, frames[at:], "Where have you been?", 16, (0.5, 0.9))])
 
 
-def _smaller(frames: np.ndarray) -> np.ndarray:
-    return np.stack([cv2.resize(frame, (288, 288), interpolation=cv2.INTER_AREA) for frame in frames])
+def _dissolved(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Between two looks, 6 and 12, and no cut either."""
+    part = np.clip((np.arange(_LENGTH) - 6) / 6, 0, 1)[:, None, None, None]
+    return ((1 - part) * one + part * other).astype(np.uint8)
+
+
+def _moved(picture: np.ndarray) -> np.ndarray:
+    """A camera that moves along a picture of more than 320 x 320 px."""
+    return np.stack([picture[:SIZE, 2 * step : 2 * step + SIZE] for step in range(_LENGTH)])
+
+
+def _each(change: object, frames: np.ndarray, *arguments: object) -> np.ndarray:
+    return np.stack([change(frame, *arguments) for frame in frames])
 
 
 def _there_and_back() -> np.ndarray:
@@ -72,44 +75,48 @@ def _there_and_back() -> np.ndarray:
     return np.interp(np.linspace(0, 4, _LENGTH), range(5), [0, 45, 150, 45, 0])
 
 
-def plant_footage(folder: Path, people: range) -> dict[str, str]:
+def plant_footage(folder: Path, seed: int, album: Album | None) -> dict[str, str]:
     """As `plant_pictures`, footage, by name of the file and number of the clip in it. A face that is half hidden when
-    it is looked at is found, as somebody else's."""
+    it is looked at may be found, as somebody else's, or not. album: without, as many as a test has time for."""
     truth: dict[str, str] = {}
     folder.mkdir(parents=True, exist_ok=True)
-    previous: np.ndarray | None = None
-    for seed in people:
-        person = Person.from_seed(seed)
 
-        def put(
-            what: str, rules: Sequence[str], frames: np.ndarray | bytes, text: str, rate: float = RATE, seed: int = seed
-        ) -> None:
-            path = folder / f"{seed:05d}-{what}.mp4"
-            if isinstance(frames, bytes):
-                path.write_bytes(frames)
-            else:
-                write_video(path, frames, Fraction(rate), quality=90)
-            path.with_suffix(".txt").write_text(text)
-            truth.update({f"{path.name}#{number}": rule for number, rule in enumerate(rules)})
+    def put(what: str, rules: Sequence[str], frames: np.ndarray | bytes, text: str, rate: float = RATE) -> None:
+        path = folder / f"{seed:05d}-{what}.mp4"
+        if isinstance(frames, bytes):
+            path.write_bytes(frames)
+        else:
+            write_video(path, frames, Fraction(rate), quality=90)
+        path.with_suffix(".txt").write_text(text)
+        truth.update({f"{path.name}#{number}": rule for number, rule in enumerate(rules)})
 
-        good, text = shot(person, 0)
-        second, other_text = shot(person, 1)
-        put("good", [KEPT], good, text)
-        put("second", [KEPT], second, other_text)
-        put("same", ["duplicate"], (folder / f"{seed:05d}-good.mp4").read_bytes(), text)
-        put("near", ["near duplicate"], _smaller(good), text)
-        put("turning", [KEPT], *shot(person, 2, _there_and_back()))
-        if previous is not None:
-            put("cut", [KEPT, KEPT], np.concatenate([shot(person, 3)[0], previous]), text)
-        put("subtitle", ["text"], _subtitled(good), text)
-        put("static", ["motion"], np.repeat(good[:1], _LENGTH, 0), text)
-        put("nobody", ["face"], _sliding(seed), text)
-        put("two", ["faces"], np.concatenate([good, second], axis=2), text)
-        put("lost", ["lost or one person"], _walked_out(second, seed), text)
-        put("slow", ["rate"], good[::3], text, RATE / 3)
-        put("short", ["short"], good[:12], text)
-        put("corrupt", ["unreadable"], (folder / f"{seed:05d}-good.mp4").read_bytes()[:2000], text)
-        put("text", ["caption"], second[::-1], "A man beside a text.")
-        if seed != people[-1]:
-            previous = shot(person, 4)[0]
+    person = Person.from_seed(seed)
+    (good, text), (second, other_text) = shot(person, 0), shot(person, 1)
+    turning, turning_text = shot(person, 2, _there_and_back())
+    put("good", [KEPT], good, text)
+    put("second", [KEPT], second, other_text)
+    put("same", ["duplicate"], (folder / f"{seed:05d}-good.mp4").read_bytes(), text)
+    put("near", ["near duplicate"], _each(resized, good, 288, 288), text)
+    put("turning", [KEPT], turning, turning_text)
+    put("subtitle", ["text"], _subtitled(good), text)
+    put("static", ["motion"], np.repeat(good[:1], _LENGTH, 0), text)
+    put("nobody", ["face"], _moved(wall(seed, 3, 2 * SIZE)), text)
+    put("two", ["faces"], np.concatenate([good, second], axis=2), text)
+    put("lost", ["lost"], _hidden(second, 6, 12), text)
+    put("slow", ["rate"], good[::3], text, RATE / 3)
+    put("short", ["short"], good[:12], text)
+    put("corrupt", ["unreadable"], (folder / f"{seed:05d}-good.mp4").read_bytes()[:2000], text)
+    put("text", ["caption"], second[::-1], "A man beside a text.")
+    if album is None:
+        return truth
+    put("away", ["seen"], turning[[*range(13), *([11, 12] * 6)]], turning_text)
+    put("hidden", ["lost" + OR + "one person"], _hidden(second, 7, 16), text)
+    put("tiny", ["lines"], _each(resized, second, 200, 200), text)
+    put("far", ["face size"], _each(far, second, wall(seed, 4, SIZE), 120), text)
+    put("blurred", ["sharpness"], _each(blurred, second, SIZE / 60), text)
+    put("cut", [KEPT, KEPT], np.concatenate([good[::-1], shot(Person.from_seed(seed + 1), 3)[0]]), text)
+    # Rendered strangers are too much alike, to a recogniser of photographs.
+    one, other = (album.photo(seed + number, SIZE + 2 * _LENGTH, share=(0.85, 0.95)) for number in range(2))
+    put("pan", [KEPT], _moved(one[0]), one[1])
+    put("another", ["one person"], _dissolved(_moved(other[0]), _moved(one[0])[::-1]), text)
     return truth

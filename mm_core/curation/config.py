@@ -85,7 +85,7 @@ class Keeping:
     """Clips: part of the frames looked at, every fourth, in which the face is found."""
     turned: Degrees = 40.0
     """Clips: beyond this yaw a face may be lost: the head turns away. Where it is lost otherwise, the clip goes."""
-    min_same_face: Cosine = 0.4
+    min_same_face: Cosine = 0.5
     """Clips: between a face and the one before it in the clip; below, it is another person's."""
     min_motion: Annotated[float, Field(ge=0)] = 0.05
     """Clips: mean optical flow from frame to frame, in percent of the shorter side."""

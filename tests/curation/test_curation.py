@@ -68,7 +68,7 @@ def test_every_rule_takes_what_was_planted_for_it(pictures: tuple[Path, dict[str
 
 def test_the_page_shows_counts_histograms_and_examples(pictures: tuple[Path, dict[str, str]]) -> None:
     page = (pictures[0] / PAGE).read_text()
-    assert "2 of 18 pictures kept" in page and "--set keep.min_face_size=112" in page
+    assert "2 of 23 pictures kept" in page and "--set keep.min_face_size=112" in page
     kept, dropped = page.partition("Kept, nearest to <code>min_face_size")[2].split("<h3>")[:2]
     assert all(name in kept for name in ("good.jpg", "turned.jpg")) and kept.count("data:image/jpeg") == 2
     assert "far.jpg" in dropped and dropped.count("data:image/jpeg") == 1
