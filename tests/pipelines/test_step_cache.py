@@ -54,8 +54,8 @@ def sample(mirror: MagicMirror, step_cache: str, person: str = "woman", **settin
 
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
 def test_fewer_blocks_and_nearly_the_same_clip(mirror: MagicMirror, calls: list[int], scheduler: str) -> None:
-    """The first block, with the identity in it, runs in every step; the others in few. What `dpm` lets `fast` leave out
-    beyond `balanced` is less than one of so few steps."""
+    """The first block, with the identity in it, runs in every step; the others in few. Of `dpm`'s few steps here `fast`
+    leaves out no more than `balanced`, but others."""
     latents, ran = {}, {}
     for kind in STEP_CACHES:
         calls.clear()
@@ -63,10 +63,10 @@ def test_fewer_blocks_and_nearly_the_same_clip(mirror: MagicMirror, calls: list[
         ran[kind] = calls.count(1)
         assert calls.count(0) == 2 * CLIP.steps and calls.count(7) == ran[kind]
     assert ran["off"] == CLIP.steps > ran["balanced"] >= ran["fast"] > 1
-    assert scheduler == "dpm" or ran["balanced"] > ran["fast"]
     off = latents["off"]
     errors = [float((latents[kind] - off).norm() / off.norm()) for kind in STEP_CACHES]
-    assert errors[0] == 0 < errors[1] <= errors[2] < 0.6
+    assert errors[0] == 0 < min(errors[1:]) and max(errors) < 0.6
+    assert scheduler == "dpm" or (ran["balanced"] > ran["fast"] and errors[1] < errors[2])
 
 
 def test_nothing_is_left_for_the_next_clip(mirror: MagicMirror) -> None:
