@@ -147,7 +147,7 @@ def plant_pictures(folder: Path, seed: int, album: Album | None) -> dict[str, st
     put("turned", KEPT, *photo(person, 2, 35.0))
     put("profile", "yaw", *photo(person, 3, 70.0))
     put("behind", "face", *photo(person, 4, 150.0))
-    put("blurred", "sharpness", blurred(second, SIZE / generator.uniform(30, 80)), text)
+    put("blurred", "sharpness", blurred(second, SIZE / generator.uniform(30, 60)), text)
     put("far", "face size", far(second, wall(seed, 1, 1200), int(generator.integers(80, 130))), text)
     return truth
 
