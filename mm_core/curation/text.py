@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-LINES = 480
+LINES = 640
 """Pixels of the shorter side at which pictures are read: letters of 2% of it are found."""
 _CERTAIN = 0.8  # of the recogniser: what the detector takes for text in faces and furniture is read at 0.7 at most
 _LETTERS = 3  # of a word at least: eyes and corners are read as one, glasses as 00
