@@ -115,8 +115,8 @@ def plant_footage(folder: Path, seed: int, album: Album | None) -> dict[str, str
     put("far", ["face size"], _each(far, second, wall(seed, 4, SIZE), 120), text)
     put("blurred", ["sharpness"], _each(blurred, second, SIZE / 60), text)
     put("cut", [KEPT, KEPT], np.concatenate([good[::-1], shot(Person.from_seed(seed + 1), 3)[0]]), text)
-    # Rendered strangers are too much alike, to a recogniser of photographs.
+    # Rendered strangers are too much alike, to a recogniser of photographs. A dissolve between them may be a cut, too.
     one, other = (album.photo(seed + number, SIZE + 2 * _LENGTH, share=(0.85, 0.95)) for number in range(2))
     put("pan", [KEPT], _moved(one[0]), one[1])
-    put("another", ["one person"], _dissolved(_moved(other[0]), _moved(one[0])[::-1]), text)
+    put("another", ["one person" + OR + "short"], _dissolved(_moved(other[0]), _moved(one[0])[::-1]), text)
     return truth
