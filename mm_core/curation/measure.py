@@ -91,7 +91,8 @@ class Measurer:
         with self.stage("faces"):
             faces = sorted(find_faces(self.analyzer, image, recognise), key=lambda face: -face.size)
         row: Row = {"size": [image.shape[1], image.shape[0]], "hash": hashed, "looks": [[face_row(f) for f in faces]]}
-        row["text"] = self.text(image)
+        if faces:  # else it is dropped, whatever is written on it
+            row["text"] = self.text(image)
         if recognise and faces:
             row["embedding"] = packed(faces[0].normed_embedding)
         return row

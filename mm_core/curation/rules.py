@@ -130,7 +130,7 @@ _PICTURE = [
     Limit("face", "score", _score, "min_score"),
     Limit("faces", "seen together", _number_of_faces, most="max_faces"),
     Limit("face size", "px", _of_face("size"), "min_face_size"),
-    Limit("text", "percent of the picture", lambda row, keep: row["text"], most="max_text"),
+    Limit("text", "percent of the picture", lambda row, keep: row.get("text"), most="max_text"),
     Limit("sharpness", "variance", _of_face("sharpness"), "min_sharpness"),
 ]
 _POSE = [
