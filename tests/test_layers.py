@@ -35,7 +35,7 @@ MAY_IMPORT = {
     },
     "mm_core.curation": {
         *("mm_core.data", "mm_core.evaluation", "mm_core.faces", "mm_core.files", "mm_core.pipelines", "mm_core.video"),
-        *("mm_core.models", "mm_core.checkpoints"),  # PhotoMaker, which makes pairs
+        *("mm_core.models", "mm_core.checkpoints", "mm_core.memory"),  # PhotoMaker, which makes pairs
     },
     "mm_core.evaluation": {
         *("mm_core.faces", "mm_core.files", "mm_core.video", "mm_core.checkpoints", "mm_core.pipelines"),

@@ -20,6 +20,7 @@ from ..errors import CheckpointError, PromptError
 from ..evaluation.systems import open_pipeline
 from ..faces.analysis import FaceAnalyzer
 from ..faces.references import analyse_references
+from ..memory import compute_dtype
 from ..models.id_encoder import IDEncoder
 from ..pipelines.identity import encode_identity
 from ..pipelines.prompt import MarkedPrompt, mark_identity
@@ -29,7 +30,6 @@ NEGATIVE = "drawing, cartoon, 3d rendering, deformed face, extra fingers, letter
 BY_TEXT_ALONE = 0.2
 """Part of the steps in which the prompt decides without the portraits: PhotoMaker's style strength, 10 to 20%. Less of
 it keeps more of the portrait, its pose and light too."""
-_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class PhotoMaker:
@@ -129,7 +129,7 @@ def load_photomaker(
 
     Raises CheckpointError for either that is missing, damaged or something else.
     """
-    dtype = _TYPES.get(precision) or _own_type(device)
+    dtype = compute_dtype(precision, device)
     encoder, lora = load_id_encoder(weights, dtype=dtype), load_lora(weights)
     try:
         pipe = open_pipeline(StableDiffusionXLPipeline, sdxl, dtype)
@@ -145,13 +145,6 @@ def load_photomaker(
     pipe.unload_lora_weights()
     _place(pipe, device, offload)
     return PhotoMaker(pipe, encoder.to(device), analyzer, device, steps)
-
-
-def _own_type(device: torch.device) -> torch.dtype:
-    if device.type == "cpu":
-        return torch.float32
-    has_none = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.float16 if has_none else torch.bfloat16
 
 
 def _place(pipe: Any, device: torch.device, offload: str) -> None:
