@@ -42,9 +42,11 @@ def generate(
     Raises SettingError for a clip that is there of other photos, or of another prompt.
     """
     share = list(enumerate(entries))[rank::world_size]
-    todo = [(number, entry) for number, entry in share if not clip_of(out, entry).is_file()]
-    for _, entry in (each for each in share if each not in todo):
-        if read_object(out / COSTS / f"{entry.name}.json").get("made of") != _made_of(entry):
+    todo = []
+    for number, entry in share:
+        if not clip_of(out, entry).is_file():
+            todo.append((number, entry))
+        elif read_object(out / COSTS / f"{entry.name}.json").get("made of") != _made_of(entry):
             raise SettingError(
                 f"{clip_of(out, entry)} is not of the photos and the prompt that {entry.person} has now: remove it, or "
                 "choose another folder"
