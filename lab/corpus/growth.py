@@ -75,8 +75,7 @@ def _report(count: int, out: Path, shards: list[Path], config: CurationConfig) -
 
 def _copied(out: Path, names: Path, rows: list[Row], count: int, config: CurationConfig) -> list[Path]:
     """Shards that are empty, since all is there that would be made of them: measurements, and the pictures of them."""
-    settings = dataclasses.asdict(config.measure) | {"kind": "pictures", "format": run.FORMAT}
-    del settings["insightface_root"]
+    settings = run.measured_with("pictures", config)
     generator, shards = np.random.default_rng(0), []
     for folder in (names, out / run.MEASURED):
         folder.mkdir(parents=True, exist_ok=True)

@@ -71,8 +71,7 @@ def curate(
         if is_below(output, path.expanduser()):
             raise SettingError(f"{output} lies in the input {path}, where it would be looked at; choose another --out.")
     shards = [shard for path in inputs for shard in shards_of(path, VIDEOS if kind == "video" else PICTURES)]
-    settings = dataclasses.asdict(config.measure) | {"kind": kind, "format": FORMAT}
-    del settings["insightface_root"]
+    settings = measured_with(kind, config)
     files = [output / MEASURED / f"{shard.key(settings)}.jsonl" for shard in shards]
     missing = [(shard, file) for shard, file in zip(shards, files) if not file.is_file()]
     tally = Tally(kind, config)
@@ -99,6 +98,13 @@ def curate(
     with atomic_write(output / PAGE) as temporary:
         temporary.write_text(render_page(tally, shards), encoding="utf-8")
     return tally
+
+
+def measured_with(kind: Kind, config: CurationConfig) -> dict[str, Any]:
+    """What measurements depend on, beside their shard."""
+    settings = dataclasses.asdict(config.measure) | {"kind": kind, "format": FORMAT}
+    del settings["insightface_root"]
+    return settings
 
 
 def _write_task(shard: Shard, file: Path, kept: Sequence[Passed]) -> dict[str, Any]:

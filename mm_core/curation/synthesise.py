@@ -24,11 +24,11 @@ from ..pipelines.prompt import mark_identity
 from .items import REFERENCE, Item, shards_of
 from .measure import content_id
 from .prompts import Prompts
+from .write import jpeg
 
 NOTE = "synthesis.json"
 """What the pairs of a folder are made with."""
 _PERSON = "person"
-_QUALITY = 95
 
 
 class Generator(Protocol):
@@ -125,9 +125,7 @@ def _make(generator: Generator, item: Item, content: bytes, portrait: np.ndarray
     _write(stem.with_name(f"{stem.name}{REFERENCE}{item.suffix}"), content)
     source = f"{origin.generator}, from {item.said('source') or 'a portrait'}"
     write_json(stem.with_suffix(".json"), {"caption": prompt, "source": source, "licence": item.said("licence")})
-    file = io.BytesIO()
-    Image.fromarray(made).save(file, "JPEG", quality=_QUALITY, subsampling=0)
-    _write(stem.with_suffix(".jpg"), file.getvalue())
+    _write(stem.with_suffix(".jpg"), jpeg(Image.fromarray(made)))
 
 
 def _word(item: Item) -> str:

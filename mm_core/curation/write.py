@@ -106,6 +106,11 @@ def bordered(image: np.ndarray, aspect: float) -> bytes:
     size = (max(width, round(height * aspect)), max(height, round(width / aspect)))
     picture = Image.new("RGB", size)
     picture.paste(Image.fromarray(image), ((size[0] - width) // 2, (size[1] - height) // 2))
+    return jpeg(picture)
+
+
+def jpeg(picture: Image.Image) -> bytes:
+    """In the quality of all that is written here."""
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=_QUALITY, subsampling=0)
     return file.getvalue()
