@@ -1,10 +1,10 @@
-"""Frames to a file that players and browsers show, mp4, webm, animated webp, gif; and a video file to frames."""
+"""Frames to a file that players and browsers show: mp4, webm, animated webp, gif."""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -13,7 +13,6 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from av.container import InputContainer
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -35,8 +34,6 @@ _TAG_MATRIX, _TAG_PRIMARIES_709, _TAG_CURVE_SRGB, _TAG_RANGE_LIMITED = 6, 1, 13,
 _OPUS_RATE = 48000
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 _PALETTE_FRAMES = 16
-_CONTAINERS = "mov,matroska,avi,gif"
-"""What video files are read as, by FFmpeg's names; mp4 is mov, webm matroska."""
 _MAX_THREADS = 8  # each keeps frames of its own
 
 Progress = Callable[[int, int], None]
@@ -81,29 +78,6 @@ _CODECS = {
         video_options={"row-mt": "1", "cpu-used": "4", "lag-in-frames": "12"},
     ),
 }
-
-
-def open_video(path: Path) -> InputContainer:
-    """PyAV's handle of a video file, of a listed container only: others, such as playlists, name further files.
-
-    Raises av.FFmpegError or OSError.
-    """
-    return av.open(str(path), options={"format_whitelist": _CONTAINERS})
-
-
-def read_frames(path: Path) -> Iterator[np.ndarray]:
-    """The frames of a video file, one after the other, (H, W, 3) uint8 RGB.
-
-    Raises MagicMirrorError if the file is missing, damaged or no video.
-    """
-    try:
-        with open_video(path) as container:
-            if not container.streams.video:
-                raise MagicMirrorError(f"{path} holds no pictures, only sound or data. Use a video file")
-            for frame in container.decode(video=0):
-                yield frame.to_ndarray(format="rgb24")
-    except (av.FFmpegError, OSError) as error:
-        raise MagicMirrorError(f"cannot read the video {path}: {error}. Make or copy the file again") from error
 
 
 def write_video(

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "mm_core.filenames": {"mm_core.files"},
     "mm_core.playback": set(),
     "mm_core.video": {"mm_core.files", "mm_core.playback"},
+    "mm_core.video_reader": set(),
     "mm_core.faces": set(),
     "mm_core.models": set(),
     "mm_core.hosts": {"mm_core.models"},
@@ -80,7 +81,9 @@ MAY_IMPORT = {
         *("mm_core.models", "mm_core.faces", "mm_core.files", "mm_core.memory", "mm_core.release"),
     },
 }
-FOR_ALL = {f"mm_core.{name}" for name in ("errors", "choices", "limits", "names", "json_file", "settings_file")}
+FOR_ALL = {
+    f"mm_core.{name}" for name in ("errors", "choices", "limits", "names", "json_file", "settings_file", "video_reader")
+}
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server", "execution", "nodes"}
 DIFFUSERS_HOST = "mm_core/hosts/cogvideox_diffusers.py"
 

@@ -35,7 +35,7 @@ from mm_core.training.adapter_task import train_stage
 from mm_core.training.config import TrainingConfig, load_config
 from mm_core.training.sample_losses import Pass, decode_frame
 from mm_core.training.sources import features_of
-from mm_core.video import read_frames
+from mm_core.video_reader import read_frames
 from scripts import environment
 
 from ..people.manifest import write_manifest

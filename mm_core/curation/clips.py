@@ -13,11 +13,12 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.container import InputContainer
 
 from ..errors import MagicMirrorError, reason
 from ..faces.analysis import Face
 from ..faces.tracking import find_faces, follow
-from ..video import open_video
+from ..video_reader import open_video, rgb
 from .items import Item
 from .measure import Measurer, Row, face_row, file_id, number, packed, perceptual_hash, said_of, spread
 
@@ -117,17 +118,18 @@ class Reader:
     def at(self, index: int) -> np.ndarray:
         """(H, W, 3) uint8 RGB. Raises MagicMirrorError if the video ends before."""
         while self._index < index:
-            self._index, frame = next(self._frames, (index, None))
-            if frame is None:
+            self._index, decoded = next(self._frames, (index, None))
+            if decoded is None:
                 raise MagicMirrorError(f"the video ends before frame {index}, counted from 0; make or copy it again")
             if self._index == index:
-                self._picture = frame.to_ndarray(format="rgb24")
+                self._picture = rgb(*decoded)
         return self._picture
 
 
-def _decoded(path: Path) -> Iterator[av.VideoFrame]:
+def _decoded(path: Path) -> Iterator[tuple[av.VideoFrame, InputContainer]]:
     with open_video(path) as container:
-        yield from container.decode(video=0)
+        for frame in container.decode(video=0):
+            yield frame, container
 
 
 def clip_frames(path: Path, indices: Sequence[int]) -> np.ndarray:

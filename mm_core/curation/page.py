@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import MagicMirrorError
 from ..evaluation.page import STYLE, figure, thumbnail
 from ..faces.references import decode_image
-from ..video import open_video
+from ..video_reader import open_video, rgb
 from .config import Keeping
 from .items import Item, Shard
 from .measure import Row
@@ -145,9 +145,7 @@ def _picture(item: Item, row: Row) -> Iterator[np.ndarray]:
                 at = row["frames"][len(row["frames"]) // 2] / (stream.average_rate or 25)
                 container.seek(int(at * av.time_base))  # to a keyframe before: footage may be hours long
                 frames = container.decode(stream)
-                yield next(frame for frame in frames if frame.time is None or frame.time >= at).to_ndarray(
-                    format="rgb24"
-                )
+                yield rgb(next(frame for frame in frames if frame.time is None or frame.time >= at), container)
         else:
             yield decode_image(io.BytesIO(item.read()), item.name)
     except (MagicMirrorError, av.FFmpegError, OSError, StopIteration):

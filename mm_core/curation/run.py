@@ -28,7 +28,7 @@ from .tally import Tally
 from .workers import MeasureShard, Workers, write_task
 from .write import check_written, files_of, samples
 
-FORMAT = 2
+FORMAT = 3
 """Of the measurements: another one measures again."""
 MEASURED, DROPPED, SUMMARY, PAGE = "measured", "dropped.jsonl", "summary.json", "report.html"
 _REMEMBERED = ("name", "id", "of", "size", "hash", "suffix", "reference", "identity", "keys", "frames")

@@ -11,7 +11,7 @@ import av
 import numpy as np
 
 from ..errors import MagicMirrorError, PromptError, SampleError
-from ..video import open_video
+from ..video_reader import open_video
 from .framing import check_size
 from .manifest import VIDEOS, Sample, Source, check_length, manifest_path, parse_manifest, read_media, read_picture
 

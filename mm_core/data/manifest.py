@@ -17,7 +17,7 @@ from ..faces.references import read_image
 from ..json_file import parse
 from ..limits import MANIFEST_LINE_BYTES, NAME_LENGTH, REFERENCES
 from ..names import is_below, stays_within
-from ..video import read_frames
+from ..video_reader import read_frames
 
 MANIFEST = "manifest.jsonl"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..faces.references import read_image
-from ..video import read_frames
+from ..video_reader import read_frames
 from .plot import similarity_plot
 from .run import ClipResult, Evaluation
 from .scores import MEANS, Summary

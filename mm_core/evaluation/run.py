@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import MagicMirrorError
 from ..faces.analysis import FaceAnalyzer
-from ..video import read_frames
+from ..video_reader import read_frames
 from .clip import ClipAnalysis, analyse_clip
 from .flow import FlowFunction
 from .inception import Inception

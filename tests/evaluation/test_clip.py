@@ -12,7 +12,8 @@ from mm_core.errors import MagicMirrorError
 from mm_core.evaluation.clip import ClipAnalysis, analyse_clip
 from mm_core.evaluation.scores import ClipScores, frame_similarities, score_clip, summarise
 from mm_core.faces.tracking import find_faces, follow
-from mm_core.video import read_frames, write_video
+from mm_core.video import write_video
+from mm_core.video_reader import read_frames
 
 THRESHOLD = 0.25
 FLAT = np.full((320, 250, 3), 120, np.uint8)
