@@ -158,15 +158,15 @@ class Recipe:
     @cached_property
     def recogniser(self) -> object:
         from mm_core.faces.arcface import DifferentiableArcFace
-        from mm_core.training.adapter_task import recogniser_file
+        from mm_core.training.sources import recogniser_file
 
         return DifferentiableArcFace(recogniser_file(self.config))
 
     @cached_property
     def analyzer(self) -> object:
-        from mm_core.faces.analysis import FaceAnalyzer
+        from mm_core.training.sources import face_analyzer
 
-        return FaceAnalyzer(Path(self.config.insightface_root).expanduser(), self.config.face_pack)
+        return face_analyzer(self.config)
 
     def vae(self) -> Path:
         from .vae import DecoderTask

@@ -17,7 +17,7 @@ from ..pipelines.base import FolderBase, download_folder
 from ..pipelines.named import folder_of
 from ..pipelines.presets import HUB_ADDRESS, published
 from ..training.config import TrainingConfig
-from ..training.sources import id_encoder_of
+from ..training.sources import face_models_of, id_encoder_of
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def parts(config: TrainingConfig) -> Iterator[Part]:
                 download=partial(download_id_encoder, DOWNLOADS),
                 hashed={DOWNLOADS / FILE_NAME: PUBLISHED_SHA256[FILE_NAME]},
             )
-    root, pack = Path(config.insightface_root).expanduser(), config.face_pack
+    root, pack = face_models_of(config), config.face_pack
     folder = root / "models" / pack
     yield Part(
         name=f"insightface's {pack}",

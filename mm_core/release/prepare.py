@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from ..data.check import Report, check_dataset
 from ..data.precompute import FeatureSettings
 from ..files import write_json
 from ..pipelines.named import base_of
 from ..training.config import TrainingConfig
-from ..training.sources import id_encoder_of
+from ..training.sources import data_of, face_models_of, id_encoder_of, output_of
 
 
 def feature_settings(config: TrainingConfig, stage: str) -> FeatureSettings:
     """What `precompute` takes, of a stage. Raises CheckpointError."""
     settings = config.stage(stage)
     return FeatureSettings(
-        data=Path(settings.data).expanduser(),
+        data=data_of(config, stage),
         width=config.width,
         height=config.height,
         frames=settings.frames,
         base=base_of(config.base),
         id_encoder=id_encoder_of(config),
-        face_models=Path(config.insightface_root).expanduser(),
+        face_models=face_models_of(config),
         face_pack=config.face_pack,
     )
 
@@ -35,7 +34,7 @@ def check(
 
     on_progress(done, samples). Raises SettingError if there is no manifest.
     """
-    settings, output = feature_settings(config, stage), Path(config.output).expanduser()
+    settings, output = feature_settings(config, stage), output_of(config)
     report = check_dataset(
         settings.data,
         width=settings.width,

@@ -15,7 +15,7 @@ from ..json_file import parse_object, read_object
 from ..pipelines.presets import HUB_ADDRESS, published
 from ..training.config import TrainingConfig
 from ..training.runs import METRICS, latest_checkpoint
-from ..training.sources import features_of
+from ..training.sources import features_of, output_of
 
 CARD, CURVE = "README.md", "curve.svg"
 _SHOWN = ("noise_loss", "identity_loss", "validation/id_similarity")
@@ -43,12 +43,12 @@ def export(config: TrainingConfig) -> Path:
 def exported(config: TrainingConfig) -> tuple[Path, bool]:
     """Where `export` puts the adapter, and whether it is there."""
     header = read_header(_last(config))
-    path = Path(config.output).expanduser() / "adapter" / f"magic-mirror-{header.base_model.split('/')[-1]}.safetensors"
+    path = output_of(config) / "adapter" / f"magic-mirror-{header.base_model.split('/')[-1]}.safetensors"
     return path, path.is_file() and read_header(path) == header
 
 
 def _last(config: TrainingConfig) -> Path:
-    return latest_checkpoint(Path(config.output).expanduser() / "video") / "adapter.safetensors"
+    return latest_checkpoint(output_of(config) / "video") / "adapter.safetensors"
 
 
 def write_card(config: TrainingConfig, adapter: Path, scores: Path) -> None:
@@ -57,7 +57,7 @@ def write_card(config: TrainingConfig, adapter: Path, scores: Path) -> None:
     base = header.base_model if preset is None else preset.repo
     summary = read_object(scores)["summary"] or {"means": {}}
     summary = summary.pop("means") | summary
-    stages = {name: Path(config.output).expanduser() / name for name in ("image", "video")}
+    stages = {name: output_of(config) / name for name in ("image", "video")}
     measured = {name: _metrics(folder / METRICS) for name, folder in stages.items() if (folder / METRICS).is_file()}
     lines = [
         *("---", "library_name: diffusers", "pipeline_tag: text-to-video", "license: other"),

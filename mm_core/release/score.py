@@ -25,7 +25,7 @@ from ..pipelines.control import AdapterSettings
 from ..pipelines.magic_mirror import MagicMirror
 from ..pipelines.named import base_of
 from ..training.config import ABLATIONS, TrainingConfig
-from ..training.sources import features_of, id_encoder_of
+from ..training.sources import data_of, face_analyzer, features_of, id_encoder_of, output_of
 from ..video import write_video
 
 _log = logging.getLogger(__name__)
@@ -36,12 +36,12 @@ REPORT = "report.html"
 def scores_of(config: TrainingConfig, adapter: Path) -> Path:
     """The folder of an exported adapter's scores, and of what they are of."""
     trained = read_header(adapter).trained
-    return Path(config.output).expanduser() / "scores" / f"{trained.stage}-{trained.steps:08d}"
+    return output_of(config) / "scores" / f"{trained.stage}-{trained.steps:08d}"
 
 
 def people_of(config: TrainingConfig) -> Path:
     """The folder of the people left out of training: photos and prompts, a set that `evaluation benchmark` takes."""
-    return Path(config.output).expanduser() / "set"
+    return output_of(config) / "set"
 
 
 def clips_of(config: TrainingConfig, adapter: Path) -> dict[Path, int]:
@@ -61,9 +61,9 @@ def make_clips(config: TrainingConfig, adapter: Path, clips: Mapping[Path, int],
     wanted = {clip: row for clip, row in mine.items() if not clip.is_file()}
     if not wanted:
         return
-    features, data = Features.open(features_of(config, "video")), manifest_path(Path(config.video.data).expanduser())
+    features, data = Features.open(features_of(config, "video")), manifest_path(data_of(config, "video"))
     captions = {sample.id: sample.caption for sample in read_manifest(data)}
-    analyzer = FaceAnalyzer(Path(config.insightface_root).expanduser(), config.face_pack)
+    analyzer = face_analyzer(config)
     mirror = MagicMirror(base_of(config.base), adapter=adapter, id_encoder=id_encoder_of(config))
     for clip, row in wanted.items():
         entry = features.entries[row]
@@ -78,7 +78,7 @@ def write_scores(config: TrainingConfig, adapter: Path) -> Path:
     """Measure the clips; the page of the scores, which is kept if it is there."""
     folder = scores_of(config, adapter)
     if not (folder / REPORT).is_file():
-        analyzer = FaceAnalyzer(Path(config.insightface_root).expanduser(), config.face_pack)
+        analyzer = face_analyzer(config)
         evaluation = evaluate(
             analyzer, folder / "videos", people_of(config), threshold=MIN_SAME_PERSON,
             judges=other_judges(analyzer), facesim=FaceSim(analyzer),  # beside ArcFace, which it was trained with

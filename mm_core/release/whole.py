@@ -16,7 +16,7 @@ from ..data.precompute import is_made, precompute
 from ..training.adapter_task import train_stage
 from ..training.config import TrainingConfig
 from ..training.runs import is_finished
-from ..training.sources import features_of
+from ..training.sources import features_of, output_of
 from .prepare import check, feature_settings
 from .publish import export, exported, write_card
 from .score import REPORT, clips_of, make_clips, scores_of, write_scores
@@ -46,7 +46,7 @@ def train_whole(
                 _log.info("%s: %s", stage, check(config, stage, partial(on_progress, stage, "checked")))
             precompute(settings, features, partial(on_progress, stage), rank=rank, world_size=world_size)
             _wait((features / INDEX).is_file)
-    output = Path(config.output).expanduser()
+    output = output_of(config)
     for stage in stages:
         if not is_finished(output / stage, config.stage(stage).loop.steps):
             train_stage(config, stage)

@@ -14,7 +14,6 @@ from torch import Tensor
 from ..checkpoints.adapter_file import Trained, load_adapter, save_adapter
 from ..data.features import Features
 from ..errors import SettingError
-from ..faces.analysis import FaceAnalyzer
 from ..faces.arcface import DifferentiableArcFace
 from ..limits import NAME_LENGTH
 from ..memory import store_in_fp8
@@ -30,7 +29,7 @@ from .randomness import generator_for, shuffled
 from .rollouts import Rollouts
 from .runs import is_finished, latest_checkpoint
 from .sample_losses import IdentityLoss, NoiseLoss, SampleLoss
-from .sources import features_of
+from .sources import face_analyzer, features_of, output_of, recogniser_file
 from .step import AdapterTraining
 from .validation import validate
 
@@ -89,7 +88,7 @@ class AdapterTask:
         recogniser = DifferentiableArcFace(recogniser_file(self.config))
         detector = None
         if self.state is not None:
-            detector = FaceAnalyzer(Path(self.config.insightface_root).expanduser(), self.config.face_pack)
+            detector = face_analyzer(self.config)
         vae = self.pipe.vae.requires_grad_(False)
         return IdentityLoss(self.stage.identity_weight, vae, recogniser, detector, self.padding)
 
@@ -237,15 +236,6 @@ class AdapterTask:
 _JUDGED = ("target", "landmarks", "judged_frame")
 
 
-def recogniser_file(config: TrainingConfig) -> Path:
-    """The recognition network of the config's face pack."""
-    folder = Path(config.insightface_root).expanduser() / "models" / config.face_pack
-    found = sorted(path for pattern in ("w600k*.onnx", "glintr*.onnx") for path in folder.glob(pattern))
-    if not found:
-        raise SettingError(f"{folder} holds no recogniser (w600k_*.onnx, glintr*.onnx): the identity loss needs one.")
-    return found[0]
-
-
 def train_stage(
     config: TrainingConfig, stage: str, start: Path | None = None, task: Callable[..., AdapterTask] = AdapterTask
 ) -> Path:
@@ -254,7 +244,7 @@ def train_stage(
     start: the adapter to begin with. The video stage begins with the image stage's result, unless its ablation is G.
     task: AdapterTask, or what is made of it.
     """
-    output = Path(config.output)
+    output = output_of(config)
     if start is None and stage == "video" and config.ablation != "G":
         if not is_finished(output / "image", config.image.loop.steps):
             raise SettingError(

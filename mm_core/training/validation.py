@@ -31,6 +31,7 @@ from ..pipelines.identity import Identity
 from ..video import write_video
 from .config import StageConfig, TrainingConfig
 from .losses import noise_loss
+from .sources import face_analyzer
 from .step import AdapterTraining
 
 STEPS, GUIDANCE = 25, 4.0
@@ -66,7 +67,7 @@ def validate(task: TrainedStage, folder: Path) -> dict[str, float]:
     process = PartialState()
     rows = {task.features.entries[row]["person"]: int(row) for row in task.validation}
     mine = list(enumerate(rows.values()))[process.process_index :: process.num_processes]
-    analyzer = FaceAnalyzer(Path(task.config.insightface_root).expanduser(), task.config.face_pack)
+    analyzer = face_analyzer(task.config)
     cosines = gather_object([cosine for number, row in mine for cosine in _scored(task, analyzer, number, row, folder)])
     found = [cosine for cosine in cosines if cosine is not None]
     rows = task.validation[:SAMPLES][process.process_index :: process.num_processes]

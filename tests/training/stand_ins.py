@@ -31,7 +31,7 @@ def install(setattr: Callable[[str, object], None] | None = None) -> None:
     places = {
         "mm_core.training.adapter_task.recogniser_file": lambda config: Path(),
         "mm_core.training.adapter_task.DifferentiableArcFace": lambda path: LinearView(),
-        "mm_core.training.adapter_task.FaceAnalyzer": lambda root, pack: object(),
+        "mm_core.training.adapter_task.face_analyzer": lambda config: object(),
         "mm_core.training.sample_losses.find_faces": lambda analyzer, frame, recognise: [FACE],
     }
     _put(places, setattr)
@@ -53,5 +53,5 @@ def face_of_colours(analyzer: object, frame: np.ndarray) -> list[Face]:
 
 def install_validation(setattr: Callable[[str, object], None] | None = None) -> None:
     """Validate in one step, with such faces."""
-    places = {"STEPS": 1, "FaceAnalyzer": lambda root, pack: None, "find_faces": face_of_colours}
+    places = {"STEPS": 1, "face_analyzer": lambda config: None, "find_faces": face_of_colours}
     _put({f"mm_core.training.validation.{name}": value for name, value in places.items()}, setattr)

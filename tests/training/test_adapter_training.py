@@ -110,9 +110,11 @@ def test_only_the_adapter_learns(config: TrainingConfig) -> None:
     assert with_gradient == {f"adapter.{key}" for key in expected_tensors(task.model.adapter.config)} - unread
 
 
-def test_exported_adapter(config: TrainingConfig) -> None:
+def test_exported_adapter(config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint's adapter is the format others read, and says what it has been through."""
-    path = train_stage(replace(config, ablation="G"), "video")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = train_stage(replace(config, ablation="G", output="~/run"), "video")
+    assert path.is_relative_to(tmp_path / "run" / "video")
     adapter, header = load_adapter(path)
     assert (header.trained.stage, header.trained.steps) == ("video", 4)
     assert header.base_model == "base"
