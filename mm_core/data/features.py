@@ -17,6 +17,7 @@ and each distinct picture of a person once, and samples.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +113,20 @@ class Features:
     def references(self) -> list[str]:
         return [reference["path"] for reference in self._references]
 
-    def split(self, held_out: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows to train on and to validate with: so many people, the last, are kept apart."""
-        people = np.array([entry["person"] or entry["id"] for entry in self.entries])
-        known = list(dict.fromkeys(people.tolist()))
-        apart = np.isin(people, known[len(known) - held_out :] if 0 < held_out < len(known) else [])
-        return np.flatnonzero(~apart), np.flatnonzero(apart)
+    def split(self, held_out: int, others: Collection[str] = ()) -> tuple[np.ndarray, np.ndarray]:
+        """Rows to train on and to validate with: so many people, the last, are kept apart. others: people who are not
+        trained on either."""
+        people, apart = self._people(), self.last_people(held_out)
+        validation = np.isin(people, apart)
+        return np.flatnonzero(~validation & ~np.isin(people, list(others))), np.flatnonzero(validation)
+
+    def last_people(self, count: int) -> list[str]:
+        """Nobody, if there are no more than so many."""
+        known = list(dict.fromkeys(self._people()))
+        return known[len(known) - count :] if 0 < count < len(known) else []
+
+    def _people(self) -> list[str]:
+        return [entry["person"] or entry["id"] for entry in self.entries]
 
     def sample(self, number: int) -> dict[str, Any]:
         """One sample's tensors by name, without the first axis, and `references`, a list of numbers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ from diffusers import CogVideoXDDIMScheduler
 from torch import Tensor
 
 from ..checkpoints.adapter_file import Trained, load_adapter, save_adapter
-from ..data.features import Features
+from ..data.features import INDEX, Features
 from ..errors import SettingError
 from ..faces.arcface import DifferentiableArcFace
 from ..limits import NAME_LENGTH
@@ -33,6 +34,8 @@ from .sources import face_analyzer, features_of, output_of, recogniser_file
 from .step import AdapterTraining
 from .validation import validate
 
+_log = logging.getLogger(__name__)
+
 ADAPTER_FILE = "adapter.safetensors"
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -51,7 +54,7 @@ class AdapterTask:
         self.stage = config.stage(stage)
         self.base = self.open_base()
         self.features = Features.open(features_of(config, stage))
-        self.training, self.validation = self.features.split(config.validation_people)
+        self.training, self.validation = self.features.split(config.validation_people, self._scored_people())
         # Without the text encoder: its work is in the features.
         pipe = self.pipe = self.base.load(DTYPES[self.stage.loop.precision], text_encoder=False)
         if config.fp8_base:
@@ -74,6 +77,17 @@ class AdapterTask:
         self.cell = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         self.rotary = rotary_embedding(pipe.transformer, self.padding + frames, height, width)
 
+    def _scored_people(self) -> list[str]:
+        """Those whom the video stage leaves out, of whom the adapter is scored in the end: not always those of this
+        stage, since either may have lost people for want of a face."""
+        folder, count = features_of(self.config, "video"), self.config.validation_people
+        if self.name == "video" or not count:
+            return []
+        if not (folder / INDEX).is_file():
+            _log.warning("%s has no features yet: whom the video stage leaves out may be trained on here", folder)
+            return []
+        return Features.open(folder).last_people(count)
+
     def open_base(self) -> BaseModel:
         return base_of(self.config.base)
 
@@ -95,13 +109,13 @@ class AdapterTask:
     @property
     def settings(self) -> dict[str, Any]:
         """What the numbers of a run depend on, beside the loop's settings and where files are."""
-        config, stage = self.config, asdict(self.stage)
+        config, stage, trained = self.config, asdict(self.stage), set(self.training.tolist())
         for name in ("loop", "data", "features"):
             del stage[name]
         return stage | dict(
             stage=self.name, base=self.base.name, ablation=config.ablation, adapter=self.model.adapter.config.to_dict(),
             fp8_base=config.fp8_base, face_pack=config.face_pack, start=self._start, samples=len(self.features.entries),
-            held_out=[self.features.entries[row]["id"] for row in self.validation],
+            held_out=[entry["id"] for row, entry in enumerate(self.features.entries) if row not in trained],
             **{f"features.{name}": value for name, value in self.features.settings.items()},
         )  # fmt: skip
 

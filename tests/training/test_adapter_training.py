@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import weakref
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from tiny_models import ADAPTER_SIZES, save_tiny_folder
 from torch import Tensor, nn
 
 from mm_core.checkpoints.adapter_file import expected_tensors, load_adapter
+from mm_core.data.features import INDEX
 from mm_core.errors import CheckpointError, SettingError
 from mm_core.hosts.cogvideox_diffusers import STATE
 from mm_core.models.block import FaceState
@@ -129,6 +131,21 @@ def test_other_bases(config: TrainingConfig, tmp_path: Path, kind: str) -> None:
     assert batch["clean"].shape[1] == (2 if kind == "1.5" else 1)
     assert ("cos" in batch) == (kind == "1.5")
     assert task.model(batch)["loss"].isfinite().all()
+
+
+def test_nobody_who_is_scored_is_trained_on(config: TrainingConfig, tmp_path: Path) -> None:
+    """The last person's clips were dropped: whom the video stage leaves out instead, the image stage does as well."""
+    folder = shutil.copytree(config.video.features, tmp_path / "clips")
+    index = json.loads((folder / INDEX).read_text())
+    index["samples"] = [entry for entry in index["samples"] if entry["person"] != "p3"]
+    (folder / INDEX).write_text(json.dumps(index))
+    config = with_stage(replace(config, validation_people=1), features=str(folder))
+    for stage, left_out in (("image", "p3"), ("video", "p2")):
+        task = AdapterTask(config, stage)
+        trained, validated = (
+            {task.features.entries[row]["person"] for row in rows} for rows in (task.training, task.validation)
+        )
+        assert (trained, validated) == ({"p0", "p1"}, {left_out})
 
 
 def test_stages_hand_over_weights_not_optimizer(config: TrainingConfig) -> None:
