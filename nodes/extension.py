@@ -8,6 +8,7 @@ from . import runtime
 from .control import MagicMirrorControl
 from .doctor import MagicMirrorModelDoctor
 from .examples import MagicMirrorExamplePerson
+from .factors import MagicMirrorScaleFactors
 from .identity import MagicMirrorApplyCANAdapter, MagicMirrorExtractFaceEmbedding
 from .identity_files import MagicMirrorLoadIdentity, MagicMirrorSaveIdentity
 from .loaders import MagicMirrorLoader
@@ -38,6 +39,7 @@ class MagicMirrorExtension(ComfyExtension):
             MagicMirrorCogVideoXSampler,
             MagicMirrorVideoCombine,
             MagicMirrorScoreIdentity,
+            MagicMirrorScaleFactors,
             MagicMirrorSaveIdentity,
             MagicMirrorLoadIdentity,
             MagicMirrorShots,

@@ -114,7 +114,7 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
         cautions = base.limits.cautions(width=clip.width, height=clip.height)
         plan = mirror.plan_line(clip, model.identity)
         report = "\n".join(filter(None, [*cautions, mirror.status, clip.summary, plan]))
-        shown = runtime.show(report, warn=bool(cautions) or _untrained(mirror))
+        shown = runtime.show(report, warn=bool(cautions) or mirror.untrained)
         try:
             latents = _sampled(model, clip, settings)
             try:
@@ -158,10 +158,6 @@ def rescued(error: Exception, latent: dict[str, Tensor], hidden: io.HiddenHolder
 
 def _scaling_factor(mirror: MagicMirror) -> float:
     return mirror.base.vae_config["scaling_factor"]
-
-
-def _untrained(mirror: MagicMirror) -> bool:
-    return mirror.header is not None and mirror.header.trained.stage == "untrained"
 
 
 def _inputs() -> list[io.Input]:

@@ -41,7 +41,7 @@ TEST_REQUIREMENTS = (
     *("numba", "scipy"),  # rendered people
     *("onnx2torch", "tensorboard", "PyYAML", "pydantic"),  # training
     *("dlib-bin", "face-recognition-models"),  # judges of likeness
-    *("torchmetrics", "matplotlib"),  # scores and their plots
+    *("torchmetrics", "matplotlib", "scikit-learn"),  # scores and their plots
     *("ray[data]", "scenedetect", "faiss-cpu", "ImageHash", "rapidocr>=3.9,<3.10"),  # training sets from raw footage
     *("torchao", "bitsandbytes", "gguf"),  # quantised bases
 )

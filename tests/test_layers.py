@@ -40,7 +40,7 @@ MAY_IMPORT = {
     },
     "mm_core.evaluation": {
         *("mm_core.faces", "mm_core.files", "mm_core.video", "mm_core.checkpoints", "mm_core.pipelines"),
-        "mm_core.hosts",
+        *("mm_core.hosts", "mm_core.memory"),
     },
     "mm_core.checkpoints": {"mm_core.models", "mm_core.files"},
     "mm_core.memory": {"mm_core.models"},

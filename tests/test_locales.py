@@ -30,6 +30,7 @@ UNSAID = {
     "MagicMirrorCogVideoXSampler": {"model"},
     "MagicMirrorVideoCombine": {"images"},
     "MagicMirrorScoreIdentity": {"model", "identity"},
+    "MagicMirrorScaleFactors": {"identity"},
     "MagicMirrorPromptHelper": {"model"},
     "MagicMirrorSaveIdentity": {"identity"},
     "MagicMirrorLoadIdentity": {"model"},

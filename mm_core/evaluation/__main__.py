@@ -112,14 +112,12 @@ def factors(args: argparse.Namespace) -> int:
     from .factors import scale_factors, write_factors
     from .systems import Weights, mirror_of
 
-    if not 1 <= args.steps <= 1000:
-        raise SettingError(f"steps is {args.steps}; it must be from 1 to 1000")
     weights = Weights(model=args.model, adapter=args.adapter, id_encoder=args.id_encoder)
     mirror = mirror_of(weights, torch.device("cpu"))
     identity = mirror.identity(analyse_references(_analyzer(args), [read_image(path) for path in args.reference]))
     found = scale_factors(mirror, identity, args.steps)
     print(*write_factors(found, args.out), sep="\n")
-    print("of the variance: " + ", ".join(f"{name} {part:.1%}" for name, part in found.explained().items()))
+    print(found.summary)
     return 0
 
 
@@ -273,7 +271,7 @@ def _factors_arguments(add: Callable[..., Any]) -> None:
     add("--model", required=True, help="folder of a base model in diffusers' layout, a published name, or tiny")
     _adapter_arguments(add)
     add("--reference", type=Path, nargs="+", required=True, help="photos of one person")
-    add("--steps", type=int, default=50, help="of the schedule, 1 to 1000")
+    add("--steps", type=int, default=50, help="of the schedule, 1 to 100")
     add("--out", type=Path, required=True, help="the picture, such as factors.png; factors.csv is written beside it")
 
 

@@ -1,7 +1,4 @@
-"""Modulation analysis (paper, Fig. 13): where the scale factors of video, text and face lie, by layer and time step.
-
-In their principal components, not by t-SNE: those that the picture does not show are in the table, for any t-SNE.
-"""
+"""Modulation analysis (paper, Fig. 13): where the scale factors of video, text and face lie, by layer and time step."""
 
 from __future__ import annotations
 
@@ -11,17 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ..errors import MagicMirrorError, SettingError
 from ..files import atomic_write
 from ..hosts.cogvideox_diffusers import HOST
+from ..memory import on_device
 from ..pipelines.conditioning import precompute_factors
 from ..pipelines.identity import Identity
 from ..pipelines.magic_mirror import MagicMirror
 
 MODALITIES = ("video", "text", "face")
-COMPONENTS = 50  # in the table: what t-SNE is usually given
+MAX_STEPS = 100
+"""Of 5B, 6,300 points."""
 _SCALES = [1, 4]  # of shift, scale and gate, before attention and before the feed-forward
+_PERPLEXITY = 30.0  # van der Maaten and Hinton take 5 to 50
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,12 +36,12 @@ class ScaleFactors:
     vectors: np.ndarray
     labels: dict[str, np.ndarray]
 
-    def components(self) -> tuple[np.ndarray, np.ndarray]:
-        """Coordinates along the principal components, (N, N), largest first, and their parts of the variance, (N,)."""
-        centred = self.vectors - self.vectors.mean(axis=0)
-        values, vectors = np.linalg.eigh(centred @ centred.T)
-        values = values[::-1].clip(0)
-        return vectors[:, ::-1] * np.sqrt(values), values / values.sum()
+    def embedded(self) -> np.ndarray:
+        """(N, 2) by t-SNE (van der Maaten and Hinton, 2008): what is near is alike; how far all else is says little."""
+        from sklearn.manifold import TSNE
+
+        perplexity = min(_PERPLEXITY, (len(self.vectors) - 1) / 3)
+        return TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(self.vectors)
 
     def explained(self) -> dict[str, float]:
         """The part of the variance that lies between the groups of each label, 0 to 1."""
@@ -52,24 +53,38 @@ class ScaleFactors:
 
         return {name: between(label) / float((centred**2).sum()) for name, label in self.labels.items()}
 
+    @property
+    def summary(self) -> str:
+        """`explained`, as a line."""
+        return "of the variance: " + ", ".join(f"{name} {part:.1%}" for name, part in self.explained().items())
+
 
 @torch.no_grad()
 def scale_factors(mirror: MagicMirror, identity: Identity, steps: int) -> ScaleFactors:
-    """Of an adapter on its base, for a person and a schedule of so many steps. Raises SettingError without an adapter.
+    """Of an adapter on its base, for a person and a schedule of so many steps, 1 to MAX_STEPS.
+
+    Raises SettingError for other numbers, and without an adapter.
     """
-    attached = mirror.loaded.attached
-    if attached is None:
+    if not 1 <= steps <= MAX_STEPS:
+        raise SettingError(f"steps is {steps}; it must be from 1 to {MAX_STEPS}")
+    if mirror.header is None:
         raise SettingError("The model has no adapter, and so no factors of its own: give one")
-    transformer, adapter = attached.transformer, attached.adapter
+    loaded, attached = mirror.loaded, mirror.loaded.attached
+    transformer, adapter, device = attached.transformer, attached.adapter, loaded.device
     scheduler = mirror.base.load_scheduler()
     scheduler.set_timesteps(steps)
     timesteps, layers = scheduler.timesteps, adapter.config.adapted_layers
-    id_embedding = adapter.id_embedding(identity.id_tokens.to(mirror.dtype))
-    added = precompute_factors(attached, id_embedding, timesteps, torch.device("cpu"))
-    temb = HOST.time_embedding(transformer, timesteps, mirror.dtype)  # (T, Dt)
-    blocks = HOST.blocks(transformer)
-    base = torch.stack([HOST.parts(blocks[layer]).modulation(temb) for layer in layers], dim=1)  # (T, A, 2, 6, D)
-    video_and_text = base + added.can.unflatten(2, (2, 6))
+    with loaded.transformer.ready():
+        with on_device([adapter.id_proj, transformer.time_embedding], device):
+            id_embedding = adapter.id_embedding(identity.id_tokens.to(device, mirror.dtype))
+            temb = HOST.time_embedding(transformer, timesteps.to(device), mirror.dtype)  # (T, Dt)
+        added = precompute_factors(attached, id_embedding, timesteps, device)
+        base = []
+        for layer in layers:
+            block = transformer.transformer_blocks[layer]
+            with on_device([block.norm1.linear, block.norm2.linear], device):
+                base.append(HOST.parts(block).modulation(temb).cpu())  # (T, 2, 6, D)
+    video_and_text = torch.stack(base, dim=1) + added.can.unflatten(2, (2, 6))
     factors = torch.cat([video_and_text, added.face[:, :, None]], dim=2)  # (T, A, 3, 6, D)
     vectors = factors[:, :, :, _SCALES].flatten(3).float()
     grid = np.meshgrid(timesteps.numpy(), np.array(layers), np.arange(len(MODALITIES)), indexing="ij")
@@ -77,35 +92,45 @@ def scale_factors(mirror: MagicMirror, identity: Identity, steps: int) -> ScaleF
     return ScaleFactors(vectors=vectors.flatten(0, 2).numpy(), labels=labels)
 
 
-def write_factors(factors: ScaleFactors, picture: Path) -> list[Path]:
-    """A picture of the first two components, and a CSV beside it with COMPONENTS of them. Raises MagicMirrorError.
+def draw_factors(factors: ScaleFactors) -> tuple[np.ndarray, np.ndarray]:
+    """Three plots of the same points, coloured by each label, (H, W, 3) uint8; and the points, (N, 2).
 
-    picture: its ending is a format of matplotlib's, such as .png or .svg.
+    Raises MagicMirrorError without matplotlib or scikit-learn.
     """
     try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+
+        points = factors.embedded()
     except ImportError as error:
-        raise MagicMirrorError("The picture needs matplotlib: python -m pip install matplotlib") from error
-    points, parts = factors.components()
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
+        raise MagicMirrorError(
+            f"The picture needs matplotlib and scikit-learn ({error}): python -m pip install matplotlib scikit-learn"
+        ) from error
+    figure = Figure(figsize=(15, 4.5), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
     for axes, (name, label) in zip(figure.subplots(1, 3), reversed(factors.labels.items())):
-        axes.set(title=name, xlabel=f"component 1 ({parts[0]:.0%} of variance)", ylabel=f"component 2 ({parts[1]:.0%})")
+        axes.set(title=name, xticks=[], yticks=[])
         if name != "modality":
-            figure.colorbar(axes.scatter(*points[:, :2].T, c=label, s=8), ax=axes)
+            figure.colorbar(axes.scatter(*points.T, c=label, s=8), ax=axes)
             continue
         for number, modality in enumerate(MODALITIES):
-            axes.scatter(*points[label == number, :2].T, s=8, label=modality)
+            axes.scatter(*points[label == number].T, s=8, label=modality)
         axes.legend()
-    format = picture.suffix[1:]
-    if format not in figure.canvas.get_supported_filetypes():
-        raise SettingError(f"{picture.name} has no ending of a picture: call it {picture.stem}.png")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy(), points
+
+
+def write_factors(factors: ScaleFactors, picture: Path) -> list[Path]:
+    """`draw_factors` as a PNG, and its points as a CSV beside it. Raises SettingError for another kind of picture."""
+    if picture.suffix.lower() != ".png":
+        raise SettingError(f"{picture.name} is no PNG: call it {picture.stem}.png")
+    drawn, points = draw_factors(factors)
     table = picture.with_suffix(".csv")
     with atomic_write(picture) as temporary:
-        figure.savefig(temporary, format=format, dpi=120)
+        Image.fromarray(drawn).save(temporary, "PNG")
     with atomic_write(table) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        columns = points[:, :COMPONENTS].astype(np.float32)
         labels = factors.labels | {"modality": np.array(MODALITIES)[factors.labels["modality"]]}
-        writer.writerow([*labels, *(f"component {number + 1}" for number in range(columns.shape[1]))])
-        writer.writerows([*own, *row] for *own, row in zip(*labels.values(), columns))
+        writer.writerow([*labels, "t-SNE 1", "t-SNE 2"])
+        writer.writerows([*own, *point] for *own, point in zip(*labels.values(), points))
     return [picture, table]

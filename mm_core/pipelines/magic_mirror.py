@@ -93,6 +93,11 @@ class MagicMirror:
         """One line about base and adapter, to show to the user."""
         return f"{self.base.name}: " + ("no adapter" if self.header is None else str(self.header.trained))
 
+    @property
+    def untrained(self) -> bool:
+        """The adapter's weights are random, which is to be told wherever they are used."""
+        return self.header is not None and self.header.trained.stage == "untrained"
+
     @cached_property
     def adapter(self) -> MagicMirrorAdapter | None:
         return None if self.header is None else load_adapter(self.adapter_path, dtype=self.dtype)[0]

@@ -61,6 +61,7 @@ def good_graph() -> Graph:
         "CogVideoXSampler": {"model": ["ApplyCANAdapter", 0], **words, "negative_prompt": ""},
         "VideoCombine": {"images": ["CogVideoXSampler", 0], "format": "gif", "filename_prefix": "campaign/x"},
         "ScoreIdentity": {"model": mirror, "identity": person, "images": ["CogVideoXSampler", 0]},
+        "ScaleFactors": {"model": mirror, "identity": person},
         "SaveIdentity": {"identity": person},
         "LoadIdentity": {"model": mirror, "file": "campaign.safetensors"},
         "NativeModel": {"magic_mirror": mirror},

@@ -46,6 +46,7 @@ NODES = {
         "centre",
         ["IMAGE", "IMAGE", "BOOLEAN", "INT", "FLOAT", "STRING"],
     ),
+    "MagicMirrorScaleFactors": ("model identity steps", "", ["IMAGE", "STRING"]),
     "MagicMirrorSaveIdentity": ("identity filename_prefix", "", ["STRING"]),
     "MagicMirrorLoadIdentity": ("model file", "", ["MAGICMIRROR_IDENTITY", "IMAGE", "STRING"]),
     "MagicMirrorExamplePerson": ("person", "", ["IMAGE", "MAGICMIRROR_IDENTITY"]),

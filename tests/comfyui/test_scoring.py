@@ -1,16 +1,19 @@
-"""Likeness of clips on the current ComfyUI."""
+"""Likeness of clips, and what the adapter does to the base, on ComfyUI."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from comfy_server import ComfyServer, ExecutionFailed
+from PIL import Image
 
-SCORE = "MagicMirrorScoreIdentity"
+SCORE, FACTORS = "MagicMirrorScoreIdentity", "MagicMirrorScaleFactors"
 
 
 @pytest.fixture
@@ -68,3 +71,15 @@ def test_frames_that_are_no_clips(server: ComfyServer, scored: Any) -> None:
     scored.inputs(SCORE).update(images=["22", 0], clips=3)
     with pytest.raises(ExecutionFailed, match="2 frames are not 3 clips"):
         server.run(scored)
+
+
+def test_scale_factors_as_a_picture(any_server: ComfyServer, any_graph: Any) -> None:
+    """Of every modality, layer and time step, in their own colours."""
+    for unused in ("MagicMirrorApplyCANAdapter", "MagicMirrorCogVideoXSampler", "MagicMirrorVideoCombine"):
+        del any_graph[any_graph.id(unused)]
+    model, identity = (any_graph.id(f"MagicMirror{node}") for node in ("Loader", "ExtractFaceEmbedding"))
+    any_graph.add("30", FACTORS, model=[model, 0], identity=[identity, 0], steps=4)
+    entry = any_server.run(any_graph)["outputs"]["30"]
+    assert re.search(r"trained: .*\nof the variance: time step .*%, layer .*%, modality .*%", entry["text"][0])
+    with Image.open(BytesIO(any_server.view(**entry["images"][0]))) as picture:
+        assert picture.width > 3 * picture.height and len(picture.convert("RGB").getcolors(1 << 24)) > 50

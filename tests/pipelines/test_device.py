@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from accelerator import Accelerator
@@ -26,6 +27,7 @@ from tiny_models import PROMPT_TOKENS, build_identity, noise
 from mm_core import memory
 from mm_core.choices import POLICIES
 from mm_core.errors import DecodeError, OutOfMemoryError
+from mm_core.evaluation.factors import scale_factors
 from mm_core.pipelines import decode
 from mm_core.pipelines.base import FolderBase
 from mm_core.pipelines.clip import Clip, ClipSettings
@@ -96,6 +98,15 @@ def test_the_clips_are_right(
         else:
             assert torch.equal(frames, expected)
     assert not torch.equal(on_cpu(precision, 0).frames, on_cpu(precision, 1).frames)
+
+
+@pytest.mark.parametrize("offload", POLICIES)
+def test_scale_factors_are_those_of_the_cpu(accelerator: Accelerator, build: Build, offload: str) -> None:
+    found, expected = (
+        scale_factors(build(device, offload=offload), build_identity(), STEPS).vectors
+        for device in (accelerator.device, torch.device("cpu"))
+    )
+    assert np.array_equal(found, expected) and accelerator.traffic["to device"]
 
 
 def per_step(accelerator: Accelerator, run: Callable[[Callable[..., Any]], Any]) -> list[Counter[str]]:
