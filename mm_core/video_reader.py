@@ -17,6 +17,9 @@ _CONTAINERS = "mov,matroska,avi,gif"
 _BT709, _BT601, _FULL_RANGE = 1, 5, 2
 _MATRICES = {1: _BT709, 4: 4, 5: _BT601, 6: _BT601, 7: 7, 9: 9, 10: 9}
 _HDR = {16: "PQ", 18: "HLG"}
+# Bicubic, accurate rounding, all of the colours: the default rounds down, by a level on average, and repeats colours
+# stored for 2 x 2 pixels. By numbers, since older releases of PyAV have no names for all of them.
+_EXACT = 0x4 | 0x40000 | 0x2000 | 0x4000
 _HD_LINES = 720
 """From so many on a stream without tags is taken for BT.709, as players do."""
 _SQUARE = 0.02
@@ -59,7 +62,7 @@ def rgb(frame: av.VideoFrame, container: InputContainer) -> np.ndarray:
         raise MagicMirrorError(f"{name} is HDR ({hdr}), whose colours would be pale. Convert it to SDR by tone mapping")
     aspect = float(stream.sample_aspect_ratio or 1)
     width = round(frame.width * aspect) if abs(aspect - 1) > _SQUARE else frame.width
-    return _upright(frame.to_ndarray(format="rgb24", width=width, **_colours(frame)), frame)
+    return _upright(frame.to_ndarray(format="rgb24", width=width, interpolation=_EXACT, **_colours(frame)), frame)
 
 
 def _colours(frame: av.VideoFrame) -> dict[str, int | None]:

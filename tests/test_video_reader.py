@@ -10,8 +10,10 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from mm_core.errors import MagicMirrorError
+from mm_core.video import write_video
 from mm_core.video_reader import read_frames
 
 COLOURS = [(40, 160, 60), (200, 30, 30), (30, 30, 200), (224, 172, 140), (250, 240, 20), (10, 200, 220)]
@@ -60,6 +62,15 @@ def turned(path: Path, matrix: tuple[int, int, int, int]) -> Path:
 def test_colours_by_the_tags_and_without_them_by_the_size(tmp_path: Path, of: dict[str, Any]) -> None:
     first = next(read_frames(footage(tmp_path / "a.mp4", **of)))
     assert np.abs(first[len(first) // 4, 8::16].astype(int) - COLOURS).max() <= 4
+
+
+def test_nothing_becomes_darker(tmp_path: Path) -> None:
+    """On average over many colours; curated footage is read twice."""
+    soft = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    clip = np.array(Image.fromarray(soft).resize((192, 128), Image.Resampling.BICUBIC))[None]
+    read = next(read_frames(write_video(tmp_path / "a.mp4", clip, 8, quality=100)))
+    difference = read.astype(float) - clip[0]
+    assert np.abs(difference.mean((0, 1))).max() < 0.25
 
 
 @pytest.mark.parametrize(
