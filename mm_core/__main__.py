@@ -76,10 +76,9 @@ def generate(args: argparse.Namespace) -> None:
         start=args.start,
         end=args.end,
     )
-    for clip in clips:
-        model.checks.of_prompt(clip, settings)
+    cautions = [line for clip in clips for line in model.checks.cautions(clip, model.checks.of_prompt(clip, settings))]
     loras = [_lora(text, model.base) for text in args.lora]
-    print(model.status)
+    print(model.status, *(f"warning: {line}" for line in dict.fromkeys(cautions)), sep="\n")
     images = [read_image(path) for path in args.reference]
     if args.download:
         with processes.local_main_process_first():

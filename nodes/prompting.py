@@ -56,7 +56,7 @@ class MagicMirrorPromptHelper(io.ComfyNode):
             max_length=mirror.base.transformer_config["max_text_seq_length"],
         )
         text = _describe(report)
-        return io.NodeOutput(prompt, text, ui=runtime.show(text, warn=bool(report.cut or report.unknown)))
+        return io.NodeOutput(prompt, text, ui=runtime.show(text, warn=bool(report.cautions)))
 
 
 def _describe(report: PromptReport) -> str:
@@ -66,8 +66,5 @@ def _describe(report: PromptReport) -> str:
     else:
         places = f"token{'s' * (len(report.slots) > 1)} {' and '.join(str(slot + 1) for slot in report.slots)}"
         lines.append(f'The person: "{report.word}" ({" ".join(report.word_pieces)}); the identity takes {places}.')
-    lines.append(f"CUT OFF, {report.cut_tokens} tokens: {report.cut}" if report.cut else "Nothing is cut off.")
-    if report.unknown:
-        lines.append(f"The model cannot read: {' '.join(report.unknown)}")
-    lines.append(" ".join(report.pieces))
-    return "\n".join(lines)
+    lines += report.cautions if report.cut else ["Nothing is cut off.", *report.cautions]
+    return "\n".join([*lines, " ".join(report.pieces)])

@@ -110,8 +110,7 @@ class MagicMirrorCogVideoXSampler(io.ComfyNode):
             step_cache=step_cache,
         )
         mirror, settings = model.mirror, model.settings or AdapterSettings()
-        mirror.check(clip, model.identity, settings)
-        cautions = base.limits.cautions(width=clip.width, height=clip.height)
+        cautions = mirror.checks.cautions(clip, mirror.check(clip, model.identity, settings))
         plan = mirror.plan_line(clip, model.identity)
         report = "\n".join(filter(None, [*cautions, mirror.status, clip.summary, plan]))
         shown = runtime.show(report, warn=bool(cautions) or mirror.untrained)

@@ -10,7 +10,7 @@ from .base import BaseModel
 from .clip import ClipSettings
 from .control import AdapterSettings
 from .identity import Identity
-from .prompt import IdentityTokens, identity_tokens
+from .prompt import IdentityTokens, explain_prompt, identity_tokens
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,19 @@ class Checks:
         if self.header is None:
             raise CheckpointError(f"An identity is given, but {self.base.name} was loaded without an adapter.")
         return self.tokens(clip.prompt, settings)
+
+    def cautions(self, clip: ClipSettings, tokens: IdentityTokens | None) -> list[str]:
+        """What to say of a clip that can be made, but perhaps not as it was meant: its size, what is not read of its
+        prompts. tokens: as `of_clip` returns them."""
+        told = self.base.limits.cautions(width=clip.width, height=clip.height)
+        texts = {"prompt": (clip.prompt, 0 if tokens is None else len(tokens.slots))}
+        if clip.guidance_scale > 1:
+            texts["negative prompt"] = (clip.negative_prompt, 0)
+        for name, (text, slots) in texts.items():
+            length = self.base.transformer_config["max_text_seq_length"]
+            report = explain_prompt(self.base.tokenizer, text, num_slots=slots, max_length=length)
+            told += [f"The {name}: {line}" for line in report.cautions]
+        return told
 
     def of_identity(self, identity: Identity) -> None:
         """Raise CheckpointError for an identity from another encoder."""

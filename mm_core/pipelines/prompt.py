@@ -27,7 +27,7 @@ _NO_PERSON = frozenset(
 """Words that stand before `img` by mistake: articles, prepositions and the like, and other software's BREAK."""
 
 # All of these take a time in proportion to the prompt's length.
-_ANY_TRIGGER = re.compile(rf"\b{TRIGGER}\b", re.IGNORECASE)
+_ANY_TRIGGER = re.compile(rf"\b{TRIGGER}\b", re.IGNORECASE | re.ASCII)  # Chinese has no space before it
 _IDENTITY_WORD = re.compile(rf"(?<![\w‐‑-])(?:{'|'.join(IDENTITY_WORDS)})(?![\w‐‑-])", re.IGNORECASE)
 _WEIGHT_AFTER = re.compile(r"\s*:\s*[\d.]")
 _JOINS = "'’-‐‑_"
@@ -82,6 +82,12 @@ class PromptReport:
         """Tokens that are not padding, with the end mark."""
         return len(self.pieces) + 1
 
+    @property
+    def cautions(self) -> list[str]:
+        """What of the prompt is not read."""
+        told = [f"CUT OFF, {self.cut_tokens} tokens: {self.cut}"] if self.cut else []
+        return told + ([f"The model cannot read: {' '.join(dict.fromkeys(self.unknown))}"] if self.unknown else [])
+
 
 def check_text(prompt: str) -> None:
     """Raise PromptError for a text that is longer than any model reads, or that is no text."""
@@ -130,7 +136,9 @@ def _marked_by(prompt: str, trigger: re.Match[str]) -> MarkedPrompt:
     while start < end and not before[start].isalnum():
         start += 1
     word = before[start:end]
-    if len(before) == trigger.start() or not word.strip(_JOINS + "0123456789"):
+    if before and len(before) == trigger.start():
+        raise PromptError(f'There is no space before "{TRIGGER}". {example}')
+    if not word.strip(_JOINS + "0123456789"):
         raise PromptError(f'No word stands right before "{TRIGGER}". {example}')
     if word.lower().endswith(("'s", "’s", "s'", "s’")):
         raise PromptError(f'"{word}" before "{TRIGGER}" is a possessive: it names what belongs to a person. {example}')

@@ -74,6 +74,7 @@ def test_marked_word(prompt: str, word: str, text: str) -> None:
         ("", ["img"]),
         ("img", ["No word", "img"]),
         ("img reading", ["No word"]),
+        ("一个男人img在读书", ["no space"]),
         ("a man, img reading", ["No word"]),
         ("a man img and a woman img", ["2 times", "one word"]),
         ("a man-made lake", ["no person"]),
