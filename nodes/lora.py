@@ -60,8 +60,10 @@ class MagicMirrorLoRA(io.ComfyNode):
         return with_aliases(schema, "lora loader", "load lora", "cogvideox lora", "style")
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, **_: object) -> tuple[int, int]:
-        """A file that is replaced under the same name counts as another LoRA."""
+    def fingerprint_inputs(cls, lora_name: str | None = None, **_: object) -> tuple[int, int] | None:
+        """A file that is replaced under the same name counts as another LoRA; None comes from another node."""
+        if lora_name is None:
+            return None
         stat = runtime.model_file(_KIND, lora_name).stat()
         return stat.st_mtime_ns, stat.st_size
 

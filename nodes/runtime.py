@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ..mm_core.pipelines.clip import StepCallback
 
 log = logging.getLogger(__name__)
+MagicMirrorError.__module__ = "MagicMirror"  # as its subclasses have it; Ray's workers need the real one
 
 # Kinds of models this pack adds; each is a folder of that name below ComfyUI's `models`, and may be set to others in
 # extra_model_paths.yaml.
