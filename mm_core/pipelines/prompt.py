@@ -183,7 +183,7 @@ def identity_tokens(
     if not word or any(ids[token] == tokenizer.unk_token_id for token in word):
         raise PromptError(
             f'The model\'s tokenizer does not know the word "{marked.noun[:100]}", or a letter of it. Use another word '
-            "for the person."
+            "for the person, in English."
         )
     index = word[-1]
     ids = ids[:index] + [ids[index]] * num_slots + ids[index + 1 :]

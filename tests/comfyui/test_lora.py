@@ -112,13 +112,19 @@ def test_in_a_row(with_loras: ComfyServer, portrait: Portrait, plain: dict[str, 
 
 
 def test_the_loaders_lora_goes_along(with_loras: ComfyServer, portrait: Portrait) -> None:
-    """A LoRA between Load MagicMirror and the native MODEL acts as one on the MODEL."""
+    """A LoRA between Load MagicMirror and the native MODEL acts as one on the MODEL; nothing is made again for a name
+    that comes from another node."""
     graph = routes(with_loras, portrait("person_b_2"))["native"]
     name = name_of(with_loras, "peft")
     behind = sampled(with_loras, with_lora(graph, (name, 0.8)))
     graph["lora"] = {"class_type": "MagicMirrorLoRA", "inputs": dict(model=["1", 0], lora_name=name, strength=0.8)}
     graph["4"]["inputs"]["magic_mirror"] = ["lora", 0]
+    graph["name"] = {"class_type": "PrimitiveString", "inputs": {"value": name}}
+    switch = dict(switch=True, on_true=["name", 0], on_false=["name", 0])
+    graph["switch"] = {"class_type": "ComfySwitchNode", "inputs": switch}
+    graph["lora"]["inputs"]["lora_name"] = ["switch", 0]
     assert torch.equal(sampled(with_loras, graph), behind)
+    assert with_loras.cached_nodes(with_loras.run(graph)) >= {"lora", "5"}
 
 
 def test_another_models_lora_is_refused(with_loras: ComfyServer, portrait: Portrait) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from mm_core.checkpoints.adapter_file import read_header
 from mm_core.errors import SettingError
 from mm_core.pipelines.base import TinyBase
+from mm_core.pipelines.checks import Checks
 from mm_core.pipelines.clip import ClipSettings
+from mm_core.pipelines.control import AdapterSettings
 from mm_core.pipelines.presets import PRESETS, ClipLimits, Sampling
 
 TINY = TinyBase()
@@ -47,6 +50,18 @@ def test_a_draft_is_a_third_of_the_work() -> None:
 def test_sizes_that_were_not_trained(width: int, height: int, warned: int) -> None:
     TINY.limits.check(width=width, height=height, num_frames=9)
     assert len(TINY.limits.cautions(width=width, height=height)) == warned
+
+
+def test_what_is_not_read_of_the_prompts() -> None:
+    """The end of one that is too long, and letters; without guidance there is no negative prompt."""
+    checks, long = Checks(TINY, read_header(TINY.adapter)), "a man img smiles" + " and smiles" * 30
+    told = ["The prompt: CUT OFF, 17 tokens: smiles and smiles", "The negative prompt: The model cannot read: é"]
+    for guidance in (3.0, 1.0):
+        clip = ClipSettings(
+            prompt=long, negative_prompt="é a é", guidance_scale=guidance, width=64, height=64, num_frames=9
+        )
+        cautions = checks.cautions(clip, checks.of_prompt(clip, AdapterSettings()))
+        assert [line[:49] for line in cautions] == (told if guidance > 1 else told[:1])
 
 
 def test_sizes_far_beyond_are_refused() -> None:

@@ -203,6 +203,11 @@ def test_a_report_names_what_the_tokenizer_does_not_know(tokenizer: PreTrainedTo
     assert report.unknown == ("読",)
 
 
+def test_lines_and_tabs_are_spaces(tokenizer: PreTrainedTokenizerBase) -> None:
+    report = explain_prompt(tokenizer, "\na  man img\n\treading\xa0in ", num_slots=2, max_length=LENGTH)
+    assert report == explain_prompt(tokenizer, "a man img reading in", num_slots=2, max_length=LENGTH)
+
+
 @pytest.mark.parametrize("prompt", ["a wizard reading", "a " * 224 + "man"])
 def test_no_report_of_a_prompt_that_cannot_be_read(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
     with pytest.raises(PromptError):
