@@ -147,6 +147,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def is_current(path: Path, source: Path) -> bool:
+    """Whether a file is there, and no older than the one that it was made of."""
+    return path.is_file() and path.stat().st_mtime_ns >= source.stat().st_mtime_ns
+
+
 def write_json(path: Path, content: object) -> None:
     """Write JSON, whole or not at all."""
     with atomic_write(path) as temporary:

@@ -10,7 +10,7 @@ import torch
 from ..checkpoints.adapter_file import load_adapter, read_header, save_adapter
 from ..data.features import Features
 from ..errors import NumericsError
-from ..files import atomic_write
+from ..files import atomic_write, is_current
 from ..json_file import parse_object, read_object
 from ..pipelines.presets import HUB_ADDRESS, published
 from ..training.config import TrainingConfig
@@ -41,10 +41,11 @@ def export(config: TrainingConfig) -> Path:
 
 
 def exported(config: TrainingConfig) -> tuple[Path, bool]:
-    """Where `export` puts the adapter, and whether it is there."""
-    header = read_header(_last(config))
+    """Where `export` puts the adapter, and whether it is there: this run's, not that of one before in the folder."""
+    last = _last(config)
+    header = read_header(last)
     path = output_of(config) / "adapter" / f"magic-mirror-{header.base_model.split('/')[-1]}.safetensors"
-    return path, path.is_file() and read_header(path) == header
+    return path, is_current(path, last) and read_header(path) == header
 
 
 def _last(config: TrainingConfig) -> Path:

@@ -19,7 +19,7 @@ from ..evaluation.report import write_report
 from ..evaluation.run import evaluate
 from ..faces.analysis import FaceAnalyzer
 from ..faces.references import MIN_SAME_PERSON, analyse_references
-from ..files import atomic_write
+from ..files import atomic_write, is_current
 from ..pipelines.clip import ClipSettings
 from ..pipelines.control import AdapterSettings
 from ..pipelines.magic_mirror import MagicMirror
@@ -58,7 +58,7 @@ def clips_of(config: TrainingConfig, adapter: Path) -> dict[Path, int]:
 def make_clips(config: TrainingConfig, adapter: Path, clips: Mapping[Path, int], rank: int, world_size: int) -> None:
     """A process's share of `clips_of`."""
     mine = dict(list(clips.items())[rank::world_size])
-    wanted = {clip: row for clip, row in mine.items() if not clip.is_file()}
+    wanted = {clip: row for clip, row in mine.items() if not is_current(clip, adapter)}
     if not wanted:
         return
     features, data = Features.open(features_of(config, "video")), manifest_path(data_of(config, "video"))
@@ -77,7 +77,7 @@ def make_clips(config: TrainingConfig, adapter: Path, clips: Mapping[Path, int],
 def write_scores(config: TrainingConfig, adapter: Path) -> Path:
     """Measure the clips; the page of the scores, which is kept if it is there."""
     folder = scores_of(config, adapter)
-    if not (folder / REPORT).is_file():
+    if not is_current(folder / REPORT, adapter):
         analyzer = face_analyzer(config)
         evaluation = evaluate(
             analyzer, folder / "videos", people_of(config), threshold=MIN_SAME_PERSON,

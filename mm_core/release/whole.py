@@ -13,6 +13,7 @@ import torch
 
 from ..data.features import INDEX
 from ..data.precompute import is_made, precompute
+from ..files import is_current
 from ..training.adapter_task import train_stage
 from ..training.config import TrainingConfig
 from ..training.runs import is_finished
@@ -59,7 +60,7 @@ def train_whole(
     adapter, _ = exported(config)
     clips = clips_of(config, adapter)
     make_clips(config, adapter, clips, rank, world_size)
-    _wait(lambda: all(clip.is_file() for clip in clips))
+    _wait(lambda: all(is_current(clip, adapter) for clip in clips))
     if rank == 0:
         report = write_scores(config, adapter)
         write_card(config, adapter, report.with_name("results.json"))

@@ -7,8 +7,10 @@ import gc
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
+import time
 import weakref
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -31,6 +33,7 @@ from mm_core.errors import CheckpointError, SettingError
 from mm_core.hosts.cogvideox_diffusers import STATE
 from mm_core.models.block import FaceState
 from mm_core.release.commands import main
+from mm_core.release.publish import export, exported
 from mm_core.training import validation
 from mm_core.training.adapter_task import ADAPTER_FILE, AdapterTask, train_stage
 from mm_core.training.config import ABLATIONS, SamplingConfig, StageConfig, TrainingConfig
@@ -115,12 +118,17 @@ def test_only_the_adapter_learns(config: TrainingConfig) -> None:
 def test_exported_adapter(config: TrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint's adapter is the format others read, and says what it has been through."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    path = train_stage(replace(config, ablation="G", output="~/run"), "video")
+    config = replace(config, ablation="G", output="~/run")
+    path = train_stage(config, "video")
     assert path.is_relative_to(tmp_path / "run" / "video")
     adapter, header = load_adapter(path)
     assert (header.trained.stage, header.trained.steps) == ("video", 4)
     assert header.base_model == "base"
     assert adapter.state_dict().keys() == expected_tensors(header.config).keys()
+    half = export(config)
+    assert exported(config) == (half, True)
+    os.utime(path, (time.time() + 1,) * 2)  # as if the folder had been emptied, and trained anew by as many steps
+    assert exported(config) == (half, False)
 
 
 @pytest.mark.parametrize("kind", ["2b", "1.5"])
