@@ -25,6 +25,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, send_to_device
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch import compile as compiled
 from torch.nn.parallel import DistributedDataParallel
@@ -312,17 +313,17 @@ class _Run:
         try:
             self.accelerator.save_state(str(partial))
             self.accelerator.wait_for_everyone()  # every process writes a file of its own into it
-            weights = {}
             if self.accelerator.is_main_process:
                 with self._averaged():
                     weights = {name: p.detach().cpu().clone() for name, p in zip(self.names, self.parameters)}
-        except (OSError, RuntimeError) as error:
+                self.task.export(weights, partial, step)
+        except (OSError, RuntimeError, SafetensorError, MagicMirrorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)  # which may be what fills the disk
             raise MagicMirrorError(
                 f"The checkpoint of step {step} could not be written to {partial.parent}: {error}. Free some space and "
                 "run the same command again; it goes on from the checkpoint before."
             ) from error
         if self.accelerator.is_main_process:
-            self.task.export(weights, partial, step)
             partial.rename(final)
             for old in checkpoints(self.folder)[: -self.config.keep]:
                 shutil.rmtree(old)

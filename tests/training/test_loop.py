@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -202,6 +203,26 @@ def test_loss_that_is_not_a_number_stops_before_it_is_saved(tmp_path: Path) -> N
     with pytest.raises(MagicMirrorError, match="at step 6: it must be finite"):
         train(RegressionTask(broken_from=50), config(), tmp_path)
     assert latest_checkpoint(tmp_path).name == "step-00000004"
+
+
+def test_a_checkpoint_that_does_not_fit_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    """The checkpoint before stays, and the run goes on from it when there is room."""
+    task, batch, soft = RegressionTask(), RegressionTask.batch, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def with_a_small_disk(samples: range) -> dict[str, Tensor]:
+        if samples.start == 11 * 8:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, soft[1]))
+        return batch(task, samples)
+
+    task.batch = with_a_small_disk
+    settings = config(log_every=100, save_every=6, ema_decay=0.0)
+    try:
+        with pytest.raises(MagicMirrorError, match=r"step 12 could not be written .*Free some space"):
+            train(task, settings, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, soft)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
+    assert train(RegressionTask(), settings, tmp_path).name == "step-00000012"
 
 
 def test_a_gradient_that_is_not_a_number_stops_before_it_is_saved(tmp_path: Path) -> None:
