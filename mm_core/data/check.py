@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import av
-import numpy as np
 
 from ..errors import MagicMirrorError, PromptError, SampleError
 from ..video_reader import open_video
@@ -16,6 +15,7 @@ from .framing import check_size
 from .manifest import VIDEOS, Sample, Source, check_length, manifest_path, parse_manifest, read_media, read_picture
 
 SHOWN = 5
+SAME_RATE = 0.02  # 24 frames a second are often 23.976
 
 
 @dataclass(kw_only=True)
@@ -30,6 +30,8 @@ class Report:
     """Reasons by kind, one for each sample, line or reference that cannot be used."""
     scaled: list[str] = field(default_factory=list)
     """Media of another size than the one that is trained: cropped around the head, or padded."""
+    other_rate: list[str] = field(default_factory=list)
+    """Videos at another rate than the base model's."""
 
     def add(self, kind: str, reason: str) -> None:
         self.problems.setdefault(kind, []).append(reason)
@@ -38,6 +40,8 @@ class Report:
         lines = [f"{len(self.usable)} of {self.samples} samples can be used"]
         if self.scaled:
             lines.append(f"{len(self.scaled)} are of another size: they are cropped around the head, or padded")
+        if self.other_rate:
+            lines.append(f"{len(self.other_rate)} are slower or faster than they will be played: {self.other_rate[0]}")
         for kind, reasons in sorted(self.problems.items()):
             lines += [f"{kind}: {len(reasons)}", *(f"  {reason}" for reason in reasons[:SHOWN])]
             if len(reasons) > SHOWN:
@@ -52,6 +56,7 @@ class Report:
             "samples": self.samples,
             "problems": {kind: shown(reasons) for kind, reasons in sorted(self.problems.items())},
             "scaled": shown(self.scaled),
+            "other_rate": shown(self.other_rate),
             "usable": self.usable,
         }
 
@@ -62,6 +67,7 @@ def check_dataset(
     width: int,
     height: int,
     frames: int,
+    fps: int,
     check_caption: Callable[[str], object],
     on_progress: Callable[[int, int], None] = lambda done, samples: None,
 ) -> Report:
@@ -70,6 +76,7 @@ def check_dataset(
     Pictures and rendered clips are decoded, of videos the header and the first frame.
 
     data: a folder, or a manifest in it. width, height, frames: of what is trained; larger and longer media are fine.
+    fps: the base model's, at which a clip's frames are played, whatever rate they are stored at.
     check_caption: raises PromptError for a caption that names no person.
 
     Raises SettingError if there is no manifest.
@@ -88,9 +95,11 @@ def check_dataset(
         where = f"{path.name}, line {number} ({sample.id})"
         try:
             _check_caption(sample.caption, check_caption)
-            larger = _check_media(path.parent, sample.media, (width, height, frames))
+            larger, rate = _check_media(path.parent, sample.media, (width, height, frames))
             if larger:
                 report.scaled.append(f"{where}: {larger}")
+            if rate is not None and abs(rate / fps - 1) > SAME_RATE:
+                report.other_rate.append(f"{where}: {rate:.3g} frames a second, not {fps}")
             media_problem = None
         except SampleError as error:
             report.add(error.kind, f"{where}: {error}")
@@ -117,32 +126,30 @@ def _check_caption(caption: str, check_caption: Callable[[str], object]) -> None
         raise SampleError("caption", f"{caption!r}: {error}") from error
 
 
-def _check_media(folder: Path, path: str, wanted: tuple[int, int, int]) -> str | None:
-    """What is larger than wanted, if it is. Raises SampleError."""
+def _check_media(folder: Path, path: str, wanted: tuple[int, int, int]) -> tuple[str | None, float | None]:
+    """What is larger than wanted, if it is, and frames a second of a clip, if it tells. Raises SampleError."""
     wanted_width, wanted_height, frames = wanted
-    source = Source.parse(path)
+    source, rate = Source.parse(path), None
     first = read_media(folder, path, 1)
     height, width = first.shape[1:3]
     check_size(width, height, wanted_width, wanted_height, path)
     length = len(first)
-    if frames > 1 and source.frame is None:
-        length = _length(folder, source, path)
+    if frames > 1 and source.frame is None and source.suffix in VIDEOS:
+        length, rate = _length_and_rate(folder / source.file, path)
     if length is not None:
         check_length(length, frames, path)
-    return f"{path} is {width} x {height} px" if (width, height) != (wanted_width, wanted_height) else None
+    larger = (width, height) != (wanted_width, wanted_height)
+    return f"{path} is {width} x {height} px" if larger else None, rate
 
 
-def _length(folder: Path, source: Source, path: str) -> int | None:
-    """Frames of a medium; None if a video's header does not tell."""
-    if source.suffix not in VIDEOS:
-        return len(read_media(folder, path))
+def _length_and_rate(file: Path, path: str) -> tuple[int | None, float | None]:
+    """Frames of a video, and frames a second; None where its header does not tell."""
     try:
-        with open_video(folder / source.file) as container:
+        with open_video(file) as container:
             stream = container.streams.video[0]
-            if stream.frames:
-                return stream.frames
+            rate = stream.average_rate and float(stream.average_rate)
             seconds = container.duration and container.duration / av.time_base
-            return int(np.floor(seconds * stream.average_rate)) if seconds and stream.average_rate else None
+            return stream.frames or (int(seconds * rate) if seconds and rate else None), rate
     except (av.FFmpegError, OSError) as error:
         raise SampleError("corrupt file", f"cannot read {path}: {error}. Make or copy the file again") from error
 

@@ -40,6 +40,7 @@ def check(
         width=settings.width,
         height=settings.height,
         frames=settings.frames,
+        fps=settings.base.limits.fps,
         check_caption=settings.tokens,
         on_progress=on_progress,
     )

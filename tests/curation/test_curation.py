@@ -62,7 +62,7 @@ def test_every_rule_takes_what_was_planted_for_it(pictures: tuple[Path, dict[str
     samples = read_manifest(folder)
     assert [sample.id for sample in samples] == sorted(sample.id for sample in samples)
     assert {(sample.source, sample.licence) for sample in samples} == {("the one collection", "MIT")}
-    report = check_dataset(folder, width=720, height=480, frames=1, check_caption=mark_identity)
+    report = check_dataset(folder, width=720, height=480, frames=1, fps=8, check_caption=mark_identity)
     assert len(report.usable) == len(samples) == 2 and not report.problems
 
 
@@ -165,9 +165,7 @@ def test_portraits_are_bordered_and_need_no_caption(
     assert read_picture(tmp_path / "set", sample.media).shape[1] == 2 * height
 
 
-def test_mistakes_are_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "1.jpg").write_bytes(b"")
     out = ["--out", str(tmp_path.parent / "set")]
     for command, said in (

@@ -222,9 +222,7 @@ def test_the_rules_of_clips(change: dict, rule: str | None) -> None:
 def test_captions_are_marked_for_the_trainer() -> None:
     assert marked("An old man reads.") == "An old man img reads."
     assert marked("A wizard img reads.") == "A wizard img reads."
-    assert portrait_caption("a Woman, smiling") == (
-        "A squared ID photo of a woman img, with pure black on two sides."
-    )
+    assert portrait_caption("a Woman, smiling") == ("A squared ID photo of a woman img, with pure black on two sides.")
     assert mark_identity(portrait_caption(None)).noun == "person"
 
 
@@ -352,7 +350,7 @@ def test_sets_are_joined_where_they_lie(tmp_path: Path, capsys: pytest.CaptureFi
     for _ in range(2):
         assert main(["join", str(tmp_path)]) == 0
     assert capsys.readouterr().out.endswith("pairs: 1 samples\npictures: 1 samples\n")
-    report = check_dataset(tmp_path, width=64, height=48, frames=1, check_caption=mark_identity)
+    report = check_dataset(tmp_path, width=64, height=48, frames=1, fps=8, check_caption=mark_identity)
     assert report.usable == ["pairs/7", "pictures/7"] and not report.problems
     assert {(sample.person, sample.licence) for sample in read_manifest(tmp_path)} == {("7", "MIT")}
     write_lines(tmp_path / MANIFEST, [line])

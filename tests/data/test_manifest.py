@@ -49,7 +49,7 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check(folder: Path, frames: int = 1) -> Report:
-    return check_dataset(folder, width=64, height=64, frames=frames, check_caption=mark_identity)
+    return check_dataset(folder, width=64, height=64, frames=frames, fps=8, check_caption=mark_identity)
 
 
 def test_a_manifest_reads_back(tmp_path: Path) -> None:
@@ -167,15 +167,18 @@ def test_everything_wrong_is_counted(tmp_path: Path) -> None:
     assert json.loads(json.dumps(report.to_json()))["usable"] == report.usable
 
 
-def test_clips_that_are_too_short(tmp_path: Path) -> None:
+def test_clips_that_are_too_short_or_too_fast(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     for frames in (5, 9):
         write_video(tmp_path / f"{frames}.mp4", gradient(frames, 64, 64), 8)
         write_video(tmp_path / f"{frames}.webm", gradient(frames, 64, 64), 8, format="webm")
-    media = ["5.mp4", "9.mp4", "5.webm", "9.webm", "9.mp4@0", "a.png"]
+    write_video(tmp_path / "fast.mp4", gradient(9, 64, 64), 25)
+    media = ["5.mp4", "9.mp4", "5.webm", "9.webm", "fast.mp4", "9.mp4@0", "a.png"]
     report = check(write(tmp_path, *[LINE | {"id": name, "media": name} for name in media]), frames=9)
-    assert report.usable == ["9.mp4", "9.webm"]
+    assert report.usable == ["9.mp4", "9.webm", "fast.mp4"]
     assert len(report.problems["too few frames"]) == 4
+    assert [said.endswith("(fast.mp4): 25 frames a second, not 8") for said in report.other_rate] == [True]
+    assert report.other_rate[0] in str(report)
 
 
 def test_rendered_people_as_a_data_set(people: Path, capsys: pytest.CaptureFixture[str]) -> None:
