@@ -305,11 +305,12 @@ class _Pictures(Image.Image):
         return self._index
 
 
-class _Watched(io.FileIO):
-    """A file that lets whoever watches the clip cancel while it is written."""
+class _Watched(io.BufferedWriter):
+    """A file that lets whoever watches the clip cancel while it is written. It writes all that it is given or raises:
+    on a disk that fills up an unbuffered one writes a part, which Pillow does not look at."""
 
     def __init__(self, path: Path, clip: _Clip) -> None:
-        super().__init__(path, "wb")
+        super().__init__(io.FileIO(path, "wb"))
         self._clip = clip
 
     def write(self, data: bytes) -> int:

@@ -193,7 +193,7 @@ def test_errors_of_other_files_are_not_taken_for_the_targets(tmp_path: Path) -> 
 
 
 @POSIX
-@pytest.mark.parametrize("writer", ["clip", "identity", "latent", "json"])
+@pytest.mark.parametrize("writer", ["clip", "webp", "identity", "latent"])
 def test_a_file_that_may_not_grow(tmp_path: Path, writer: str) -> None:
     """A real limit of the system in the middle of each writer: a message with the path, and nothing half-written."""
     process = start(

@@ -32,6 +32,14 @@ def picture() -> Writer:
     return lambda folder: write_video(Numbered(folder, "picture", ".gif"), frames, 8, format="gif")
 
 
+def webp() -> Writer:
+    """In one piece, which a full disk cuts."""
+    from mm_core.video import write_video
+
+    frames = _frames()
+    return lambda folder: write_video(Numbered(folder, "webp", ".webp"), frames, 8, format="webp")
+
+
 def identity() -> Writer:
     from mm_core.faces.analysis import Face
     from mm_core.faces.references import PhotoReport, Reference
