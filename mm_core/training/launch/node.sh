@@ -4,6 +4,8 @@
 # A process that dies takes the others with it; all of them then start again, up to ten times, and go on. Not by torchrun's
 # own restarts: of those, processes were seen that never met again.
 set -uo pipefail
+# torchrun kills its processes 30 seconds after SIGTERM: before they have finished a step and written a checkpoint.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-540}"
 config=$1; shift
 stopped=
 stop() { stopped=1; kill -TERM "$child"; }
