@@ -1,7 +1,7 @@
 """`python -m lab.corpus`: a made corpus with known faults, curated, and each rule's precision and recall.
 
-    pictures     photos of rendered people, 23 of each
-    photographs  photos put together from photographs in the public domain, 20 for each person there would be
+    pictures     photos of rendered people, 24 of each
+    photographs  photos put together from photographs in the public domain, 24 for each person there would be
     video        footage of every tenth of the rendered people, 24 clips
 
 A command that was interrupted goes on when it is given again.

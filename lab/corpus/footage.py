@@ -15,8 +15,9 @@ from ..people.captions import caption
 from ..people.person import Person
 from ..people.render import paint_background, render_frame
 from ..people.scene import sample_clip
+from .letters import Letters, lettered
 from .photographs import Album, resized
-from .pictures import KEPT, OR, blurred, far, lettered, wall
+from .pictures import KEPT, OR, blurred, far, wall
 
 FRAMES, FPS = 17, 8.0
 """Of a clip, as the corpus is curated: two seconds."""
@@ -51,8 +52,8 @@ def _hidden(frames: np.ndarray, first: int, last: int) -> np.ndarray:
 
 def _subtitled(frames: np.ndarray) -> np.ndarray:
     """In the second half."""
-    at = len(frames) // 2
-    return np.concatenate([frames[:at], _each(lettered, frames[at:], "Where have you been?", 16, (0.5, 0.9))])
+    at, letters = len(frames) // 2, Letters(text="Where have you been?", size=1 / 16, at=(0.5, 0.9))
+    return np.concatenate([frames[:at], _each(lettered, frames[at:], letters)])
 
 
 def _dissolved(one: np.ndarray, other: np.ndarray) -> np.ndarray:

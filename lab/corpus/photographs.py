@@ -34,17 +34,19 @@ class Album:
         return resized(picture[top : top + side, left : left + side], size, size)
 
     def photo(
-        self, number: int, size: int, share: tuple[float, float] = (0.6, 0.95), blur: float = 0.0
+        self, number: int, size: int, share: tuple[float, float] = (0.6, 0.95), blur: float = 0.0,
+        scene: np.ndarray | None = None,
     ) -> tuple[np.ndarray, str]:
         """(size, size, 3) uint8 of a person before a scene, and its caption. Each number has other ones, or has them at
         another place; every other round of persons is mirrored.
 
-        share: of the height that the portrait takes. blur: radius, of the portrait's height.
+        share: of the height that the portrait takes. blur: radius, of the portrait's height. scene: (size, size, 3)
+        uint8, instead of a photograph.
         """
         generator = stream("corpus photo", number, size)
         turn, person = divmod(number, len(self.portraits))
         portrait, word = self.portraits[person]
-        picture = self.scene(turn // 2 + 3 * person, size).copy()
+        picture = (self.scene(turn // 2 + 3 * person, size) if scene is None else scene).copy()
         height = int(size * generator.uniform(*share))
         width = min(size, round(height * portrait.shape[1] / portrait.shape[0]))
         top, left = (int(generator.integers(0, size - side + 1)) for side in (height, width))

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
+from PIL import Image, ImageEnhance, ImageFilter
 
 from ..people.captions import caption
 from ..people.person import Person
 from ..people.render import paint_background, render_frame
 from ..people.scene import ClipDescription, sample_clip
 from ..people.streams import stream
+from .letters import WRITINGS, lettered, written
+from .patterns import PATTERNS, pattern
 from .photographs import Album, resized
 
 SIZE = 768
@@ -25,12 +27,6 @@ _SAMPLES = 2
 _HOUSES = ("A house by the sea.", "A bowl of fruit on a table.", "Mountains at dawn.", "The sea, and no ship.")
 _TEXTS = ("{}, with the text SALE.", "{}, and a text on the wall.", "{}. Text: closed on Sundays.")
 KEPT, OR = "kept", " or "
-LETTERS = [
-    ("stamp", "stock.example", 30, (0.84, 0.97), 0.8),
-    ("subtitle", "I never said that.", 20, (0.5, 0.93)),
-    ("watermark", "SAMPLE", 5, (0.5, 0.6), 0.35),
-]
-"""What is written on pictures."""
 Put = Callable[[str, str, np.ndarray | bytes, str | None], None]
 """Writes an item: what it is, the rule that should drop it or KEPT, the picture, the caption."""
 
@@ -68,18 +64,6 @@ def blurred(picture: np.ndarray, radius: float) -> np.ndarray:
     return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(radius)))
 
 
-def lettered(picture: np.ndarray, text: str, size: float, at: tuple[float, float], strength: float = 1) -> np.ndarray:
-    """A picture with a line of white, black-rimmed letters. size: in lines of the picture. at: the middle of the text,
-    in parts of width and height. strength: 0..1, how opaque it is."""
-    height, width = picture.shape[:2]
-    over = Image.new("RGBA", (width, height))
-    font, alpha = ImageFont.load_default(height / size), round(255 * strength)
-    place = (at[0] * width, at[1] * height)
-    style = dict(font=font, anchor="mm", fill=(255, 255, 255, alpha), stroke_fill=(0, 0, 0, alpha))
-    ImageDraw.Draw(over).text(place, text, stroke_width=round(height / size / 16), **style)
-    return np.asarray(Image.alpha_composite(Image.fromarray(picture).convert("RGBA"), over).convert("RGB"))
-
-
 def jpeg(picture: np.ndarray | Image.Image, quality: int = 92) -> bytes:
     file = io.BytesIO()
     (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(file, "JPEG", quality=quality)
@@ -113,8 +97,8 @@ def _put_common(
     put("tiny", "lines", resized(second, *[int(generator.integers(300, 720))] * 2), text)
     put("two", "faces", np.concatenate([second, other], axis=1), text)
     put("lying", lying, np.asarray(Image.fromarray(second).rotate(generator.choice([-62, 62]))), text)
-    for what, *letters in LETTERS:
-        put(what, "text", lettered(second, *letters), text)
+    for what in WRITINGS:
+        put(what, "text", lettered(second, written(what, seed)), text)
     put("text", "caption", second, _TEXTS[seed % len(_TEXTS)].format(text[:-1]))
     put("house", "caption", second, _HOUSES[seed % len(_HOUSES)])
     put("silent", "caption", second, None)
@@ -149,6 +133,8 @@ def plant_pictures(folder: Path, seed: int, album: Album | None) -> dict[str, st
     put("far", "face size", far(second, wall(seed, 1, 1200), int(generator.integers(80, 130))), text)
     # Between these the threshold, 60, is within the error of the estimate. A profile may be found as no face at all.
     put("turned", KEPT, *photo(person, 2, _either_side(generator, 30, 40)))
+    what = PATTERNS[seed % len(PATTERNS)]
+    put(what, KEPT, far(photo(person, 5)[0], pattern(what, seed, SIZE), SIZE * 3 // 4), text)
     put("profile", "yaw" + OR + "face", *photo(person, 3, _either_side(generator, 75, 90)))
     return truth
 
@@ -161,11 +147,13 @@ def plant_photographs(folder: Path, seed: int, album: Album | None) -> dict[str,
     """`plant_pictures`, put together from photographs, for each seed other ones."""
     assert album is not None
     truth: dict[str, str] = {}
-    put, numbers = _writer(folder, seed, truth), iter(range(4 * seed, 4 * seed + 4))
+    put, numbers = _writer(folder, seed, truth), iter(range(8 * seed, 8 * seed + 8))
     first, (second, text), (other, _) = (album.photo(next(numbers), SIZE) for _ in range(3))
     # The detector's scores of heads that lie are .59 to .76, on both sides of the least that is a face.
     _put_common(put, seed, first, second, other, album.scene(seed, SIZE), "roll" + OR + "face")
     put("blurred", "sharpness", album.photo(next(numbers), SIZE, blur=1 / 110)[0], text)
-    put("far", "face size", album.photo(seed, 1200, share=(0.14, 0.2))[0], text)
+    put("far", "face size", album.photo(seed, 1200, share=(0.14, 0.18))[0], text)
+    for what in PATTERNS:
+        put(what, KEPT, *album.photo(next(numbers), SIZE, scene=pattern(what, seed, SIZE)))
     return truth
 

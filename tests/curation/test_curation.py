@@ -63,14 +63,14 @@ def test_every_rule_takes_what_was_planted_for_it(pictures: tuple[Path, dict[str
     assert [sample.id for sample in samples] == sorted(sample.id for sample in samples)
     assert {(sample.source, sample.licence) for sample in samples} == {("the one collection", "MIT")}
     report = check_dataset(folder, width=720, height=480, frames=1, fps=8, check_caption=mark_identity)
-    assert len(report.usable) == len(samples) == 2 and not report.problems
+    assert len(report.usable) == len(samples) == 3 and not report.problems
 
 
 def test_the_page_shows_counts_histograms_and_examples(pictures: tuple[Path, dict[str, str]]) -> None:
     page = (pictures[0] / PAGE).read_text()
-    assert "2 of 23 pictures kept" in page and "--set keep.min_face_size=112" in page
+    assert "3 of 24 pictures kept" in page and "--set keep.min_face_size=112" in page
     kept, dropped = page.partition("Kept, nearest to <code>min_face_size")[2].split("<h3>")[:2]
-    assert all(name in kept for name in ("good.jpg", "turned.jpg")) and kept.count("data:image/jpeg") == 2
+    assert all(name in kept for name in ("good.jpg", "turned.jpg", "grid.jpg")) and kept.count("data:image/jpeg") == 3
     assert "far.jpg" in dropped and dropped.count("data:image/jpeg") == 1
     assert re.search("<p>00000-corrupt.jpg: Cannot read", page) and "http" not in page
 
@@ -84,7 +84,7 @@ def test_other_thresholds_measure_nothing_again(
     config = config_of("pictures", insightface_root)
     raw = inputs(folder.parent / "pictures" / "raw")
     monkeypatch.setattr(Workers, "start", lambda self: pytest.fail("there is nothing to do"))
-    assert curate("pictures", raw, folder, replace(config, keep=replace(config.keep, max_yaw=20.0))).kept == 1
+    assert curate("pictures", raw, folder, replace(config, keep=replace(config.keep, max_yaw=20.0))).kept == 2
     assert {line["rule"] for line in read_lines(folder / DROPPED) if "turned" in line["name"]} == {"yaw"}
     curate("pictures", raw, folder, config)
     assert (folder / MANIFEST).read_bytes() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from lab.corpus.pictures import lettered
+from lab.corpus.letters import Letters, lettered
+from lab.corpus.photographs import album
 from mm_core.curation.clips import clip_frames, measure_video
 from mm_core.curation.config import Keeping, Measuring
 from mm_core.curation.items import Item
@@ -123,11 +125,17 @@ def test_footage_with_too_few_frames_says_so(tmp_path: Path, insightface_root: P
         clip_frames(path, [3, 20])
 
 
-def test_text_is_read_in_pictures_of_any_shape_and_nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_is_read_in_pictures_of_any_shape_and_nothing_is_fetched(
+    photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it asked for a connection"))
     reader = TextReader()
     for shape in ((1, 1), (3, 5000), (9000, 40), (300, 300)):
         assert reader.share(np.full((*shape, 3), 90, np.uint8)) == 0
     grey = np.full((900, 1200, 3), 90, np.uint8)
-    assert 3 < reader.share(lettered(grey, "SALE", 5, (0.5, 0.5))) < 20
-    assert reader.share(lettered(grey, "00", 5, (0.5, 0.5))) == 0  # what glasses are read as
+    sale = Letters(text="SALE", size=1 / 5, at=(0.5, 0.5))
+    assert 3 < reader.share(lettered(grey, sale)) < 20
+    assert reader.share(lettered(grey, replace(sale, text="00"))) == 0  # what glasses are read as
+    sample = replace(sale, text="SAMPLE", at=(0.5, 0.6), strength=0.35)
+    over_gravel, _ = album(photographs).photo(817, 768)  # read in a part of it alone
+    assert 3 < reader.share(lettered(over_gravel, sample)) and reader.share(over_gravel) == 0
