@@ -1,8 +1,8 @@
 """`python -m lab.corpus.growth`: memory and time that ever more pictures take, each count in its own processes.
 
 The pictures are photographs of people before drawn walls, 288 px wide, in tar files; all of the code runs that
-`pictures` runs, but the detector sees 160 px instead of 640, and text is read at 96 lines instead of 704 and 448. At last it is
-decided alone, on copies of what was measured under other names and with other hashes.
+`pictures` runs, but the detector sees 160 px instead of 640, and text is read at 96 lines instead of 704 and 448. At
+last it is decided alone, on copies of what was measured under other names and with other hashes.
 """
 
 from __future__ import annotations

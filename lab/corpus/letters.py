@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +10,18 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..people.streams import stream
 
-WRITINGS = ("stamp", "subtitle", "watermark")
-# Beside Pillow's own, what matplotlib brings. None has Chinese; Greek is what PP-OCR reads and most of these have.
+# Beside Pillow's own, what matplotlib brings. None has Chinese; Greek is what PP-OCR reads and some of these have.
 _FONTS = (None, "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono-Bold", "STIXGeneral", "cmss10")
 _GREEK = _FONTS[1:6]
-_STAMPS = ("stock.example", "© 2019 J. Moreau", "2024-06-17 08:45", "PHOTO 00481", "www.pictures.example", "@lena.rides")
-_SAID = ("I never said that.", "Wait for me at seven!", "Où est le château ?", "Das hätte ich nie gedacht.", "It was 1984.")
-_SAID += ("- And now? - Nothing.", "[door slams]", "Πού είναι το σπίτι;")
-_MARKS = ("SAMPLE", "PREVIEW", "stock.example", "COPYRIGHT", "DRAFT 2024", "Studio Nord", "ΔΕΙΓΜΑ", "123456")
+_SAID = {
+    "stamp": ("stock.example", "© J. Moreau", "2024-06-17 08:45", "PHOTO 00481", "www.photos.example", "@lena.rides"),
+    "subtitle": (
+        *("I never said that.", "Wait for me at seven!", "Où est le château ?", "Das hätte ich nie gedacht."),
+        *("It was 1984.", "- And now? - Nothing.", "[door slams]", "Πού είναι το σπίτι;"),
+    ),
+    "watermark": ("SAMPLE", "PREVIEW", "stock.example", "COPYRIGHT", "DRAFT 2024", "Studio Nord", "ΔΕΙΓΜΑ", "123456"),
+}
+WRITINGS = tuple(_SAID)
 _WHITE, _YELLOW, _BLACK, _RED = (255, 255, 255), (255, 225, 60), (0, 0, 0), (200, 0, 0)
 
 
@@ -41,7 +44,7 @@ class Letters:
 def written(what: str, seed: int) -> Letters:
     """What one of `WRITINGS` says on the picture of a person; it covers 0.5 percent of a picture at least."""
     generator = stream(f"corpus {what}", seed)
-    text = str(generator.choice({"stamp": _STAMPS, "subtitle": _SAID, "watermark": _MARKS}[what]))
+    text = str(generator.choice(_SAID[what]))
     look = dict(text=text, font=generator.choice(_FONTS if text.isascii() else _GREEK))
     if what == "subtitle":
         size, fill = 1 / generator.uniform(16, 22), (_WHITE, _YELLOW)[generator.integers(2)]
@@ -72,7 +75,6 @@ def lettered(picture: np.ndarray, letters: Letters) -> np.ndarray:
     return np.asarray(Image.alpha_composite(Image.fromarray(picture).convert("RGBA"), layer).convert("RGB"))
 
 
-@cache
 def _font(name: str | None, size: float) -> ImageFont.FreeTypeFont:
     from matplotlib import get_data_path
 

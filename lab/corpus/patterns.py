@@ -7,7 +7,6 @@ import numpy as np
 
 from ..people.streams import stream
 
-
 PATTERNS = ("grid", "stripes", "bricks", "beads")
 
 

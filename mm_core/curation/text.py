@@ -10,7 +10,7 @@ photographs, see-through letters run into the picture, but seldom into the whole
 _PARTS = ((0, 2 / 3), (1 / 3, 1))  # of the width
 _LITTLE = 1.0  # percent: a name on a coat, say, beside what was not read
 _CERTAIN = 0.8  # of the recogniser: what the detector takes for text in faces and furniture is read at 0.7 at most
-_LETTERS = 3  # of a word at least: eyes and corners are read as one, glasses as 00
+_LETTERS = 3  # different ones of a word at least: eyes and corners are read as one, glasses as 00, rings as 0000
 _STRIP = 32  # times as long as wide: there RapidOCR fails, and no face is seen
 
 
@@ -46,7 +46,7 @@ class TextReader:
         found = self._read(np.ascontiguousarray(image[..., ::-1]))
         covered = np.zeros(image.shape[:2], np.uint8)
         for text, box in zip(found.txts or (), () if found.boxes is None else found.boxes):
-            if sum(map(str.isalnum, text)) >= _LETTERS:
+            if len(set(filter(str.isalnum, text.casefold()))) >= _LETTERS:
                 cv2.fillPoly(covered, [np.asarray(box, np.int32)], 1)
         return covered
 
