@@ -115,7 +115,7 @@ def _free_port() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.campaign.cluster", description=__doc__)
     parser.add_argument("--kills", type=int, default=4)
-    parser.add_argument("--people", type=int, default=30, help="of the made corpus: 23 photos of each")
+    parser.add_argument("--people", type=int, default=30, help="of the made corpus: 24 photos of each")
     parser.add_argument("--insightface-root", type=Path, required=True)
     parser.add_argument("--folder", type=Path, help="for temporary files")
     return parser.parse_args()
