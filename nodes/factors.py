@@ -41,7 +41,7 @@ class MagicMirrorScaleFactors(io.ComfyNode):
         from ..mm_core.evaluation.factors import draw_factors, scale_factors
 
         try:
-            factors = scale_factors(model.mirror, identity.identity, steps)
+            factors = scale_factors(model.mirror, identity.identity, steps, model.loras)
         finally:
             runtime.release_memory()
         plot = image_from_photos(draw_factors(factors)[0][None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ..hosts.cogvideox_diffusers import HOST
 from ..memory import on_device
 from ..pipelines.conditioning import precompute_factors
 from ..pipelines.identity import Identity
+from ..pipelines.lora import Lora
 from ..pipelines.magic_mirror import MagicMirror
 
 MODALITIES = ("video", "text", "face")
@@ -60,16 +62,18 @@ class ScaleFactors:
 
 
 @torch.no_grad()
-def scale_factors(mirror: MagicMirror, identity: Identity, steps: int) -> ScaleFactors:
-    """Of an adapter on its base, for a person and a schedule of so many steps, 1 to MAX_STEPS.
+def scale_factors(mirror: MagicMirror, identity: Identity, steps: int, loras: Sequence[Lora] = ()) -> ScaleFactors:
+    """Of an adapter on its base, with these LoRAs, for a person and a schedule of so many steps, 1 to MAX_STEPS.
 
-    Raises SettingError for other numbers, and without an adapter.
+    Raises SettingError for other numbers, and without an adapter; CheckpointError for an identity of another encoder.
     """
     if not 1 <= steps <= MAX_STEPS:
         raise SettingError(f"steps is {steps}; it must be from 1 to {MAX_STEPS}")
     if mirror.header is None:
         raise SettingError("The model has no adapter, and so no factors of its own: give one")
+    mirror.checks.of_identity(identity)
     loaded, attached = mirror.loaded, mirror.loaded.attached
+    loaded.set_loras(loras)
     transformer, adapter, device = attached.transformer, attached.adapter, loaded.device
     scheduler = mirror.base.load_scheduler()
     scheduler.set_timesteps(steps)

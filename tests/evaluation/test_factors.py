@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lora_files import write_loras
 from PIL import Image
 
+from mm_core.errors import CheckpointError
 from mm_core.evaluation.__main__ import main
 from mm_core.evaluation.factors import MODALITIES, ScaleFactors, scale_factors
 from mm_core.evaluation.systems import Weights, mirror_of
 from mm_core.faces.analysis import FaceAnalyzer
 from mm_core.faces.references import analyse_references, read_image
 from mm_core.hosts.cogvideox_diffusers import HOST
+from mm_core.models.id_encoder import FaceFeatures
+from mm_core.pipelines import tiny
+from mm_core.pipelines.identity import Identity
+from mm_core.pipelines.lora import Lora
 
 PHOTO = Path(__file__).parents[2] / "mm_core" / "examples" / "woman_1.jpg"
 STEPS = 3
@@ -39,6 +46,22 @@ def test_the_scales_are_what_the_blocks_apply(analyzer: FaceAnalyzer) -> None:
     for number, expected in ((1, text), (2, own.face[0])):
         assert labels["modality"][1, 1, number] == number
         assert vectors[1, 1, number] == pytest.approx(expected[[1, 4]].numpy(), abs=1e-5)
+
+
+def test_loras_act_and_identities_of_another_encoder_do_not(tmp_path: Path) -> None:
+    """What the clip before had of LoRAs is gone."""
+    mirror = mirror_of(Weights(model="tiny"), torch.device("cpu"))
+    structure = torch.ones(1, 4, tiny.ADAPTER.clip_hidden_size)
+    tokens = torch.ones(1, tiny.ADAPTER.num_id_tokens, tiny.ADAPTER.id_token_dim)
+    person = Identity(features=FaceFeatures(tokens, structure), references=())
+    lora = Lora.open(write_loras(tmp_path / "loras", tiny.TRANSFORMER)["kohya"], 1.0, mirror.base)
+    changed = scale_factors(mirror, person, STEPS, [lora]).vectors
+    plain = scale_factors(mirror, person, STEPS).vectors
+    assert not np.allclose(changed, plain, atol=1e-3)
+    fresh = mirror_of(Weights(model="tiny"), torch.device("cpu"))
+    assert np.array_equal(scale_factors(fresh, person, STEPS).vectors, plain)
+    with pytest.raises(CheckpointError, match="extracted by another encoder"):
+        scale_factors(fresh, replace(person, features=FaceFeatures(tokens[..., :5], structure)), STEPS)
 
 
 def test_groups_explain_variance_and_lie_apart() -> None:
