@@ -91,7 +91,7 @@ def test_only_pictures_of_the_list_are_opened(tmp_path: Path) -> None:
     """An EPS that is called .png would start Ghostscript."""
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.eps")
     (tmp_path / "photo.eps").rename(tmp_path / "photo.png")
-    with pytest.raises(MagicMirrorError, match=r"Cannot read the photo .*cannot identify"):
+    with pytest.raises(MagicMirrorError, match=r"Cannot read the photo .*: it is no picture of a kind that is read"):
         read_image(tmp_path / "photo.png")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import FaceChoiceError, MagicMirrorError, NoFaceError, SettingError, reason
 from ..limits import PICTURE_BYTES, PIXELS, REFERENCES
@@ -177,7 +177,9 @@ def decode_image(file: BinaryIO, name: str) -> np.ndarray:
 
 
 def _unreadable(name: str, error: Exception) -> MagicMirrorError:
-    return MagicMirrorError(f"Cannot read the photo {name}: {reason(error)}. Use a JPEG, PNG or WebP file")
+    # Pillow's own text, as for a phone's HEIC, names an object of Python.
+    why = "it is no picture of a kind that is read here" if isinstance(error, UnidentifiedImageError) else reason(error)
+    return MagicMirrorError(f"Cannot read the photo {name}: {why}. Use a JPEG, PNG or WebP file")
 
 
 def check_pixels(name: str, height: int, width: int) -> None:
