@@ -26,6 +26,7 @@ RATE = 12
 _LENGTH = 25  # frames of footage that hold a clip; faces are looked for in each sixth
 _RENDERED, SIZE, _SAMPLES = 160, 320, 2
 _TURN = 15.0  # degrees to either side
+_BESIDE, _BEHIND = 120.0, 150.0  # degrees: from either, hardly a face is seen; nobody turns to the latter in a second
 
 
 def shot(person: Person, number: int, yaws: Sequence[float] | None = None) -> tuple[np.ndarray, str]:
@@ -42,11 +43,13 @@ def shot(person: Person, number: int, yaws: Sequence[float] | None = None) -> tu
     return np.stack(frames), caption(clip).replace(" img", "")
 
 
-def _hidden(frames: np.ndarray, first: int, last: int) -> np.ndarray:
-    """A plain wall slides over the person between two frames, slowly enough to be no cut."""
+def _hidden(frames: np.ndarray, first: int, last: int, rises: bool = False) -> np.ndarray:
+    """A plain wall slides over the person between two frames, slowly enough to be no cut, from the side or from below."""
     left = frames.copy()
     for place, frame in enumerate(left):
-        frame[:, : round(SIZE * np.clip((place - first) / (last - first), 0, 1))] = frames[0].mean((0, 1))
+        covered = round(SIZE * np.clip((place - first) / (last - first), 0, 1))
+        part = frame[SIZE - covered :] if rises else frame[:, :covered]
+        part[:] = frames[0].mean((0, 1))
     return left
 
 
@@ -71,9 +74,9 @@ def _each(change: object, frames: np.ndarray, *arguments: object) -> np.ndarray:
     return np.stack([change(frame, *arguments) for frame in frames])
 
 
-def _there_and_back() -> np.ndarray:
-    """Yaw at each frame: past the shoulder and back, as looks at every half second see it: 0, 45, 150, 45, 0."""
-    return np.interp(np.linspace(0, 4, _LENGTH), range(5), [0, 45, 150, 45, 0])
+def _turning(farthest: float) -> np.ndarray:
+    """Yaw at each frame: to the side and back, as looks at every half second see it: 0, 45, the farthest, 45, 0."""
+    return np.interp(np.linspace(0, 4, _LENGTH), range(5), [0, 45, farthest, 45, 0])
 
 
 def plant_footage(folder: Path, seed: int, album: Album | None) -> dict[str, str]:
@@ -93,7 +96,7 @@ def plant_footage(folder: Path, seed: int, album: Album | None) -> dict[str, str
 
     person = Person.from_seed(seed)
     (good, text), (second, other_text) = shot(person, 0), shot(person, 1)
-    turning, turning_text = shot(person, 2, _there_and_back())
+    turning, turning_text = shot(person, 2, _turning(_BESIDE))
     put("good", [KEPT], good, text)
     put("second", [KEPT], second, other_text)
     put("same", ["duplicate"], (folder / f"{seed:05d}-good.mp4").read_bytes(), text)
@@ -110,8 +113,8 @@ def plant_footage(folder: Path, seed: int, album: Album | None) -> dict[str, str
     put("text", ["caption"], second[::-1], "A man beside a text.")
     if album is None:
         return truth
-    put("away", ["seen"], turning[[*range(13), *([11, 12] * 6)]], turning_text)
-    put("hidden", ["lost" + OR + "one person"], _hidden(second, 7, 16), text)
+    put("away", ["seen"], shot(person, 2, _turning(_BEHIND))[0][[*range(13), *([11, 12] * 6)]], turning_text)
+    put("hidden", ["lost" + OR + "one person"], _hidden(second, 7, 16, rises=True), text)
     put("tiny", ["lines"], _each(resized, second, 200, 200), text)
     put("far", ["face size"], _each(far, second, wall(seed, 4, SIZE), 120), text)
     put("blurred", ["sharpness"], _each(blurred, second, SIZE / 60), text)
