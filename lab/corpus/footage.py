@@ -26,7 +26,8 @@ RATE = 12
 _LENGTH = 25  # frames of footage that hold a clip; faces are looked for in each sixth
 _RENDERED, SIZE, _SAMPLES = 160, 320, 2
 _TURN = 15.0  # degrees to either side
-_BESIDE, _BEHIND = 120.0, 150.0  # degrees: from either, hardly a face is seen; nobody turns to the latter in a second
+_AWAY = 55.0  # degrees: beyond `keep.turned` by more than the error of a pose, by which 45 is not
+_BESIDE, _BEHIND = 120.0, 150.0  # degrees: hardly a face is seen; no head turns to the latter and back in two seconds
 
 
 def shot(person: Person, number: int, yaws: Sequence[float] | None = None) -> tuple[np.ndarray, str]:
@@ -44,7 +45,7 @@ def shot(person: Person, number: int, yaws: Sequence[float] | None = None) -> tu
 
 
 def _hidden(frames: np.ndarray, first: int, last: int, rises: bool = False) -> np.ndarray:
-    """A plain wall slides over the person between two frames, slowly enough to be no cut, from the side or from below."""
+    """A plain wall slides over the person between two frames, from the side or from below, too slowly for a cut."""
     left = frames.copy()
     for place, frame in enumerate(left):
         covered = round(SIZE * np.clip((place - first) / (last - first), 0, 1))
@@ -75,8 +76,8 @@ def _each(change: object, frames: np.ndarray, *arguments: object) -> np.ndarray:
 
 
 def _turning(farthest: float) -> np.ndarray:
-    """Yaw at each frame: to the side and back, as looks at every half second see it: 0, 45, the farthest, 45, 0."""
-    return np.interp(np.linspace(0, 4, _LENGTH), range(5), [0, 45, farthest, 45, 0])
+    """Yaw at each frame: to the side and back, as looks at every half second see it: away, the farthest, and back."""
+    return np.interp(np.linspace(0, 4, _LENGTH), range(5), [0, _AWAY, farthest, _AWAY, 0])
 
 
 def plant_footage(folder: Path, seed: int, album: Album | None) -> dict[str, str]:
