@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mm_core.errors import MagicMirrorError
+from mm_core.errors import exit_code
 from mm_core.release.commands import main as train
 
 from .people.manifest import write_manifest
@@ -29,11 +29,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--people", type=int, default=8, help="the last one is left out of training")
     parser.add_argument("--steps", type=int, default=4, help="of each stage")
     args = parser.parse_args(argv)
-    try:
-        render(args.folder / "people", args.people)
-    except MagicMirrorError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    render(args.folder / "people", args.people)
     return train(["train", "--config", str(CONFIG), "--set", *settings(args.folder, args.insightface_root, args.steps)])
 
 

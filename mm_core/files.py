@@ -152,10 +152,21 @@ def is_current(path: Path, source: Path) -> bool:
     return path.is_file() and path.stat().st_mtime_ns >= source.stat().st_mtime_ns
 
 
+def write_bytes(target: Path | Numbered, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    with atomic_write(target) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, content: object) -> None:
     """Write JSON, whole or not at all."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

@@ -137,10 +137,12 @@ def write_video(
     return target.path if isinstance(target, Numbered) else target
 
 
-def write_picture(target: Path | Numbered, frame: Tensor | np.ndarray, metadata: Mapping[str, str]) -> None:
-    """A frame, (H, W, 3) RGB as in `write_video`, as a picture with texts in it; whole or not at all."""
+def write_picture(
+    target: Path | Numbered, frame: Tensor | np.ndarray, metadata: Mapping[str, str] | None = None
+) -> None:
+    """A frame, (H, W, 3) RGB as in `write_video`, as a PNG picture with texts in it; whole or not at all."""
     text = PngInfo()
-    for key, value in metadata.items():
+    for key, value in (metadata or {}).items():
         text.add_text(key, value)
     with atomic_write(target) as temporary:
         Image.fromarray(_to_uint8(frame)).save(temporary, format="PNG", pnginfo=text)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..mm_core.choices import AS_MODEL, DRAFT, SCHEDULERS, STEP_CACHES
 from ..mm_core.errors import DecodeError, MagicMirrorError, SettingError
-from ..mm_core.files import atomic_write
+from ..mm_core.files import write_bytes
 from ..mm_core.pipelines.control import AdapterSettings
 from ..mm_core.pipelines.presets import PRESETS, ClipLimits
 from . import runtime
@@ -149,8 +149,7 @@ def rescued(error: Exception, latent: dict[str, Tensor], hidden: io.HiddenHolder
     """A failed decode, with the sampled latents in a file that core's Load Latent reads."""
     file = runtime.output_file("latents/magic_mirror", ".latent")
     tensors = {"latent_tensor": latent["samples"].contiguous(), "latent_format_version_0": torch.tensor([])}
-    with atomic_write(file) as temporary:
-        temporary.write_bytes(save(tensors, metadata=runtime.workflow_metadata(hidden)))
+    write_bytes(file, save(tensors, metadata=runtime.workflow_metadata(hidden)))
     told = str(error) if isinstance(error, MagicMirrorError) else f"{type(error).__name__}: {error}."
     return DecodeError(f"{told} The sampled clip is kept, as latents, in {file.path}.", latent["samples"])
 

@@ -10,7 +10,6 @@ A command that was interrupted goes on when it is given again.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from mm_core.curation.run import DROPPED, curate
 from mm_core.curation.tally import Tally
 from mm_core.data.manifest import MANIFEST
 from mm_core.errors import exit_code
-from mm_core.files import atomic_write
+from mm_core.files import write_json
 from mm_core.json_file import read_lines, read_object
 from mm_core.settings_file import load_settings
 
@@ -69,9 +68,7 @@ def plant(kind: str, folder: Path, people: Sequence[int], photographs: Path | No
     for seed in people:
         file = folder / TRUTH / f"{seed:05d}.json"
         if not file.is_file():
-            planted = PLANTS[kind](folder / "raw", seed, album(photographs) if photographs else None)
-            with atomic_write(file) as temporary:
-                temporary.write_text(json.dumps(planted, indent=1))
+            write_json(file, PLANTS[kind](folder / "raw", seed, album(photographs) if photographs else None))
         truth |= read_object(file)
     return truth
 

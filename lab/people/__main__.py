@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from mm_core.errors import MagicMirrorError, SettingError
+from mm_core.errors import MagicMirrorError, SettingError, exit_code
 
 from .traits import HELD_OUT
 
@@ -15,19 +15,15 @@ from .traits import HELD_OUT
 def main(argv: list[str] | None = None) -> int:
     """Return the exit code: 0, 2 for a mistake in the arguments, 130 when interrupted."""
     args = _parser().parse_args(argv)
+    return exit_code(lambda: _run(args), "stopped; the same command goes on from there")
+
+
+def _run(args: argparse.Namespace) -> None:
     try:
         args.run(args)
-    except MagicMirrorError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except ModuleNotFoundError as error:
         needed = "python -m pip install numba scipy opencv-python"
-        print(f"error: {error}. Rendering people needs: {needed}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("cancelled; the same command continues", file=sys.stderr)
-        return 130
-    return 0
+        raise MagicMirrorError(f"{error}. Rendering people needs: {needed}") from error
 
 
 def render(args: argparse.Namespace) -> None:
@@ -58,12 +54,13 @@ def sheet(args: argparse.Namespace) -> None:
     """Write a contact sheet."""
     import cv2
 
-    from .shards import write_whole
+    from mm_core.files import write_bytes
+
     from .sheet import contact_sheet
 
     picture = contact_sheet(args.people, args.clips, args.shown, args.size)
     _, png = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-    write_whole(args.out, lambda file: file.write(png.tobytes()))
+    write_bytes(args.out, png.tobytes())
     print(args.out)
 
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import av
 import numpy as np
 
 from mm_core.errors import SettingError
-from mm_core.files import atomic_write
+from mm_core.files import atomic_write, write_lines
 from mm_core.json_file import read_lines, read_object
 
 from .captions import nod, smiles, tilt
 from .npz import read_frames_array
 from .scene import ClipDescription
-from .shards import SETTINGS_FILE, write_whole
+from .shards import SETTINGS_FILE
 from .streams import stream
 
 PICTURES_PER_CLIP = 1
@@ -50,7 +49,7 @@ def write_manifest(folder: Path, name: str, *, pictures: bool) -> int:
             if not path.is_file():
                 write_lossless(path, frames)
         lines += _samples(clips, found["frames"], pictures)
-    write_whole(folder / name, lambda file: file.write("".join(json.dumps(line) + "\n" for line in lines).encode()))
+    write_lines(folder / name, lines)
     return len(lines)
 
 

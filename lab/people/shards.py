@@ -7,20 +7,18 @@ there.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 
 from mm_core.errors import MagicMirrorError, SettingError
-from mm_core.files import PARTIAL, atomic_write
+from mm_core.files import PARTIAL, atomic_write, write_json, write_lines
 from mm_core.json_file import read_lines, read_object
 
 from .captions import caption
@@ -144,16 +142,11 @@ def write_shard(task: ShardTask) -> int:
             clip = sample_clip(seed, number, settings.frames, settings.size)
             frames.append(render_clip(person, clip))
             entry = {"person": seed, "clip": number, "caption": caption(clip), "description": clip.to_json()}
-            lines.append(json.dumps(entry) + "\n")
-    write_whole(task.path.with_suffix(".jsonl"), lambda file: file.write("".join(lines).encode()))
-    write_whole(task.path, lambda file: np.savez_compressed(file, frames=np.stack(frames)))
+            lines.append(entry)
+    write_lines(task.path.with_suffix(".jsonl"), lines)
+    with atomic_write(task.path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, frames=np.stack(frames))
     return task.stop - task.first
-
-
-def write_whole(path: Path, write: Callable[[Any], Any]) -> None:
-    """Write under a temporary name, then rename: the file is there whole or not at all."""
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        write(file)
 
 
 def read_clips(folder: Path) -> Iterator[RenderedClip]:
@@ -188,7 +181,7 @@ def _check_settings(folder: Path, settings: RenderSettings) -> None:
                 f"{folder} ends at {found['stop']}, inside a shard, and cannot grow: use another folder, "
                 f"and an end that is a multiple of {PEOPLE_PER_SHARD}"
             )
-    write_whole(path, lambda file: file.write(json.dumps(wanted, indent=1).encode()))
+    write_json(path, wanted)
 
 
 def _start_worker() -> None:

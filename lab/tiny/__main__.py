@@ -20,7 +20,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mm_core.errors import MagicMirrorError, SettingError
+from mm_core.errors import SettingError, exit_code
+from mm_core.settings_file import parse_setting
 from mm_core.training.config import SamplingConfig, TrainingConfig, load_config
 from mm_core.training.loop import train
 from mm_core.training.loop_config import LoopConfig
@@ -314,33 +315,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--until", default="pack", help="last part to make: people, vae, encoder, base, ...")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        settings = dict(text.split("=", 1) for text in args.set)
-        machine = {"precision": args.precision, "workers": args.workers}
-        stop, ended = threading.Event(), lambda: None
-        if args.minutes is not None:
-            timer = threading.Timer(60 * args.minutes, stop.set)
-            timer.daemon = True
-            timer.start()
-        if args.state is not None:
-            read_state(args.state, args.folder)
-            ended = partial(write_state, args.folder, args.state, args.limit)
-        sizes = args.width, args.people
-        recipe = Recipe(args.folder, args.insightface_root, settings, args.vae, *sizes, machine, stop, ended)
-        if args.until not in recipe.parts:
-            raise SettingError(f"--until {args.until}: there is no such part; give one of {', '.join(recipe.parts)}.")
-        for name, part in recipe.parts.items():
-            logging.info("%s", name)
-            part()
-            if name == args.until:
-                break
-    except MagicMirrorError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: _run(args), "stopped; the same command goes on")
+
+
+def _run(args: argparse.Namespace) -> None:
+    settings = dict(parse_setting(text) for text in args.set)
+    machine = {"precision": args.precision, "workers": args.workers}
+    stop, ended = threading.Event(), lambda: None
+    if args.minutes is not None:
+        timer = threading.Timer(60 * args.minutes, stop.set)
+        timer.daemon = True
+        timer.start()
+    if args.state is not None:
+        read_state(args.state, args.folder)
+        ended = partial(write_state, args.folder, args.state, args.limit)
+    sizes = args.width, args.people
+    recipe = Recipe(args.folder, args.insightface_root, settings, args.vae, *sizes, machine, stop, ended)
+    if args.until not in recipe.parts:
+        raise SettingError(f"--until {args.until}: there is no such part; give one of {', '.join(recipe.parts)}.")
+    for name, part in recipe.parts.items():
+        logging.info("%s", name)
+        part()
+        if name == args.until:
+            break
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 
 from ..choices import POLICIES, TINY
 from ..errors import exit_code
-from ..files import atomic_write, write_json
+from ..files import write_json, write_text
 from ..memory import default_device
 from ..pipelines.base import FolderBase, TinyBase
 from ..pipelines.clip import ClipSettings
@@ -90,8 +90,7 @@ def write(found: dict[str, Any], page: Path) -> None:
     else:
         draw(found, picture)
     write_json(page.with_suffix(".json"), found)
-    with atomic_write(page) as temporary:
-        temporary.write_text(to_markdown(found, picture and picture.name), encoding="utf-8")
+    write_text(page, to_markdown(found, picture and picture.name))
 
 
 def _parser() -> argparse.ArgumentParser:

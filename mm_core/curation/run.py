@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ..data.manifest import MANIFEST, PICTURES, VIDEOS
 from ..errors import SettingError
-from ..files import atomic_write, write_json, write_lines
+from ..files import write_json, write_lines, write_text
 from ..json_file import read_lines
 from ..names import is_below
 from .config import CurationConfig, Kind
@@ -95,8 +95,7 @@ def curate(
     lines = [check_written(output, line) for line in samples(kind, whole, [each.row for each in kept], config)]
     write_lines(output / MANIFEST, sorted(lines, key=lambda line: line["id"]))
     write_json(output / SUMMARY, tally.to_json())
-    with atomic_write(output / PAGE) as temporary:
-        temporary.write_text(render_page(tally, shards), encoding="utf-8")
+    write_text(output / PAGE, render_page(tally, shards))
     return tally
 
 

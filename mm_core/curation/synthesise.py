@@ -18,7 +18,7 @@ from PIL import Image
 from ..data.manifest import MANIFEST, PICTURES, read_manifest
 from ..errors import MagicMirrorError, NoFaceError, PromptError, SettingError
 from ..faces.references import decode_image
-from ..files import atomic_write, write_json
+from ..files import write_bytes, write_json
 from ..names import is_below
 from ..pipelines.prompt import mark_identity
 from .items import REFERENCE, Item, shards_of
@@ -122,10 +122,10 @@ def _make(generator: Generator, item: Item, content: bytes, portrait: np.ndarray
     drawn = hashlib.sha256(f"{origin.seed} {stem.name}".encode()).digest()
     prompt = origin.prompts.prompt(int.from_bytes(drawn[:8], "big"), _word(item))
     made = generator.picture([portrait], prompt, int.from_bytes(drawn[8:15], "big"))
-    _write(stem.with_name(f"{stem.name}{REFERENCE}{item.suffix}"), content)
+    write_bytes(stem.with_name(f"{stem.name}{REFERENCE}{item.suffix}"), content)
     source = f"{origin.generator}, from {item.said('source') or 'a portrait'}"
     write_json(stem.with_suffix(".json"), {"caption": prompt, "source": source, "licence": item.said("licence")})
-    _write(stem.with_suffix(".jpg"), jpeg(Image.fromarray(made)))
+    write_bytes(stem.with_suffix(".jpg"), jpeg(Image.fromarray(made)))
 
 
 def _word(item: Item) -> str:
@@ -134,8 +134,3 @@ def _word(item: Item) -> str:
         return mark_identity(item.said("caption") or "").noun.lower()
     except PromptError:
         return _PERSON
-
-
-def _write(path: Path, content: bytes) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(content)

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import MagicMirrorError
-from ..files import atomic_write
+from ..files import write_text
 from ..json_file import read_lines
 from .clips import measure_video
 from .config import CurationConfig, Kind
@@ -40,8 +40,7 @@ class MeasureShard:
                 rows += measure_video(self.measurer, item)
             else:
                 rows.append(self.measurer.pair(item) if self.kind == "pairs" else self.measurer.picture(item))
-        with atomic_write(Path(task["file"])) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_text(Path(task["file"]), "".join(json.dumps(row) + "\n" for row in rows))
         return {"result": json.dumps(self.measurer.seconds | Counter(items=len(rows)))}
 
 

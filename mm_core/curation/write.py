@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..errors import MagicMirrorError
 from ..faces.references import decode_image
-from ..files import atomic_write
+from ..files import write_bytes
 from ..video import write_video
 from .clips import clip_frames
 from .config import CurationConfig, Kind
@@ -118,8 +118,7 @@ def jpeg(picture: Image.Image) -> bytes:
 
 def _write(path: Path, content: bytes) -> None:
     if not path.is_file():
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(content)
+        write_bytes(path, content)
 
 
 def check_written(output: Path, line: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_write
+from ..files import write_text
 from .page import render_page
 from .run import Evaluation
 from .scores import ClipScores
@@ -21,13 +21,14 @@ DIGITS = 6  # decimals in the files
 
 def write_report(folder: Path, evaluation: Evaluation, settings: Mapping[str, Any]) -> list[Path]:
     """Write the three files into a folder, made if needed, and return their paths. settings: how it was measured."""
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {
         "results.json": json.dumps(to_json(evaluation, settings), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "results.csv": to_csv(evaluation),
         "report.html": render_page(evaluation, settings),
     }
-    return [_write_whole(folder / name, text) for name, text in texts.items()]
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return [folder / name for name in texts]
 
 
 def to_json(evaluation: Evaluation, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,9 +72,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return None if math.isnan(value) else round(value, DIGITS)
     return value
-
-
-def _write_whole(path: Path, text: str) -> Path:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from ..files import atomic_write
+from ..files import write_text
 from .generate import COSTS
 
 RESULTS = "results.json"
@@ -68,8 +68,7 @@ def write_tables(folder: Path) -> list[Path]:
         rows[f"{name}, reported by the paper"] = {key: Value(value) for key, value in (reported | more).items()}
     texts = {"table.md": "\n".join([*_markdown(rows), ""]), "table.csv": _csv(rows)}
     for name, text in texts.items():
-        with atomic_write(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
     return [folder / name for name in texts]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checkpoints.safetensors_file import open_safetensors
 from ..errors import CheckpointError, MagicMirrorError
-from ..files import atomic_write
+from ..files import write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +49,7 @@ class DiskCache:
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with atomic_write(self._path(key)) as temporary:
-                temporary.write_bytes(save(tensors, metadata={"sha256": _digest(tensors)}))
+            write_bytes(self._path(key), save(tensors, metadata={"sha256": _digest(tensors)}))
             self._sweep()
         except (MagicMirrorError, OSError) as error:
             log.info("MagicMirror keeps nothing of its encoders on disk: %s", error)

@@ -23,7 +23,7 @@ from ..checkpoints.safetensors_file import open_safetensors
 from ..errors import CheckpointError
 from ..faces.analysis import Face
 from ..faces.references import MAX_WEIGHT, PhotoReport, Reference
-from ..files import Numbered, atomic_write
+from ..files import Numbered, write_bytes
 from ..json_file import parse
 from ..limits import REFERENCES
 from ..models.id_encoder import FaceFeatures
@@ -94,9 +94,8 @@ def save_identity(identity: Identity, target: Path | Numbered, *, metadata: Mapp
     }
     if identity.weights is not None:
         header["weights"] = json.dumps([float(reference.weight) for reference in identity.references])
-    with atomic_write(target) as temporary:
-        # Not save_file: it writes a temporary file of its own, which a killed process leaves behind.
-        temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=header))
+    # Not save_file: it writes a temporary file of its own, which a killed process leaves behind.
+    write_bytes(target, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=header))
     return target.path if isinstance(target, Numbered) else target
 
 

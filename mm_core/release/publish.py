@@ -10,7 +10,7 @@ import torch
 from ..checkpoints.adapter_file import load_adapter, read_header, save_adapter
 from ..data.features import Features
 from ..errors import NumericsError
-from ..files import atomic_write, is_current
+from ..files import is_current, write_text
 from ..json_file import parse_object, read_object
 from ..pipelines.presets import HUB_ADDRESS, published
 from ..training.config import TrainingConfig
@@ -75,9 +75,8 @@ def write_card(config: TrainingConfig, adapter: Path, scores: Path) -> None:
         *(f"| {name} | {value:.3f} |" for name, value in summary.items() if isinstance(value, float)),
         *("", f"![Losses over the steps]({CURVE})", ""),
     ]
-    for name, text in ((CURVE, curve(measured)), (CARD, "\n".join(lines))):
-        with atomic_write(adapter.parent / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    write_text(adapter.parent / CURVE, curve(measured))
+    write_text(adapter.parent / CARD, "\n".join(lines))
 
 
 def curve(measured: dict[str, list[dict[str, float]]]) -> str:

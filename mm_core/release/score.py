@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ..checkpoints.adapter_file import read_header
 from ..data.features import Features
@@ -19,14 +18,14 @@ from ..evaluation.report import write_report
 from ..evaluation.run import evaluate
 from ..faces.analysis import FaceAnalyzer
 from ..faces.references import MIN_SAME_PERSON, analyse_references
-from ..files import atomic_write, is_current
+from ..files import is_current, write_text
 from ..pipelines.clip import ClipSettings
 from ..pipelines.control import AdapterSettings
 from ..pipelines.magic_mirror import MagicMirror
 from ..pipelines.named import base_of
 from ..training.config import ABLATIONS, TrainingConfig
 from ..training.sources import data_of, face_analyzer, features_of, id_encoder_of, output_of
-from ..video import write_video
+from ..video import write_picture, write_video
 
 _log = logging.getLogger(__name__)
 
@@ -91,10 +90,8 @@ def write_scores(config: TrainingConfig, adapter: Path) -> Path:
 
 def _write_person(folder: Path, caption: str, photos: Sequence[np.ndarray]) -> None:
     for number, photo in enumerate(photos):
-        with atomic_write(folder / f"{number}.png") as temporary:
-            Image.fromarray(photo).save(temporary, format="png")
-    with atomic_write(folder / "prompt1.txt") as temporary:
-        temporary.write_text(f"{caption}\n", encoding="utf-8")
+        write_picture(folder / f"{number}.png", photo)
+    write_text(folder / "prompt1.txt", f"{caption}\n")
 
 
 def _make(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, SettingError
-from ..files import atomic_write
+from ..files import write_bytes
 from ..json_file import parse_object, read_object
 
 CHECKPOINTS = "checkpoints"
@@ -84,8 +84,7 @@ def forget_after(path: Path, step: int) -> None:
         if found is None:
             raise SettingError(f"{path} is damaged in line {number}: it must be a JSON object with `step`. Remove it.")
     kept = [line for line, found in zip(lines, steps) if found is not None and found <= step]
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+    write_bytes(path, b"".join(line + b"\n" for line in kept))
 
 
 def _step_in(line: bytes) -> int | None:

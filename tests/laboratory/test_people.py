@@ -325,16 +325,6 @@ def test_a_killed_run_continues(tmp_path: Path, repository: Path) -> None:
     assert np.array_equal(clips[-1].frames, render_clip(person(stop - 1), expected))
 
 
-def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    def fail(file: object) -> None:
-        file.write(b"half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        shards.write_whole(tmp_path / "people.npz", fail)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_folder_holds_one_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "write_shard", lambda task: 1)
     settings = RenderSettings(first=0, stop=20, clips=1)
