@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ..counting import GPUS
-from ..errors import SettingError
 from ..training.config import StageConfig, TrainingConfig
 from .step import Counted, DryStep, Models, build_models
 
@@ -80,13 +78,9 @@ class Plan:
     base: str
     width: int
     height: int
-    mfu: float
     trainable: Mapping[str, int]
     frozen: Mapping[str, int]
     stages: Mapping[str, StagePlan]
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
 
     def __str__(self) -> str:
         lines = [f"{self.base}, {self.width} x {self.height}", "", "Parameters, millions"]
@@ -94,24 +88,21 @@ class Plan:
             lines += [f"  {name:<18}{count / 1e6:>10,.1f}  {kind}" for name, count in parts.items()]
             lines.append(f"  {'all ' + kind:<18}{sum(parts.values()) / 1e6:>10,.1f}")
         for name, stage in self.stages.items():
-            lines += ["", *_stage_text(name, stage, self.mfu)]
+            lines += ["", *_stage_text(name, stage)]
         return "\n".join(lines)
 
 
-def plan(config: TrainingConfig, mfu: float = MFU) -> Plan:
+def plan(config: TrainingConfig) -> Plan:
     """Count on `meta`; takes seconds, whatever the size.
 
     Raises SettingError for a config whose sizes do not fit the base, CheckpointError for a folder that is no base.
     """
-    if not 0 < mfu <= 1:
-        raise SettingError(f"mfu is {mfu}; it must be above 0 and at most 1.")
-    models = build_models(config, config.video.loop.precision)
+    models = build_models(config, config.video.loop.dtype)
     adapter = [(name.split("."), parameter.numel()) for name, parameter in models.adapter.named_parameters()]
     return Plan(
         base=models.name,
         width=config.width,
         height=config.height,
-        mfu=mfu,
         trainable={
             part: sum(count for name, count in adapter if not {*name[:1], *name[2:3]}.isdisjoint(prefixes))
             for part, prefixes in _PARTS.items()
@@ -123,14 +114,14 @@ def plan(config: TrainingConfig, mfu: float = MFU) -> Plan:
             "ViT": _count(models.id_encoder.vision_model),
             "ID perceiver": _count(models.id_encoder.qformer_perceiver),
         },
-        stages={name: _stage(config, name, mfu) for name in ("image", "video")},
+        stages={name: _stage(config, name) for name in ("image", "video")},
     )
 
 
-def _stage(config: TrainingConfig, name: str, mfu: float) -> StagePlan:
+def _stage(config: TrainingConfig, name: str) -> StagePlan:
     stage = config.stage(name)
     loop = stage.loop
-    models = build_models(config, loop.precision)
+    models = build_models(config, loop.dtype)
     step = DryStep(models, config, stage)
     gpus = _GPUS if loop.micro_batch is None else _GPUS[:1]
     cases = [(number, loop.micro_batch or -(-loop.batch_size // number), again) for number in gpus for again in (0, 1)]
@@ -157,7 +148,7 @@ def _stage(config: TrainingConfig, name: str, mfu: float) -> StagePlan:
         identity_flops=decoding,
         identity_share=share,
         step_flops=flops,
-        gpu_hours={gpu: flops * loop.steps / (peak * 1e12 * mfu * 3600) for gpu, peak in PEAK_TFLOPS.items()},
+        gpu_hours={gpu: flops * loop.steps / (peak * 1e12 * MFU * 3600) for gpu, peak in PEAK_TFLOPS.items()},
         memory=tuple(
             _memory(models, stage, case, gpus, micro, bool(again)) for (gpus, micro, again), case in counted.items()
         ),
@@ -207,7 +198,7 @@ def _bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _stage_text(name: str, stage: StagePlan, mfu: float) -> list[str]:
+def _stage_text(name: str, stage: StagePlan) -> list[str]:
     lines = [
         f"Stage {name}: {stage.frames} frame(s), {stage.video_tokens:,} video tokens, {stage.steps:,} steps of "
         f"{stage.batch_size}",
@@ -215,7 +206,7 @@ def _stage_text(name: str, stage: StagePlan, mfu: float) -> list[str]:
         f"checkpointing {stage.recomputed_flops / 1e12:.2f}; identity loss {stage.identity_flops / 1e12:.2f} in "
         f"{stage.identity_share:.0%} of samples",
         f"  PFLOP a step: {stage.step_flops / 1e15:.2f}",
-        f"  GPU hours at {mfu:.0%} of the vendors' peak (an assumption): "
+        f"  GPU hours at {MFU:.0%} of the vendors' peak (an assumption): "
         + ", ".join(f"{gpu} ({PEAK_TFLOPS[gpu]} TFLOPS) {hours:,.0f}" for gpu, hours in stage.gpu_hours.items()),
         f"  GiB on each GPU; it fits where {RESERVED:.0%} of the card stay free (an assumption)",
     ]

@@ -36,8 +36,6 @@ from ..training.sample_losses import IdentityLoss, NoiseLoss, Pass
 from ..training.step import AdapterTraining
 
 _META = torch.device("meta")
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Of the frozen models, by the run's precision."""
 _ALPHA_BAR = 0.5
 """Any; the loss checks its value, so it cannot be on `meta`."""
 
@@ -57,8 +55,8 @@ class Models:
     limits: ClipLimits
 
 
-def build_models(config: TrainingConfig, precision: str) -> Models:
-    """The models that a config names, the adapter attached.
+def build_models(config: TrainingConfig, dtype: torch.dtype) -> Models:
+    """The models that a config names, the adapter attached. dtype: of the frozen ones.
 
     Raises:
         SettingError: an unknown base, or an adapter with unknown sizes or sizes that are not the base's.
@@ -86,15 +84,10 @@ def build_models(config: TrainingConfig, precision: str) -> Models:
     except (TypeError, ValueError) as error:  # the dataclass's and the front end's own words
         raise SettingError(f"The adapter sizes {dict(config.adapter)} do not fit {name}: {error}.") from error
     for module in (models.transformer, models.vae, models.text_encoder, models.id_encoder):
-        nn.Module.to(module, DTYPES[precision]).requires_grad_(False).eval()
+        nn.Module.to(module, dtype).requires_grad_(False).eval()
     if config.fp8_base:
-        store_in_fp8(models.transformer, None, DTYPES[precision])
+        store_in_fp8(models.transformer, None, dtype)
     return models
-
-
-def autocast(precision: str) -> torch.dtype | None:
-    """The type that mixed precision computes in; None without."""
-    return None if precision == "no" else DTYPES[precision]
 
 
 def id_encoder_sizes(config: TrainingConfig) -> IDEncoderConfig:
@@ -103,17 +96,6 @@ def id_encoder_sizes(config: TrainingConfig) -> IDEncoderConfig:
     if path is not None and path.is_file():
         return read_id_encoder_config(path)
     return tiny.ID_ENCODER if config.base == tiny.NAME else PHOTOMAKER_V2
-
-
-def dry_run(config: TrainingConfig, stage: str) -> None:
-    """Pass every shape of a stage, `image` or `video`, through one step's forward and loss, at full size.
-
-    Raises SettingError for a size that does not fit, CheckpointError for a folder that is no base model.
-    """
-    settings = config.stage(stage)
-    step = DryStep(build_models(config, settings.loop.precision), config, settings)
-    with step.kernels, torch.no_grad():
-        step.loss(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +138,7 @@ class DryStep:
         rows, columns = config.height // cell, config.width // cell
         self.latent_shape = (frames, base.in_channels, rows, columns)
         self.video_tokens = frames // patch_t * (rows // base.patch_size) * (columns // base.patch_size)
-        self.kernels = GpuKernels(autocast(stage.loop.precision))
+        self.kernels = GpuKernels(None if stage.loop.precision == "no" else stage.loop.dtype)
         decoded = _Decoded(models.vae, frames, (self.height, self.width), self.kernels)
         judged = [decoded] if stage.identity_weight else []
         sampled = stage.sampling is not None

@@ -37,7 +37,6 @@ from .validation import validate
 _log = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter.safetensors"
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class AdapterTask:
@@ -56,9 +55,9 @@ class AdapterTask:
         self.features = Features.open(features_of(config, stage))
         self.training, self.validation = self.features.split(config.validation_people, self._scored_people())
         # Without the text encoder: its work is in the features.
-        pipe = self.pipe = self.base.load(DTYPES[self.stage.loop.precision], text_encoder=False)
+        pipe = self.pipe = self.base.load(self.stage.loop.dtype, text_encoder=False)
         if config.fp8_base:
-            store_in_fp8(pipe.transformer, None, DTYPES[self.stage.loop.precision])
+            store_in_fp8(pipe.transformer, None, self.stage.loop.dtype)
         adapter = self._adapter(start)
         if config.gradient_checkpointing:
             pipe.transformer.enable_gradient_checkpointing()

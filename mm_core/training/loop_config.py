@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
+import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
@@ -50,6 +51,11 @@ class LoopConfig:
     """Steps between validations; 0: none."""
     skip_steps: tuple[int, ...] = ()
     """Steps whose batch is passed over, counted from 0: one at which a run stops each time."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen models, which need no other copy to compute in."""
+        return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then a cosine from `learning_rate` to `final_learning_rate`."""

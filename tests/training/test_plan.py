@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from mm_core.models.adapter import MagicMirrorAdapter
 from mm_core.pipelines import tiny
 from mm_core.planning.plan import Memory, Plan, plan
 from mm_core.planning.rehearse import RehearsedTask, write_features
-from mm_core.planning.step import dry_run
+from mm_core.planning.step import DryStep, build_models
 from mm_core.training.config import TrainingConfig, load_config
 from mm_core.training.loop import train
 from mm_core.training.optimizer import adamw
@@ -42,6 +41,14 @@ def full() -> Plan:
 @pytest.fixture(scope="module")
 def small() -> Plan:
     return plan(configured(**SMALL))
+
+
+def dry_run(config: TrainingConfig, stage: str) -> None:
+    """Every shape of a stage through one step's forward and loss."""
+    settings = config.stage(stage)
+    step = DryStep(build_models(config, settings.loop.dtype), config, settings)
+    with step.kernels, torch.no_grad():
+        step.loss(1)
 
 
 def chosen(memories: tuple[Memory, ...], **wanted: object) -> Memory:
@@ -72,14 +79,6 @@ def test_arithmetic_of_the_5b_model(full: Plan) -> None:
     step = 8 * (sample + video.identity_share * video.identity_flops)
     assert video.step_flops == step
     assert video.gpu_hours["A100"] == pytest.approx(step * 5000 / 312e12 / 0.4 / 3600)
-
-
-def test_hours_follow_the_utilisation(small: Plan) -> None:
-    halved = plan(configured(**SMALL), mfu=0.2)
-    hours = [p.stages["video"].gpu_hours["H100"] for p in (small, halved)]
-    assert hours[1] == pytest.approx(2 * hours[0])
-    with pytest.raises(SettingError, match="mfu is 40"):
-        plan(configured(**SMALL), mfu=40)
 
 
 def test_autocast_is_accelerates() -> None:
@@ -201,12 +200,10 @@ def test_sampled_clips_are_counted(small: Plan) -> None:
 
 
 def test_reports(small: Plan) -> None:
-    """The text has every part's name, and JSON every number."""
-    text, numbers = str(small), json.loads(small.to_json())
+    """Every part has its name in the text."""
+    text = str(small)
     for name in (*small.trainable, *small.frozen, *small.stages["video"].memory[0].parts, "RTX 4090", "assumption"):
         assert name in text
-    assert numbers["stages"]["video"]["step_flops"] == small.stages["video"].step_flops
-    assert numbers["trainable"] == small.trainable
 
 
 @pytest.mark.parametrize("base", ["THUDM/CogVideoX-5b", "CogVideoX-2b", "CogVideoX1.5-5B"])
