@@ -182,7 +182,7 @@ class Likeness:
 
     def __init__(self, task: CanTask) -> None:
         self.analyzer = FaceAnalyzer(environment.face_models(), task.config.face_pack, device="cpu")
-        self.judges = other_judges(self.analyzer)
+        self.judges = other_judges()
         people: dict[str, list[dict[str, np.ndarray]]] = {}
         for row in tqdm(task.validation.tolist(), desc="known people", unit="picture"):
             people.setdefault(task.features.entries[row]["person"], []).append(self.look(task.picture(row)))

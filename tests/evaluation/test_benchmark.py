@@ -114,7 +114,7 @@ def test_killed_and_resumed_to_a_table_and_exports(
     (own / "lena" / "woman_1.jpg").unlink()
     shutil.copy(benchmark_set / "lena" / "woman_1.jpg", own / "lena")
 
-    monkeypatch.setattr("mm_core.evaluation.recognisers.other_judges", lambda analyzer: [])
+    monkeypatch.setattr("mm_core.evaluation.recognisers.other_judges", lambda: [])
     assert main(ours) == 0
     assert len(list(videos.glob("*.mp4"))) == 2
     assert before == {name: (videos / name).stat().st_mtime_ns for name in before}  # kept

@@ -99,7 +99,7 @@ def test_a_folder_without_faces_one_frame_and_mixed_sizes(
     measured = {
         name: evaluate(
             analyzer, tmp_path / name, tmp_path / "references", threshold=0.25,
-            judges=[SFaceJudge(analyzer)], facesim=FaceSim(analyzer),
+            judges=[SFaceJudge()], facesim=FaceSim(analyzer),
         )
         for name in clips
     }  # fmt: skip

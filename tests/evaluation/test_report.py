@@ -114,7 +114,7 @@ def test_mistakes_are_told_and_nothing_is_written(folders, insightface_root, cap
 @pytest.fixture
 def without_judges(monkeypatch) -> None:
     """Their networks take seconds to load."""
-    monkeypatch.setattr("mm_core.evaluation.recognisers.other_judges", lambda analyzer: [])
+    monkeypatch.setattr("mm_core.evaluation.recognisers.other_judges", lambda: [])
 
 
 def test_all_bad_videos_still_make_a_report(folders, insightface_root, capsys, without_judges):
