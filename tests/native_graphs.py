@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import untrained_tiny
 from comfy_server import ComfyServer
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
@@ -59,7 +60,7 @@ def save_bases(models: Path) -> dict[str, tuple[FolderBase, Path]]:
     shutil.copy(TinyBase().id_encoder, models / "photomaker" / ID_ENCODER)
     for kind in KINDS:
         folder, path = models / "CogVideo" / f"small-{kind}", models / "magic_mirror" / ADAPTER.format(kind)
-        pipe = tiny.build_base(torch.float32)
+        pipe = untrained_tiny.build_base(torch.float32)
         with torch.random.fork_rng():
             torch.manual_seed(3)
             pipe.register_modules(

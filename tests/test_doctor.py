@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import untrained_tiny
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_folder
@@ -21,7 +22,7 @@ from mm_core.checkpoints.adapter_file import Trained, save_adapter
 from mm_core.doctor import FOUND, MISSING, PROBLEM, Finding, add_hashes, find_models, report, verdict
 from mm_core.errors import CheckpointError
 from mm_core.folders import Folders
-from mm_core.pipelines import base, tiny
+from mm_core.pipelines import base
 from mm_core.pipelines.base import TinyBase
 from mm_core.pipelines.presets import PRESETS, T5_XXL
 
@@ -169,7 +170,7 @@ def test_a_single_file_that_is_meant_to_be_one(tmp_path: Path) -> None:
 def test_adapters(tmp_path: Path) -> None:
     folder = tmp_path / "magic_mirror"
     trained = Trained(stage="video", steps=8000, data="some clips")
-    adapter = tiny.build_adapter(torch.float32)
+    adapter = untrained_tiny.build_adapter(torch.float32)
     save_adapter(adapter, folder / "sub" / "mine.safetensors", base_model="tiny", trained=trained)
     content = (folder / "sub" / "mine.safetensors").read_bytes()
     (folder / "cut.safetensors").write_bytes(content[: len(content) // 2])

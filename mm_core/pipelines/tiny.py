@@ -1,6 +1,6 @@
 """The `tiny` preset: every real class at a small size, so that the whole product runs anywhere.
 
-Its trained weights are in WEIGHTS; the builders here make new ones from seeded noise, to train and to test with.
+Its trained weights are in WEIGHTS; `lab/tiny` makes them.
 """
 
 from __future__ import annotations
@@ -8,21 +8,17 @@ from __future__ import annotations
 import string
 from pathlib import Path
 
-import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import PreTrainedTokenizerFast, T5Config
 
 from ..choices import TINY
-from ..models.adapter import MagicMirrorAdapter
 from ..models.config import AdapterConfig
-from ..models.id_encoder import IDEncoder, IDEncoderConfig
+from ..models.id_encoder import IDEncoderConfig
 from .presets import SCHEDULER as COGVIDEOX_SCHEDULER
 from .presets import TINY_TRANSFORMER, TINY_VAE, Sampling
 
 NAME = TINY
 WEIGHTS = Path(__file__).parents[1] / "weights" / TINY
-_SEED = 0
 TRANSFORMER, VAE = TINY_TRANSFORMER, TINY_VAE
 _TEXT_DIM, TEXT_TOKENS = TRANSFORMER["text_embed_dim"], TRANSFORMER["max_text_seq_length"]
 SIZE, NUM_FRAMES = VAE["sample_height"], TRANSFORMER["sample_frames"]
@@ -103,48 +99,3 @@ def text_config(vocabulary: int) -> T5Config:
         feed_forward_proj="gated-gelu",
         tie_word_embeddings=False,
     )
-
-
-def build_base(dtype: torch.dtype) -> CogVideoXPipeline:
-    """The base text-to-video model on the CPU."""
-    tokenizer = build_tokenizer()
-    with _seeded():
-        text_encoder = T5EncoderModel(text_config(len(tokenizer)))
-        vae = AutoencoderKLCogVideoX(**VAE)
-        transformer = CogVideoXTransformer3DModel(**TRANSFORMER)
-    for module in (text_encoder, vae, transformer):
-        # torch's own `to`: diffusers' warns about parts to be kept in float32 even where there are none.
-        torch.nn.Module.to(module, dtype).requires_grad_(False).eval()
-    return CogVideoXPipeline(
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        vae=vae,
-        transformer=transformer,
-        scheduler=CogVideoXDDIMScheduler(**SCHEDULER),
-    )
-
-
-def build_id_encoder(dtype: torch.dtype) -> IDEncoder:
-    with _seeded():
-        return IDEncoder(ID_ENCODER).to(dtype).requires_grad_(False).eval()
-
-
-def build_adapter(dtype: torch.dtype) -> MagicMirrorAdapter:
-    """An adapter whose zero-initialised parts are noise too: with those at zero it would do next to nothing."""
-    with _seeded():
-        adapter = MagicMirrorAdapter(ADAPTER)
-        for parameter in adapter.parameters():
-            if not parameter.any():
-                torch.nn.init.normal_(parameter, std=0.02)
-    return adapter.to(dtype).requires_grad_(False).eval()
-
-
-class _seeded:
-    """The same weights every time, without touching the caller's random state."""
-
-    def __enter__(self) -> None:
-        self._state = torch.get_rng_state()
-        torch.manual_seed(_SEED)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_rng_state(self._state)

@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from untrained_tiny import build_id_encoder
 
 from mm_core.checkpoints.photomaker import convert_id_encoder, id_encoder_tensors, load_id_encoder, read_fingerprint
 from mm_core.errors import CheckpointError
-from mm_core.pipelines.tiny import ID_ENCODER, build_id_encoder
+from mm_core.pipelines.tiny import ID_ENCODER
 
 PUBLISHED = json.loads(Path(__file__).with_name("photomaker_v2_keys.json").read_text(encoding="utf-8"))
 

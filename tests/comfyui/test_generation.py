@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pytest
 import torch
+import untrained_tiny
 from comfy_server import ComfyServer
 from PIL import Image
 from safetensors.torch import load_file
@@ -23,7 +24,6 @@ from safetensors.torch import load_file
 from mm_core.checkpoints.adapter_file import Trained, read_header, save_adapter
 from mm_core.faces.analysis import FaceAnalyzer
 from mm_core.faces.references import analyse_references, read_image
-from mm_core.pipelines import tiny
 from mm_core.pipelines.base import TinyBase
 from mm_core.pipelines.clip import ClipSettings
 from mm_core.pipelines.control import AdapterSettings
@@ -109,7 +109,7 @@ def test_the_face_picker_runs_alone(
 def test_untrained_weights_say_so(server: ComfyServer, graph: Any) -> None:
     path = server.base / "models" / "magic_mirror" / "noise.safetensors"
     untrained = Trained(stage="untrained", steps=0, data="seeded noise")
-    save_adapter(tiny.build_adapter(torch.float32), path, base_model="tiny", trained=untrained)
+    save_adapter(untrained_tiny.build_adapter(torch.float32), path, base_model="tiny", trained=untrained)
     graph.inputs(LOADER)["adapter"] = path.name
     outputs = server.run(graph)["outputs"]
     path.unlink()

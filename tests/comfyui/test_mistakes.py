@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import untrained_tiny
 from comfy_server import ComfyServer, ExecutionFailed, WorkflowRefused
 from PIL import Image
 
@@ -188,9 +189,8 @@ def test_a_replaced_adapter_is_noticed(
     entry = server.run(graph)
     assert entry["outputs"][graph.id(LOADER)]["text"] == ["tiny: trained: image stage, 7 steps, noise"]
     assert graph.id(LOADER) in server.cached_nodes(server.run(graph))
-    save_adapter(
-        tiny.build_adapter(torch.float32), path, base_model="tiny", trained=Trained(stage="video", steps=8, data="b")
-    )
+    trained = Trained(stage="video", steps=8, data="b")
+    save_adapter(untrained_tiny.build_adapter(torch.float32), path, base_model="tiny", trained=trained)
     entry = server.run(graph)
     assert entry["outputs"][graph.id(LOADER)]["text"] == ["tiny: trained: video stage, 8 steps, b"]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import untrained_tiny
 from diffusers import CogVideoXPipeline
 from safetensors.torch import save_file
 
@@ -23,7 +24,7 @@ PARTS = ("text_encoder", "transformer", "vae")
 
 @pytest.fixture(scope="module")
 def original() -> CogVideoXPipeline:
-    return tiny.build_base(torch.float32)
+    return untrained_tiny.build_base(torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def files(
     """Single files of a model that is made to count as published."""
     config = tiny.TRANSFORMER | {"use_rotary_positional_embeddings": request.param}
     preset = Preset(repo="tiny", transformer=config, vae=tiny.VAE, scheduler=tiny.SCHEDULER)
-    pipe = tiny.build_base(torch.float32)
+    pipe = untrained_tiny.build_base(torch.float32)
     for module in (base, single_file):
         monkeypatch.setattr(module, "PRESETS", {"tiny": preset})
     single_file._expected.cache_clear()

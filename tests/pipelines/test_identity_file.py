@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import untrained_tiny
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -294,7 +295,7 @@ def test_wrong_tensors(path: Path, change: Callable[[dict[str, Tensor]], Any], n
 
 def test_a_fingerprint_is_of_the_weights(tmp_path: Path) -> None:
     """A half precision file of an encoder is that encoder; one weight changed by a little, or renamed, is another."""
-    encoder = tiny.build_id_encoder(torch.float32)
+    encoder = untrained_tiny.build_id_encoder(torch.float32)
     weights = encoder.state_dict()
     expected = fingerprint(weights)
     save_id_encoder(encoder, tmp_path / "encoder.safetensors", tiny.ID_ENCODER)
@@ -312,7 +313,7 @@ def test_a_fingerprint_is_of_the_weights(tmp_path: Path) -> None:
 
 def test_a_model_tells_its_encoder_at_every_precision(tmp_path: Path) -> None:
     path, cpu = tmp_path / "encoder.safetensors", torch.device("cpu")
-    save_id_encoder(tiny.build_id_encoder(torch.float32), path, tiny.ID_ENCODER)
+    save_id_encoder(untrained_tiny.build_id_encoder(torch.float32), path, tiny.ID_ENCODER)
     found = {
         MagicMirror(TinyBase(), id_encoder=path, precision=precision, device=cpu).id_encoder.fingerprint
         for precision in ("fp32", "bf16")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import stand_ins
 import torch
+import untrained_tiny
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerator import simulated
@@ -214,7 +215,7 @@ def test_full_size_steps_fit(base: str, stage: str) -> None:
 
 def test_a_folder_is_planned_like_the_model_in_it(small: Plan, tmp_path: Path) -> None:
     """With PhotoMaker-V2 as its ID encoder, as every folder."""
-    pipe = tiny.build_base(torch.float32)
+    pipe = untrained_tiny.build_base(torch.float32)
     pipe.transformer.save_config(tmp_path / "transformer")
     pipe.vae.save_config(tmp_path / "vae")
     pipe.text_encoder.config.save_pretrained(tmp_path / "text_encoder")
