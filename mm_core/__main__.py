@@ -200,9 +200,10 @@ def doctor(args: argparse.Namespace) -> None:
 
 def _base(args: argparse.Namespace) -> BaseModel:
     """The base model that `--base` names: tiny, a folder, a file, or a model on the hub."""
-    from .pipelines.base import FileBase, FolderBase, TinyBase, download_folder
+    from .pipelines.base import FolderBase, TinyBase, download_folder
     from .pipelines.named import folder_of
     from .pipelines.presets import HUB_ADDRESS, PRESETS, published
+    from .pipelines.single_file import FileBase
 
     path = Path(args.base)
     parts = {"--text-encoder": args.text_encoder, "--vae": args.vae, "--tokenizer": args.tokenizer}

@@ -104,7 +104,8 @@ def open_base(name: str, *, text_encoder: str, vae: str, allow_download: bool) -
         CheckpointError: it is not on disk, or not all of it.
         SettingError: a single file without its text encoder or VAE.
     """
-    from ..mm_core.pipelines.base import FileBase, FolderBase, TinyBase
+    from ..mm_core.pipelines.base import FolderBase, TinyBase
+    from ..mm_core.pipelines.single_file import FileBase
 
     if name == TINY:
         return TinyBase()

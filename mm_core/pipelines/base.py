@@ -7,11 +7,12 @@ told before anything heavy happens.
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from diffusers import (
@@ -23,92 +24,100 @@ from diffusers import (
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
-from ..checkpoints.safetensors_file import tensor_shapes
 from ..errors import CheckpointError, downloading
 from ..json_file import read_object
 from ..limits import INDEX_BYTES, SHARDS
 from . import part_configs, tiny
-from .part_configs import check_positions, checked
+from .part_configs import check_index, check_positions, checked
 from .parts import Pipeline, build_scheduler, load_text_encoder, load_transformer, load_vae
-from .presets import PRESETS, T5_XXL, ClipLimits, Preset, Sampling
+from .presets import PRESETS, ClipLimits, Sampling
 from .preview import LATENT_RGB, load_latent_rgb
-from .single_file import model_of
 from .tokenizer import load_tokenizer
 
 _T5 = T5Config()  # what transformers takes for what a config does not have
-_DIFFUSERS, _TRANSFORMERS = "diffusers", "transformers"
-# What a folder's model_index.json may name. Nothing is imported by these names; another one is a sign of another model,
-# or of a folder that is meant to run code elsewhere.
-_PIPELINES = ("CogVideoXPipeline", "CogVideoXVideoToVideoPipeline", "CogVideoXImageToVideoPipeline")
-_CLASSES = {
-    "transformer": (_DIFFUSERS, ("CogVideoXTransformer3DModel",)),
-    "vae": (_DIFFUSERS, ("AutoencoderKLCogVideoX",)),
-    "scheduler": (_DIFFUSERS, ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")),
-    "text_encoder": (_TRANSFORMERS, ("T5EncoderModel",)),
-    "tokenizer": (
-        _TRANSFORMERS,
-        ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"),
-    ),
-}
 
-
-class BaseModel(Protocol):
+class BaseModel(ABC):
     """A CogVideoX text-to-video model that has not been loaded yet."""
 
-    name: str
+    sampling: ClassVar[Sampling] = Sampling()
+    """What it samples with where nothing else is asked for."""
 
     @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @property
+    @abstractmethod
     def transformer_config(self) -> Mapping[str, Any]:
         """diffusers' config of the transformer. Raises CheckpointError when a file is missing or another model's."""
 
     @property
-    def limits(self) -> ClipLimits: ...
-
-    @property
-    def text_config(self) -> Mapping[str, Any]:
-        """transformers' config of T5."""
-
-    sampling: Sampling
-    """What it samples with where nothing else is asked for."""
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase: ...
-
-    @property
+    @abstractmethod
     def vae_config(self) -> Mapping[str, Any]:
         """diffusers' config of the VAE."""
 
     @property
+    @abstractmethod
+    def text_config(self) -> Mapping[str, Any]:
+        """transformers' config of T5, what it needs of it."""
+
+    @property
+    @abstractmethod
     def transformer_files(self) -> list[Path]:
         """Where the transformer's weights are, under diffusers' key names."""
 
-    def load_scheduler(self) -> CogVideoXDDIMScheduler | CogVideoXDPMScheduler:
-        """The noise levels that the model was trained at."""
+    @property
+    @abstractmethod
+    def vae_files(self) -> list[Path]:
+        """Where the VAE's weights are."""
 
     @property
+    @abstractmethod
     def text_encoder_files(self) -> list[Path]:
         """Where the text encoder's weights are."""
 
     @property
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+    @abstractmethod
+    def load_scheduler(self) -> CogVideoXDDIMScheduler | CogVideoXDPMScheduler:
+        """The noise levels that the model was trained at."""
+
+    @property
+    def limits(self) -> ClipLimits:
+        """What clips it can make."""
+        return ClipLimits.from_config(self.transformer_config, self.vae_config)
+
+    @property
     def latent_rgb(self) -> Tensor | None:
         """(C + 1, 3), the map of `preview.fit_latent_rgb` where it comes with the model."""
+        return None
 
     def load_text_encoder(self, dtype: torch.dtype, quantised: str | None = None) -> T5EncoderModel:
         """The text encoder alone, on the CPU. quantised: one of `choices.QUANTISED`."""
+        return load_text_encoder(self.text_config, self.text_encoder_files, dtype, quantised)
 
     def load_vae(self, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
         """The VAE alone, on the CPU."""
+        return load_vae(self.vae_config, self.vae_files, dtype)
 
     def load(self, dtype: torch.dtype, *, text_encoder: bool = True, quantised: str | None = None) -> Pipeline:
         """The pipeline with all weights, on the CPU; with no text encoder, half as large, where none is wanted."""
+        return Pipeline(
+            tokenizer=self.tokenizer,
+            text_encoder=self.load_text_encoder(dtype, quantised) if text_encoder else None,
+            vae=self.load_vae(dtype),
+            transformer=load_transformer(self.transformer_config, self.transformer_files, dtype, quantised),
+            scheduler=self.load_scheduler(),
+        )
 
 
 @dataclass(frozen=True)
-class FolderBase:
+class FolderBase(BaseModel):
     """A model in diffusers' folder layout, as on the Hugging Face hub."""
 
     folder: Path
-    sampling: ClassVar[Sampling] = Sampling()
 
     @property
     def name(self) -> str:
@@ -130,17 +139,12 @@ class FolderBase:
         return settings
 
     @cached_property
-    def limits(self) -> ClipLimits:
-        return ClipLimits.from_config(self.transformer_config, self.vae_config)
-
-    @cached_property
     def vae_config(self) -> Mapping[str, Any]:
         where = str(self.folder / "vae" / "config.json")
         return _defaults(AutoencoderKLCogVideoX) | checked(self._config("vae"), part_configs.VAE, where)
 
     @cached_property
     def text_config(self) -> Mapping[str, Any]:
-        """transformers' config of T5, what it needs of it."""
         where = str(self.folder / "text_encoder" / "config.json")
         return checked(self._config("text_encoder"), part_configs.TEXT_ENCODER, where)
 
@@ -148,25 +152,19 @@ class FolderBase:
     def transformer_files(self) -> list[Path]:
         return self._files("transformer")
 
-    def load_scheduler(self) -> CogVideoXDDIMScheduler | CogVideoXDPMScheduler:
-        where = self.folder / "scheduler" / "scheduler_config.json"
-        config = read_object(where)
-        settings = checked(config, part_configs.SCHEDULER, str(where))
-        return build_scheduler(settings, config.get("_class_name", "CogVideoXDDIMScheduler"))
+    @property
+    def vae_files(self) -> list[Path]:
+        return self._files("vae")
 
     @property
     def text_encoder_files(self) -> list[Path]:
         return self._files("text_encoder")
 
-    @property
-    def latent_rgb(self) -> Tensor | None:
-        return None
-
-    def load_text_encoder(self, dtype: torch.dtype, quantised: str | None = None) -> T5EncoderModel:
-        return load_text_encoder(self.text_config, self.text_encoder_files, dtype, quantised)
-
-    def load_vae(self, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
-        return load_vae(self.vae_config, self._files("vae"), dtype)
+    def load_scheduler(self) -> CogVideoXDDIMScheduler | CogVideoXDPMScheduler:
+        where = self.folder / "scheduler" / "scheduler_config.json"
+        config = read_object(where)
+        settings = checked(config, part_configs.SCHEDULER, str(where))
+        return build_scheduler(settings, config.get("_class_name", "CogVideoXDDIMScheduler"))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -181,13 +179,7 @@ class FolderBase:
     def load(self, dtype: torch.dtype, *, text_encoder: bool = True, quantised: str | None = None) -> Pipeline:
         self.check_complete()
         try:
-            return Pipeline(
-                tokenizer=self.tokenizer,
-                text_encoder=self.load_text_encoder(dtype, quantised) if text_encoder else None,
-                vae=self.load_vae(dtype),
-                transformer=load_transformer(self.transformer_config, self.transformer_files, dtype, quantised),
-                scheduler=self.load_scheduler(),
-            )
+            return super().load(dtype, text_encoder=text_encoder, quantised=quantised)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{self.folder} is incomplete or damaged: {error} Download it again; finished files are kept."
@@ -208,7 +200,7 @@ class FolderBase:
         missing = self.missing_files()
         if missing:
             raise CheckpointError(f"{self.folder} is incomplete, it lacks {', '.join(missing)}. Download it again.")
-        self._check_index()
+        check_index(self.folder / "model_index.json")
         text, latents = self.text_config.get("d_model", _T5.d_model), self.vae_config["latent_channels"]
         pairs = (
             ("text_embed_dim", self.transformer_config["text_embed_dim"], "the text encoder's d_model", text),
@@ -219,21 +211,6 @@ class FolderBase:
                 raise CheckpointError(
                     f"The parts of {self.folder} are of different models: the transformer's {name} is {value}, {other} "
                     f"is {size}. Download it again."
-                )
-
-    def _check_index(self) -> None:
-        """Raise CheckpointError where model_index.json names other classes than CogVideoX's."""
-        path = self.folder / "model_index.json"
-        index = read_object(path)
-        named = {"the pipeline": index.get("_class_name")}
-        named |= {part: index[part] for part in index if not part.startswith("_")}
-        for part, name in named.items():
-            library, classes = _CLASSES.get(part, (None, ()))
-            allowed = [[library, cls] for cls in classes] if part in _CLASSES else [[None, None]]
-            if name not in (_PIPELINES if part == "the pipeline" else allowed):
-                raise CheckpointError(
-                    f"{path} names {str(name)[:100]} for {part[:100]}, which no CogVideoX text-to-video model has. "
-                    "Nothing of it was loaded. Use a folder from a source that you trust."
                 )
 
     def _files(self, part: str) -> list[Path]:
@@ -286,85 +263,6 @@ class TinyBase(FolderBase):
     @cached_property
     def latent_rgb(self) -> Tensor | None:
         return load_latent_rgb(self.folder / LATENT_RGB)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileBase:
-    """A model as single `.safetensors` files with diffusers' key names, one for each part."""
-
-    transformer: Path
-    text_encoder: Path
-    """T5-XXL, as in `t5xxl_fp16.safetensors`."""
-    vae: Path
-    tokenizer_folder: Path
-    """A folder with a T5 tokenizer (`tokenizer.json` or `spiece.model`)."""
-    sampling: ClassVar[Sampling] = Sampling()
-
-    @property
-    def name(self) -> str:
-        return self.transformer.name
-
-    @cached_property
-    def preset(self) -> Preset:
-        """The published model whose tensors are exactly those of the file."""
-        repo = model_of(tensor_shapes(self.transformer), "transformer")
-        for preset in PRESETS.values():
-            if preset.repo == repo:
-                return preset
-        raise CheckpointError(
-            f"The tensors of {self.transformer.name} are not those of {', '.join(PRESETS)} under diffusers' names. Use "
-            "a diffusers folder, or a file converted from one."
-        )
-
-    @property
-    def text_config(self) -> Mapping[str, Any]:
-        return T5_XXL
-
-    @property
-    def transformer_config(self) -> Mapping[str, Any]:
-        return {"patch_size_t": None, "max_text_seq_length": 226} | self.preset.transformer
-
-    @property
-    def limits(self) -> ClipLimits:
-        return ClipLimits.from_config(self.preset.transformer, self.preset.vae)
-
-    @property
-    def vae_config(self) -> Mapping[str, Any]:
-        return self.preset.vae
-
-    @property
-    def transformer_files(self) -> list[Path]:
-        return [self.transformer]
-
-    def load_scheduler(self) -> CogVideoXDDIMScheduler | CogVideoXDPMScheduler:
-        return build_scheduler(self.preset.scheduler, "CogVideoXDDIMScheduler")
-
-    @property
-    def text_encoder_files(self) -> list[Path]:
-        return [self.text_encoder]
-
-    @property
-    def latent_rgb(self) -> Tensor | None:
-        return None
-
-    def load_text_encoder(self, dtype: torch.dtype, quantised: str | None = None) -> T5EncoderModel:
-        return load_text_encoder(T5_XXL, [self.text_encoder], dtype, quantised)
-
-    def load_vae(self, dtype: torch.dtype) -> AutoencoderKLCogVideoX:
-        return load_vae(self.preset.vae, [self.vae], dtype)
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.tokenizer_folder)
-
-    def load(self, dtype: torch.dtype, *, text_encoder: bool = True, quantised: str | None = None) -> Pipeline:
-        return Pipeline(
-            tokenizer=self.tokenizer,
-            text_encoder=self.load_text_encoder(dtype, quantised) if text_encoder else None,
-            vae=self.load_vae(dtype),
-            transformer=load_transformer(self.preset.transformer, [self.transformer], dtype, quantised),
-            scheduler=self.load_scheduler(),
-        )
 
 
 def download_folder(repo: str, folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The configs of a CogVideoX folder's parts: which settings are read, and what each may be.
+"""The configs of a CogVideoX folder and its parts: which settings are read, and what each may be.
 
 Nothing else of them reaches diffusers or transformers: no class name, no quantisation, no code.
 """
@@ -8,10 +8,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..json_file import read_object
 from ..limits import POSITION_TABLE_BYTES, SIZES
+
+_DIFFUSERS, _TRANSFORMERS = "diffusers", "transformers"
+# What a folder's model_index.json may name. Nothing is imported by these names; another one is a sign of another model,
+# or of a folder that is meant to run code elsewhere.
+_PIPELINES = ("CogVideoXPipeline", "CogVideoXVideoToVideoPipeline", "CogVideoXImageToVideoPipeline")
+_CLASSES = {
+    "transformer": (_DIFFUSERS, ("CogVideoXTransformer3DModel",)),
+    "vae": (_DIFFUSERS, ("AutoencoderKLCogVideoX",)),
+    "scheduler": (_DIFFUSERS, ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")),
+    "text_encoder": (_TRANSFORMERS, ("T5EncoderModel",)),
+    "tokenizer": (
+        _TRANSFORMERS,
+        ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -154,6 +171,21 @@ def checked(config: Mapping[str, Any], kinds: Mapping[str, Kind], where: str) ->
     if wrong:
         raise CheckpointError(f"{where} is damaged or of another model: {'. '.join(wrong)}. Download it again.")
     return known
+
+
+def check_index(path: Path) -> None:
+    """Raise CheckpointError where a folder's model_index.json names other classes than CogVideoX's."""
+    index = read_object(path)
+    named = {"the pipeline": index.get("_class_name")}
+    named |= {part: index[part] for part in index if not part.startswith("_")}
+    for part, name in named.items():
+        library, classes = _CLASSES.get(part, (None, ()))
+        allowed = [[library, cls] for cls in classes] if part in _CLASSES else [[None, None]]
+        if name not in (_PIPELINES if part == "the pipeline" else allowed):
+            raise CheckpointError(
+                f"{path} names {str(name)[:100]} for {part[:100]}, which no CogVideoX text-to-video model has. "
+                "Nothing of it was loaded. Use a folder from a source that you trust."
+            )
 
 
 def check_positions(config: Mapping[str, Any], where: str) -> None:

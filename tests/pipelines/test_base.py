@@ -15,9 +15,10 @@ from diffusers import CogVideoXPipeline
 from safetensors.torch import save_file
 
 from mm_core.errors import CheckpointError
-from mm_core.pipelines import base, single_file, tiny
-from mm_core.pipelines.base import FileBase, FolderBase, TinyBase
+from mm_core.pipelines import single_file, tiny
+from mm_core.pipelines.base import FolderBase, TinyBase
 from mm_core.pipelines.presets import Preset
+from mm_core.pipelines.single_file import FileBase
 
 PARTS = ("text_encoder", "transformer", "vae")
 
@@ -47,10 +48,10 @@ def files(
     config = tiny.TRANSFORMER | {"use_rotary_positional_embeddings": request.param}
     preset = Preset(repo="tiny", transformer=config, vae=tiny.VAE, scheduler=tiny.SCHEDULER)
     pipe = untrained_tiny.build_base(torch.float32)
-    for module in (base, single_file):
-        monkeypatch.setattr(module, "PRESETS", {"tiny": preset})
+    monkeypatch.setattr(single_file, "PRESETS", {"tiny": preset})
     single_file._expected.cache_clear()
-    monkeypatch.setattr(base, "T5_XXL", {k: v for k, v in pipe.text_encoder.config.to_dict().items() if k != "dtype"})
+    text_config = {k: v for k, v in pipe.text_encoder.config.to_dict().items() if k != "dtype"}
+    monkeypatch.setattr(single_file, "T5_XXL", text_config)
     for part in PARTS:
         tensors = {key: tensor.clone() for key, tensor in getattr(pipe, part).state_dict().items()}
         tensors.pop("encoder.embed_tokens.weight", None)  # a copy of shared.weight, which published files leave out
