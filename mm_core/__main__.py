@@ -22,7 +22,7 @@ from .choices import (
     VIDEO_FORMATS,
 )
 from .errors import MagicMirrorError, exit_code
-from .files import atomic_write, numbered_name
+from .files import DOWNLOADS, ENCODED, atomic_write, numbered_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from .pipelines.identity import Identity
     from .pipelines.lora import Lora
     from .pipelines.magic_mirror import MagicMirror
-
-from .files import DOWNLOADS, ENCODED
 
 FACES = Path.home() / ".insightface"
 
@@ -53,6 +51,7 @@ def generate(args: argparse.Namespace) -> None:
     from torch import accelerator
 
     from .faces.analysis import FaceAnalyzer
+    from .faces.packs import download_pack
     from .faces.references import analyse_references, check_number, check_weights, read_image
     from .pipelines.control import AdapterSettings
     from .pipelines.magic_mirror import MagicMirror
@@ -82,8 +81,8 @@ def generate(args: argparse.Namespace) -> None:
     images = [read_image(path) for path in args.reference]
     if args.download:
         with processes.local_main_process_first():
-            _download_face_pack(args.insightface_root, args.face_pack)
-    analyzer = FaceAnalyzer(args.insightface_root, args.face_pack)
+            download_pack(args.insightface_root, args.face_pack)
+    analyzer = FaceAnalyzer(args.insightface_root, args.face_pack, fetch="add --download")
     which = int(args.face) if args.face.isdigit() else args.face
     names = [path.name for path in args.reference]
     identity = model.identity(analyse_references(analyzer, images, which=which, names=names, weights=args.weights))
@@ -200,9 +199,9 @@ def doctor(args: argparse.Namespace) -> None:
 
 def _base(args: argparse.Namespace) -> BaseModel:
     """The base model that `--base` names: tiny, a folder, a file, or a model on the hub."""
-    from .pipelines.base import FolderBase, TinyBase, download_folder
-    from .pipelines.named import folder_of
-    from .pipelines.presets import HUB_ADDRESS, PRESETS, published
+    from .pipelines.base import download_folder
+    from .pipelines.named import base_of, folder_of
+    from .pipelines.presets import published
     from .pipelines.single_file import FileBase
 
     path = Path(args.base)
@@ -220,23 +219,9 @@ def _base(args: argparse.Namespace) -> BaseModel:
             f"{given[0]} is {parts[given[0]]}, but the base is {args.base}: only one that is a single file takes it. "
             "Leave it out."
         )
-    if args.base == TINY:
-        return TinyBase()
-    preset, path = published(args.base), folder_of(args.base)
-    if preset is not None and args.download:
-        download_folder(preset.repo, path)
-    if preset is not None and not path.is_dir():
-        raise MagicMirrorError(
-            f"{args.base} is not on this machine. Add --download to fetch it into {path} (20 GB or more, under the "
-            f"model's own licence: {HUB_ADDRESS}/{preset.repo}), or give the folder of a copy."
-        )
-    if not path.is_dir():
-        raise MagicMirrorError(
-            f"There is no base model {args.base}: give tiny, a folder, a file, or one of {', '.join(PRESETS)}."
-        )
-    base = FolderBase(path)
-    base.check_complete()
-    return base
+    if args.download and (preset := published(args.base)) is not None:
+        download_folder(preset.repo, folder_of(args.base))
+    return base_of(args.base, "add --download")
 
 
 def _id_encoder(args: argparse.Namespace) -> Path | None:
@@ -253,12 +238,6 @@ def _id_encoder(args: argparse.Namespace) -> Path | None:
     raise MagicMirrorError(
         f"There is no {path}. Add --download to fetch it from https://huggingface.co/{REPO}, or give --id-encoder."
     )
-
-
-def _download_face_pack(root: Path, pack: str) -> None:
-    from .faces.analysis import download_pack
-
-    download_pack(root, pack)
 
 
 def _save_latents(latents: Tensor, output: Path) -> Path:
@@ -298,11 +277,7 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     add("--prompt", nargs="+", required=True, help='names the person by a word, or marks one: "a man img reading"')
     add("--output", type=Path, required=True, help="the video: .mp4, .webm, .webp or .gif; several are numbered")
     add("--negative-prompt", default="")
-    add(
-        "--base",
-        default=TINY,
-        help="tiny (built in), a diffusers folder, a .safetensors file, or a published name",
-    )
+    add("--base", default=TINY, help="tiny (built in), a diffusers folder, a .safetensors file, or a published name")
     add("--text-encoder", type=Path, help="with a file as base: T5 encoder file")
     add("--vae", type=Path, help="with a file as base: VAE file")
     add("--tokenizer", type=Path, help="with a file as base: folder of the T5 tokenizer")
@@ -311,11 +286,7 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     add("--id-encoder", type=Path, help="photomaker-v2.bin; tiny brings its own")
     add("--insightface-root", type=Path, default=FACES, help="holds models/<pack>/*.onnx")
     add("--face-pack", default="buffalo_l", help="insightface model pack")
-    add(
-        "--face",
-        default="largest",
-        help="which face: largest, leftmost, rightmost, or its number from the left, from 0",
-    )
+    add("--face", default="largest", help="which: largest, leftmost, rightmost, or its number from the left, from 0")
     add("--download", action="store_true", help="allow to download models that are missing")
     own = "default: the model's own"
     add("--width", type=int, default=0, help=f"pixels, {own}")

@@ -14,7 +14,8 @@ from pathlib import Path
 from .checkpoints.published import PUBLISHED_SHA256, sha256_of
 from .choices import TINY
 from .errors import CheckpointError
-from .folders import Folders, find_face_packs, find_folder, hub_folder, onnx_files, other_folders, walk
+from .faces.packs import onnx_files
+from .folders import Folders, find_face_packs, find_folder, hub_folder, other_folders, walk
 from .json_file import read_object
 from .pipelines.presets import HUB_ADDRESS, PRESETS
 

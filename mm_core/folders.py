@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import CheckpointError
+from .faces.packs import USUAL, onnx_files
 from .limits import NAME_LENGTH
 from .names import is_below, stays_within
 from .pipelines.presets import PRESETS
 
-FACE_PACKS = ("buffalo_l", "antelopev2", "buffalo_sc")
-"""insightface's usual packs."""
 _TRANSFORMER = "transformer/config.json"
 """What a folder in diffusers' layout is known by."""
 
@@ -98,12 +97,7 @@ def _folders_in(root: Path) -> list[Path]:
 def find_face_packs(roots: Sequence[Path]) -> list[str]:
     """insightface's usual packs, and the others that are there."""
     found = [folder.name for root in roots for folder in sorted((root / "models").glob("*")) if onnx_files(folder)]
-    return list(dict.fromkeys([*FACE_PACKS, *found]))
-
-
-def onnx_files(folder: Path) -> list[Path]:
-    """A pack's models; antelopev2.zip unpacks into a folder inside its folder."""
-    return sorted(folder.glob("*.onnx")) or sorted(folder.glob(f"{folder.name}/*.onnx"))
+    return list(dict.fromkeys([*USUAL, *found]))
 
 
 def walk(roots: Sequence[Path], *suffixes: str) -> Iterator[Path]:

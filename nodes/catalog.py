@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from ..mm_core.choices import TINY as TINY
 from ..mm_core.errors import CheckpointError, SettingError
-from ..mm_core.folders import Folders, check_name, find_face_packs, find_folder, hub_folder, onnx_files, other_folders
+from ..mm_core.faces.packs import download_pack, onnx_files
+from ..mm_core.folders import Folders, check_name, find_face_packs, find_folder, hub_folder, other_folders
 from ..mm_core.pipelines.presets import HUB_ADDRESS, PRESETS
 from . import runtime
 
 if TYPE_CHECKING:
+    from ..mm_core.faces.analysis import FaceAnalyzer
     from ..mm_core.pipelines.base import BaseModel
     from .types import Model
 
@@ -86,9 +88,24 @@ def face_root(pack: str) -> Path:
 
 def fetch_face_pack(pack: str) -> None:
     """Download a face pack if it is missing; only when the user allowed it."""
-    from ..mm_core.faces.analysis import download_pack
-
     download_pack(face_root(pack), pack)
+
+
+def face_analyzer(pack: str) -> FaceAnalyzer:
+    """By a pack of the list, where ComfyUI computes. Raises CheckpointError where it is missing or damaged."""
+    from ..mm_core.faces.analysis import shared_analyzer
+
+    root = face_root(pack)
+    if not onnx_files(root / "models" / pack):
+        raise CheckpointError(
+            "The face models are missing: {folder} must hold the .onnx files of insightface's pack '{pack}' "
+            "(detection and recognition). Download it from github.com/deepinsight/insightface (its models are licensed "
+            'for non-commercial research only) and unzip it there, or switch on "allow_download" in Load MagicMirror',
+            key="face_models_missing",
+            folder=root / "models" / pack,
+            pack=pack,
+        )
+    return shared_analyzer(root, pack, "cpu" if runtime.device().type == "cpu" else "auto")
 
 
 def check_base(name: str) -> None:

@@ -121,14 +121,13 @@ class MagicMirrorExtractFaceEmbedding(io.ComfyNode):
         weights: str = "",
         **masks: Tensor,
     ) -> io.NodeOutput:
-        from ..mm_core.faces.analysis import shared_analyzer
         from ..mm_core.faces.references import check_number, look_at, parse_weights, references_from, with_faces
 
         batches = [image, image_2, image_3, image_4]
         check_number(count_pictures(batches))
         images = list(photos_from_images(batches, [masks.get(name) for name in MASKS]))
         counts = parse_weights(weights, len(images))
-        analyzer = shared_analyzer(catalog.face_root(model.face_pack), model.face_pack, runtime.face_device())
+        analyzer = catalog.face_analyzer(model.face_pack)
         photos = look_at(analyzer, images, which=face_index if face == BY_INDEX else face, weights=counts)
         try:
             references = references_from(with_faces(photos) if on_no_face == SKIP_PHOTO else photos, crop=crop)

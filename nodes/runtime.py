@@ -154,11 +154,6 @@ def device() -> torch.device:
     return comfy.model_management.get_torch_device()
 
 
-def face_device() -> str:
-    """Where faces are analysed, as FaceAnalyzer wants it said."""
-    return "cpu" if device().type == "cpu" else "auto"
-
-
 def release_memory() -> None:
     """Give back what finished work left behind."""
     gc.collect()

@@ -93,10 +93,9 @@ class MagicMirrorScoreIdentity(io.ComfyNode):
             )
         from ..mm_core.evaluation.best_of import best_of, centre_of, split_clips
         from ..mm_core.evaluation.picture import draw
-        from ..mm_core.faces.analysis import shared_analyzer
 
         batches = split_clips(np.stack(list(photos_from_images([images]))), clips)
-        analyzer = shared_analyzer(catalog.face_root(model.face_pack), model.face_pack, runtime.face_device())
+        analyzer = catalog.face_analyzer(model.face_pack)
         result = best_of(
             analyzer,
             batches,

@@ -48,8 +48,8 @@ MAY_IMPORT = {
         *("mm_core.models", "mm_core.hosts", "mm_core.faces", "mm_core.checkpoints", "mm_core.memory"),
         *("mm_core.files", "mm_core.numerics", "mm_core.out_of_memory", "mm_core.counting"),
     },
-    "mm_core.folders": {"mm_core.pipelines"},
-    "mm_core.doctor": {"mm_core.checkpoints", "mm_core.folders", "mm_core.pipelines"},
+    "mm_core.folders": {"mm_core.faces", "mm_core.pipelines"},
+    "mm_core.doctor": {"mm_core.checkpoints", "mm_core.faces", "mm_core.folders", "mm_core.pipelines"},
     "mm_core.training.__main__": {"mm_core.release"},
     "mm_core.training": {
         *("mm_core.models", "mm_core.checkpoints", "mm_core.data", "mm_core.pipelines", "mm_core.faces"),

@@ -23,7 +23,7 @@ MODULES = {
 DOWNLOADS = {
     ("mm_core/pipelines/base.py", "huggingface_hub.snapshot_download"),
     ("mm_core/checkpoints/photomaker.py", "huggingface_hub.hf_hub_download"),
-    ("mm_core/faces/analysis.py", "insightface.utils.storage.download"),
+    ("mm_core/faces/packs.py", "insightface.utils.storage.download"),
 }
 CALLS = {"os.system", "os.popen", "os.execv", "os.spawnv", "pickle.load", "pickle.loads", "shutil.unpack_archive"}
 

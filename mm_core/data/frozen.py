@@ -21,6 +21,7 @@ from ..faces.tracking import find_faces, follow
 from ..memory import compute_dtype, default_device
 from ..models.id_encoder import IDEncoderConfig
 from ..pipelines.base import BaseModel
+from ..pipelines.named import FETCH
 from ..pipelines.prompt import IdentityTokens, identity_tokens
 from .features import FORMAT
 from .framing import check_size, place
@@ -111,7 +112,7 @@ class FrozenModels:
         self.device = default_device()
         dtype = compute_dtype("auto", self.device)
         self.encoder = load_id_encoder(settings.id_encoder, dtype=dtype)
-        self.analyzer = FaceAnalyzer(settings.face_models, settings.face_pack)
+        self.analyzer = FaceAnalyzer(settings.face_models, settings.face_pack, fetch=FETCH)
         self.vae, self.text_encoder = self.base.load_vae(dtype), self.base.load_text_encoder(dtype)
 
     @property

@@ -1,22 +1,18 @@
 """Faces in a picture: detection, ArcFace embedding, head pose and sharpness, by insightface's ONNX models."""
 
-import contextlib
 import functools
-import io
 import math
-import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ..errors import CheckpointError, FaceChoiceError, MagicMirrorError, NoFaceError, SettingError, downloading
+from ..errors import FaceChoiceError, NoFaceError, SettingError
+from .packs import load_pack, onnx_files, pack_folder
 from .quality import aligned, around, covered_part, measure, without_parts
 
-MODULES = ("detection", "recognition", "landmark_3d_68")
 # One fixed size. insightface 2.1 by default merges detections at 128 and 640 px, and where the coarse one scores higher
 # its landmarks win: seen 5 px off on a 120 px face, which moves the embedding by 0.05 in cosine.
 DETECTION_SIZE = (640, 640)
@@ -79,14 +75,16 @@ class FaceAnalyzer:
     device: auto uses CUDA where onnxruntime can, otherwise the processor; cpu never uses CUDA. The attribute of this
     name tells what is really used, cuda or cpu.
 
+    fetch: how the user can have a missing pack fetched, to be told.
+
     Raises CheckpointError for a missing, incomplete or damaged pack, SettingError for another device, and
     MagicMirrorError where insightface is not installed.
     """
 
-    def __init__(self, root: Path, pack: str = "buffalo_l", device: str = "auto") -> None:
+    def __init__(self, root: Path, pack: str = "buffalo_l", device: str = "auto", *, fetch: str = "") -> None:
         if device not in ("auto", "cpu"):
             raise SettingError(f"The face analysis device {device!r} is unknown: choose 'auto' or 'cpu'")
-        self._app = _load_pack(_pack_folder(Path(root), pack), device)
+        self._app = load_pack(pack_folder(Path(root), pack, fetch), device, DETECTION_SIZE)
         on_cuda = "CUDAExecutionProvider" in self._app.models["recognition"].session.get_providers()
         self.device = "cuda" if on_cuda else "cpu"
 
@@ -255,7 +253,7 @@ def shared_analyzer(root: Path, pack: str, device: str = "auto") -> FaceAnalyzer
     Two are kept, the last ones used, on the processor only: on CUDA they would hold memory that the video model needs
     and ComfyUI cannot see.
     """
-    files = tuple((file.name, file.stat().st_mtime_ns) for file in sorted(_pack_folder(root, pack).glob("*.onnx")))
+    files = tuple((file.name, file.stat().st_mtime_ns) for file in onnx_files(root / "models" / pack))
     analyzer = _kept(root, pack, device, files)
     if analyzer.device != "cpu":
         _kept.cache_clear()
@@ -304,78 +302,3 @@ def estimate_pose(landmarks: np.ndarray) -> tuple[float, float, float]:
     pitch = np.arctan2(depth[1], depth[2])
     roll = np.arctan2(rows[1, 0], rows[0, 0])
     return float(np.degrees(yaw)), float(np.degrees(pitch)), float(np.degrees(roll))
-
-
-def download_pack(root: Path, pack: str) -> None:
-    """Fetch a pack into `<root>/models/<pack>` unless it is there; only when the user asked for it.
-
-    The models are licensed by InsightFace for non-commercial research only.
-    """
-    models = root.expanduser() / "models"
-    if any((models / pack).rglob("*.onnx")):
-        return
-    with _face_packages():
-        from insightface.utils.storage import download
-
-    models.mkdir(parents=True, exist_ok=True)
-    # In a folder of its own first: half a pack must not look like a pack.
-    with downloading(f"{pack} into {models}"), tempfile.TemporaryDirectory(dir=models) as temporary:
-        Path(download("models", pack, root=temporary)).rename(models / pack)
-
-
-@contextlib.contextmanager
-def _face_packages() -> Iterator[None]:
-    """Around their imports: one that is missing becomes a MagicMirrorError that says what to install."""
-    try:
-        yield
-    except (ImportError, AttributeError) as error:  # an uninstall can leave an empty onnxruntime behind
-        raise MagicMirrorError(
-            f"Face analysis needs insightface and onnxruntime ({error}). Install them for the Python of ComfyUI: "
-            "python -m pip install insightface onnxruntime, or for CUDA onnxruntime-gpu"
-        ) from error
-
-
-def _pack_folder(root: Path, pack: str) -> Path:
-    folder = root.expanduser().absolute() / "models" / pack
-    for candidate in (folder, folder / pack):  # antelopev2.zip unpacks into a folder inside its folder
-        if any(candidate.glob("*.onnx")):
-            return candidate
-    raise CheckpointError(
-        "The face models are missing: {folder} must hold the .onnx files of insightface's pack '{pack}' "
-        "(detection and recognition). Download it from github.com/deepinsight/insightface (its models are licensed "
-        'for non-commercial research only) and unzip it there, or switch on "allow_download" in Load MagicMirror '
-        "(--download on the command line)",
-        key="face_models_missing",
-        folder=folder,
-        pack=pack,
-    )
-
-
-def _load_pack(folder: Path, device: str) -> Any:
-    """An insightface FaceAnalysis on `folder`, ready to use."""
-    import torch
-
-    with _face_packages():
-        import onnxruntime
-        from insightface.app import FaceAnalysis
-    # onnxruntime offers CUDA whenever it was built with it, and goes on with the CPU if it then cannot be started.
-    wants_cuda = device == "auto" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if wants_cuda:  # torch knows which GPU is this process's; onnxruntime would take the first for all
-        gpu = torch.cuda.current_device() if torch.cuda.is_available() else 0
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": gpu}))
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # both libraries print while loading
-            app = FaceAnalysis(name=str(folder), allowed_modules=list(MODULES), providers=providers)
-            app.prepare(ctx_id=0, det_size=DETECTION_SIZE)
-    except Exception as error:  # onnxruntime's errors share no base class, a pack without detector fails an assert
-        raise CheckpointError(
-            f"The face models in {folder} cannot be loaded: {str(error) or 'no detection model'}. "
-            "Download the pack again and unzip all of its .onnx files there"
-        ) from error
-    if "recognition" not in app.models:
-        raise CheckpointError(
-            f"The face models in {folder} lack recognition, found only {', '.join(app.models)}. "
-            "Use a complete pack such as buffalo_l or antelopev2"
-        )
-    return app

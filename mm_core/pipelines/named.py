@@ -16,7 +16,10 @@ from ..errors import CheckpointError, SettingError
 from ..files import DOWNLOADS
 from . import tiny
 from .base import BaseModel, FolderBase, TinyBase
-from .presets import PRESETS, T5_XXL, published
+from .presets import HUB_ADDRESS, PRESETS, T5_XXL, published
+
+FETCH = "run `python -m mm_core.training fetch` with a config that names it"
+"""How a model that is missing is fetched, but for `generate`, which fetches by itself."""
 
 
 def folder_of(name: str) -> Path:
@@ -27,16 +30,21 @@ def folder_of(name: str) -> Path:
     return Path(name).expanduser() if preset is None else DOWNLOADS / preset.repo.split("/")[-1]
 
 
-def base_of(name: str) -> BaseModel:
-    """The base of this name, not loaded yet. Raises CheckpointError if it is not here, or lacks files."""
+def base_of(name: str, fetch: str = FETCH) -> BaseModel:
+    """The base of this name, not loaded yet. fetch: how the user can have a published one fetched, to be told.
+
+    Raises CheckpointError if it is not here, or lacks files.
+    """
     if name == tiny.NAME:
         return TinyBase()
     base = FolderBase(folder_of(name))
-    if published(name) is not None and not base.folder.is_dir():
+    if not base.folder.is_dir() and (preset := published(name)) is not None:
         raise CheckpointError(
-            f"{name} is not in {base.folder}. Run `python -m mm_core.training fetch` with a config that names it, or "
-            "give a copy's folder instead."
+            f"{name} is not in {base.folder}: {fetch} (20 GB or more, under the model's own licence: "
+            f"{HUB_ADDRESS}/{preset.repo}), or give the folder of a copy."
         )
+    if not base.folder.is_dir():
+        raise CheckpointError(f"There is no base model {name}: give tiny, one of {', '.join(PRESETS)}, or a folder.")
     base.check_complete()
     return base
 

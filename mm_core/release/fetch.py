@@ -11,7 +11,7 @@ from pathlib import Path
 from ..checkpoints.photomaker import FILE_NAME, REPO, download_id_encoder
 from ..checkpoints.published import PUBLISHED_SHA256, sha256_of
 from ..errors import MagicMirrorError
-from ..faces.analysis import download_pack
+from ..faces.packs import download_pack, onnx_files
 from ..files import DOWNLOADS
 from ..pipelines.base import FolderBase, download_folder
 from ..pipelines.named import folder_of
@@ -63,7 +63,7 @@ def parts(config: TrainingConfig) -> Iterator[Part]:
         name=f"insightface's {pack}",
         path=folder,
         licence="for non-commercial research only",
-        missing=not any(folder.rglob("*.onnx")),
+        missing=not onnx_files(folder),
         download=partial(download_pack, root, pack),
         hashed=_published(folder, pack),
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import SettingError
 from ..faces.analysis import FaceAnalyzer
-from ..pipelines.named import id_encoder_for
+from ..pipelines.named import FETCH, id_encoder_for
 from .config import TrainingConfig
 
 
@@ -37,7 +37,7 @@ def face_models_of(config: TrainingConfig) -> Path:
 
 def face_analyzer(config: TrainingConfig) -> FaceAnalyzer:
     """By the config's face pack. Raises CheckpointError where it is missing."""
-    return FaceAnalyzer(face_models_of(config), config.face_pack)
+    return FaceAnalyzer(face_models_of(config), config.face_pack, fetch=FETCH)
 
 
 def recogniser_file(config: TrainingConfig) -> Path:
