@@ -28,6 +28,7 @@ from mm_core.training.diffusion import add_noise, alphas_bar, predict_clean, rot
 from mm_core.training.loop_config import LoopConfig
 from mm_core.training.losses import noise_loss
 from mm_core.training.randomness import generator_for, shuffled
+from mm_core.training.task import Task
 
 from .clips import SCENE, Clips, of_latents, to_unit, windows
 from .motion import motion_loss
@@ -130,7 +131,7 @@ def mislead(noisy: Tensor, clean: Tensor, alpha_bar: Tensor, motion_left: Tensor
     return noisy, (noisy - signal * clean) / (1 - signal.square()).sqrt()
 
 
-class BaseTask:
+class BaseTask(Task):
     """start: a checkpoint of this training, or of the text encoder's, from which the transformer begins anew."""
 
     def __init__(

@@ -19,6 +19,7 @@ from mm_core.files import atomic_write, write_json
 from mm_core.models.id_encoder import IDEncoder
 from mm_core.pipelines import tiny
 from mm_core.training.randomness import generator_for, shuffled
+from mm_core.training.task import Task
 
 from .clips import Clips
 
@@ -99,7 +100,7 @@ def _contrast(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return loss, (logits.argmax(dim=1) == right).float()
 
 
-class EncoderTask:
+class EncoderTask(Task):
     def __init__(self, clips: Clips, faces: Faces, seed: int, start: Path | None = None) -> None:
         torch.manual_seed(seed)
         self.model = _Recognition()

@@ -27,6 +27,7 @@ from mm_core.training.diffusion import add_noise, alphas_bar, predict_clean, rot
 from mm_core.training.losses import TEMPORAL_COMPRESSION
 from mm_core.training.randomness import generator_for
 from mm_core.training.step import guide
+from mm_core.training.task import Task
 
 from ..people.captions import SMILES
 from ..people.scene import ClipDescription, at, eased, sample_clip
@@ -130,7 +131,7 @@ class _PoseReading(nn.Module):
         return predict_clean(guide(negative, prediction, self.guidance), batch["noisy"], batch["alpha_bar"])
 
 
-class PoseTask:
+class PoseTask(Task):
     """Of the clips of rendered people in `features`, by the base in that folder. guidance: of the clips judged."""
 
     def __init__(self, features: Features, base: Path, guidance: float, seed: int) -> None:
@@ -205,7 +206,7 @@ class _Recognition(nn.Module):
         return {"loss": loss, "accuracy": (cosines.argmax(1) == person).float()}
 
 
-class FaceTask:
+class FaceTask(Task):
     """crops: of the clips of `features`, see `crops_of`."""
 
     def __init__(self, features: Features, crops: Tensor, seed: int) -> None:

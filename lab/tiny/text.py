@@ -18,6 +18,7 @@ from mm_core.pipelines import tiny
 from mm_core.pipelines.prompt import identity_tokens, without_trigger
 from mm_core.training.loop_config import LoopConfig
 from mm_core.training.randomness import generator_for
+from mm_core.training.task import Task
 
 from ..people.captions import caption
 from ..people.scene import sample_clip
@@ -41,7 +42,7 @@ class _Reader(nn.Module):
         return {"loss": (told - batch["scene"][:, None]).square().mean((1, 2))}
 
 
-class TextTask:
+class TextTask(Task):
     def __init__(self, seed: int, frames: int = tiny.NUM_FRAMES) -> None:
         torch.manual_seed(seed)
         self.frames = frames

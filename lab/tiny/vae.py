@@ -21,6 +21,7 @@ from mm_core.pipelines import tiny
 from mm_core.training.loop_config import LoopConfig
 from mm_core.training.optimizer import BETAS
 from mm_core.training.randomness import generator_for, shuffled
+from mm_core.training.task import Task
 
 from .clips import Clips, to_unit
 from .likeness import centred_identity_loss
@@ -150,7 +151,7 @@ def smooth(values: Tensor) -> Tensor:
     return F.interpolate(F.avg_pool2d(flat, 2), scale_factor=2, mode="nearest").view_as(values)
 
 
-class VAETask:
+class VAETask(Task):
     """frames: 1 trains on single pictures, more on clips (much slower, and not needed until pictures are good)."""
 
     def __init__(
@@ -212,7 +213,7 @@ class VAETask:
         return values
 
 
-class DecoderTask:
+class DecoderTask(Task):
     """The decoder alone, of a finished VAE: its latents, and all who read them, stay what they are.
 
     latents: (N, F', C, H', W') of the clips, times the VAE's scaling factor. Faces are looked for in the true clips, a

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import CogVideoXDDIMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoints.adapter_file import Trained, load_adapter, save_adapter
 from ..data.features import INDEX, Features
@@ -32,6 +32,7 @@ from .runs import is_finished, latest_checkpoint
 from .sample_losses import IdentityLoss, NoiseLoss, SampleLoss
 from .sources import face_analyzer, features_of, output_of, recogniser_file
 from .step import AdapterTraining
+from .task import Task
 from .validation import validate
 
 _log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ _log = logging.getLogger(__name__)
 ADAPTER_FILE = "adapter.safetensors"
 
 
-class AdapterTask:
+class AdapterTask(Task):
     """A stage on precomputed features.
 
     start: the adapter of the stage before; its optimizer's state is not taken over.
@@ -64,9 +65,7 @@ class AdapterTask:
             pipe.vae.enable_gradient_checkpointing()
         scheduler = CogVideoXDDIMScheduler.from_config(pipe.scheduler.config)
         self.alphas_bar = alphas_bar(scheduler)
-        # Clips in the making, which a resumed run needs; the loop saves what is called `state`.
-        self.state = None
-        if (sampling := self.stage.sampling) is not None:
+        if (sampling := self.stage.sampling) is not None:  # clips in the making, which a resumed run needs
             self.state = Rollouts(sampling, scheduler, self.stage.loop.batch_size, self.stage.identity_start)
         frames, _, height, width = self.features.sample(0)["latents"].shape
         # CogVideoX 1.5 patches in time: a clip's first latent frame is repeated until they are whole.
@@ -86,6 +85,11 @@ class AdapterTask:
             _log.warning("%s has no features yet: whom the video stage leaves out may be trained on here", folder)
             return []
         return Features.open(folder).last_people(count)
+
+    @property
+    def compiled(self) -> nn.Module:
+        """Only the transformer: how many samples are judged differs from step to step and would compile all anew."""
+        return self.model.transformer
 
     def open_base(self) -> BaseModel:
         return base_of(self.config.base)

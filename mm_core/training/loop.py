@@ -14,20 +14,19 @@ import shutil
 import signal
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, send_to_device
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from torch import compile as compiled
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -36,7 +35,6 @@ from ..errors import MagicMirrorError, SettingError
 from ..files import PARTIAL, append_lines, write_json
 from .loop_config import LoopConfig
 from .measurements import Measurements
-from .optimizer import adamw
 from .runs import (
     CHECKPOINTS,
     METRICS,
@@ -48,6 +46,7 @@ from .runs import (
     latest_checkpoint,
 )
 from .saved_state import SavedState
+from .task import Task
 
 _log = logging.getLogger(__name__)
 
@@ -55,38 +54,6 @@ _PATIENCE = timedelta(hours=6)
 """How long processes wait for each other: one may have more of a validation to do, which takes longer than the ten
 minutes that NCCL would wait."""
 _SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
-
-
-class Task(Protocol):
-    """What is trained."""
-
-    model: nn.Module
-    """Its `forward(batch)` returns per-sample values by name, (B,) each; the mean of `loss` is minimised. The ones with
-    NaN for a sample are averaged over the others. Parameters that require gradients are trained, no others."""
-
-    state: Any | None
-    """Optional: what else a resumed run needs, with `state_dict` and `load_state_dict`."""
-
-    settings: Mapping[str, Any]
-    """Optional: what else the numbers of a run depend on, by name. A run goes on only with the same."""
-
-    def optimizers(self, config: LoopConfig) -> Sequence[torch.optim.Optimizer]:
-        """Optional: of the model's parameters that require gradients, each in one of them. Else one AdamW."""
-
-    def batch(self, samples: range) -> Any:
-        """The samples with these numbers, as nested dicts and lists of tensors; the same whenever and by whom ever, in
-        a process beside the training's too."""
-
-    def export(self, weights: Mapping[str, Tensor], path: Path, step: int) -> None:
-        """Write the trained weights, by the model's parameter names, in the format others read, into a folder."""
-
-    def exported(self, path: Path) -> Mapping[str, Tensor]:
-        """Optional: what `export` was given, read back bit for bit, so that a checkpoint has it once."""
-
-    def validate(self, step: int, folder: Path) -> dict[str, float]:
-        """Measure the model as it is (its weights are the average while this runs); files go into the folder.
-
-        In all processes, which may share the work."""
 
 
 def train(task: Task, config: LoopConfig, folder: Path, stop: threading.Event | None = None) -> Path:
@@ -115,41 +82,26 @@ class _Batches(Dataset):
 class _Run:
     def __init__(self, task: Task, config: LoopConfig, folder: Path, stop: threading.Event) -> None:
         self.task, self.config, self.folder = task, config, folder
-        self.accelerator = Accelerator(
-            mixed_precision=config.precision,
-            log_with="tensorboard",
-            project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
-            # An ablation leaves parts of the adapter without a gradient.
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=_PATIENCE),
-            ],
-        )
-        if self.accelerator.distributed_type in _SHARDING:
-            raise SettingError(
-                f"{self.accelerator.distributed_type} splits the weights; training keeps them whole on each device: "
-                "start it with torchrun, or with accelerate launch --multi_gpu."
-            )
+        self.accelerator = _accelerator(config, folder)
         self.accumulation = config.accumulation(self.accelerator.num_processes)
         self.accelerator.gradient_accumulation_steps = self.accumulation
         folder.mkdir(parents=True, exist_ok=True)
-        wanted = {**getattr(task, "settings", {}), **asdict(config)}
+        wanted = {**task.settings, **asdict(config)}
         check_settings(folder, wanted)
         if self.accelerator.is_main_process:
             write_json(folder / SETTINGS, wanted)
-        optimizers = task.optimizers(config) if hasattr(task, "optimizers") else [adamw(task.model, config)]
+        optimizers = task.optimizers(config)
         if config.compile:
             torch.compiler.reset()  # what a run before this one compiled counts towards a limit
-            part = getattr(task.model, "compiled", task.model)
-            part.forward = compiled(part.forward)
+            task.compiled.forward = torch.compile(task.compiled.forward)
         # What is frozen is the same in all processes, and not every backend sends 8-bit floats.
         frozen = [name for name, parameter in task.model.named_parameters() if not parameter.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(task.model, frozen)
         self.model, *self.optimizers = self.accelerator.prepare(task.model, *optimizers)
-        trained = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
-        self.names, self.parameters = list(trained), list(trained.values())
+        self.trained = {name: p for name, p in task.model.named_parameters() if p.requires_grad}
+        self.parameters = list(self.trained.values())
         self.ema = EMAModel(self.parameters, decay=config.ema_decay) if config.ema_decay else None
-        self.saved = SavedState(self.accelerator, folder, trained, task, self.ema)
+        self.saved = SavedState(self.accelerator, folder, self.trained, task, self.ema)
         self.measured = Measurements(self.accelerator.device)
         self.signalled = stop
         self.stopping = False
@@ -210,7 +162,6 @@ class _Run:
         config, accelerator = self.config, self.accelerator
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = config.learning_rate_at(step)
-        norms: dict[str, float] = {}
         for turn in range(self.accumulation):
             with self.measured.timed("data"):
                 batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
@@ -221,8 +172,7 @@ class _Run:
                     values = self.model(batch)
                 accelerator.backward(values["loss"].float().mean())
             self._collect(values, step)
-        if with_norms:
-            norms = self._gradient_norms()
+        norms = self._gradient_norms() if with_norms else {}
         norms["all"] = float(accelerator.clip_grad_norm_(self.parameters, config.clip_norm))
         if not math.isfinite(norms["all"]) and accelerator.scaler is None:  # fp16's scaler passes such a step over
             raise self._stuck("The gradient's norm", norms["all"], step)
@@ -256,7 +206,7 @@ class _Run:
     def _gradient_norms(self) -> dict[str, float]:
         """The norm of each part's gradient, before clipping; block numbers are left out of the names."""
         squares: defaultdict[str, float] = defaultdict(float)
-        for name, parameter in zip(self.names, self.parameters):
+        for name, parameter in self.trained.items():
             if parameter.grad is not None:
                 squares[_part(name)] += float(parameter.grad.norm()) ** 2
         scale = float(self.accelerator.scaler.get_scale()) if self.accelerator.scaler is not None else 1.0
@@ -315,7 +265,7 @@ class _Run:
             self.accelerator.wait_for_everyone()  # every process writes a file of its own into it
             if self.accelerator.is_main_process:
                 with self._averaged():
-                    weights = {name: p.detach().cpu().clone() for name, p in zip(self.names, self.parameters)}
+                    weights = {name: p.detach().cpu().clone() for name, p in self.trained.items()}
                 self.task.export(weights, partial, step)
         except (OSError, RuntimeError, SafetensorError, MagicMirrorError) as error:
             shutil.rmtree(partial, ignore_errors=True)  # which may be what fills the disk
@@ -353,6 +303,26 @@ class _Run:
         finally:
             for number, handler in zip(signals, before):
                 signal.signal(number, handler)
+
+
+def _accelerator(config: LoopConfig, folder: Path) -> Accelerator:
+    """Raises SettingError for a launch that splits the weights."""
+    accelerator = Accelerator(
+        mixed_precision=config.precision,
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "tensorboard")),
+        # An ablation leaves parts of the adapter without a gradient.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=_PATIENCE),
+        ],
+    )
+    if accelerator.distributed_type in _SHARDING:
+        raise SettingError(
+            f"{accelerator.distributed_type} splits the weights; training keeps them whole on each device: "
+            "start it with torchrun, or with accelerate launch --multi_gpu."
+        )
+    return accelerator
 
 
 def _part(name: str) -> str:

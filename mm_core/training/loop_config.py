@@ -41,7 +41,7 @@ class LoopConfig:
     precision: Literal["no", "bf16", "fp16"] = "no"
     """accelerate's mixed precision."""
     compile: bool = False
-    """Use torch.compile, on what the model has as `compiled`, else on all of it."""
+    """Use torch.compile, on what the task has as `compiled`."""
     seed: int = 0
     log_every: Count = 10
     save_every: Count = 500

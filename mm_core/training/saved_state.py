@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..checkpoints.safetensors_file import read_tensors
 from ..errors import CheckpointError
 from .runs import checkpoints, step_of
+from .task import Task
 
 _log = logging.getLogger(__name__)
 
@@ -31,10 +32,12 @@ _SHADOW = "shadow_params"
 
 
 class SavedState:
-    """trained: the parameters that are, by name. task: of the loop. average: of the parameters, as exported.
+    """What a checkpoint holds beside accelerate's own files.
 
     What the task can read back from what it exported is not written once more: that is the average, or, without one,
     the weights themselves.
+
+    trained: the parameters that are, by name. average: of them, None without.
     """
 
     def __init__(
@@ -42,14 +45,18 @@ class SavedState:
         accelerator: Accelerator,
         folder: Path,
         trained: Mapping[str, nn.Parameter],
-        task: object,
+        task: Task,
         average: EMAModel | None,
     ) -> None:
         self.accelerator, self.folder, self.trained, self.average = accelerator, folder, trained, average
-        self.exported = getattr(task, "exported", None)
-        self.state = getattr(task, "state", None)
+        self.exported, self.state = task.exported, task.state
         accelerator.register_save_state_pre_hook(self._save)
         accelerator.register_load_state_pre_hook(self._load)
+
+    @property
+    def _own_weights(self) -> bool:
+        """Whether the weights are written here: they are not what the task reads back."""
+        return self.average is not None or self.exported is None
 
     def resume(self) -> int:
         """Load the last checkpoint that is whole, if there is one; returns the number of steps done.
@@ -86,7 +93,7 @@ class SavedState:
                 path.rename(kept)
 
     def _save(self, models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
-        """Frozen weights have no place in a checkpoint."""
+        """As accelerate calls it. Frozen weights have no place in a checkpoint."""
         weights.clear()
         state = self.state.state_dict() if self.state is not None else None  # may gather from all processes
         if not self.accelerator.is_main_process:
@@ -96,15 +103,13 @@ class SavedState:
         if self.average is not None:
             kept = self.average.state_dict()
             torch.save(kept | {_SHADOW: None} if self.exported else kept, Path(folder) / AVERAGE)
-        if self.average is not None or self.exported is None:
+        if self._own_weights:
             save_file({name: p.detach().contiguous() for name, p in self.trained.items()}, Path(folder) / TRAINABLE)
 
     def _load(self, models: list[nn.Module], folder: str) -> None:
         models.clear()
         exported = self._checked(self.exported(Path(folder)), folder) if self.exported else None
-        weights = exported
-        if self.average is not None or exported is None:
-            weights = self._checked(read_tensors(Path(folder) / TRAINABLE), folder)
+        weights = self._checked(read_tensors(Path(folder) / TRAINABLE), folder) if self._own_weights else exported
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(weights[name])

@@ -42,11 +42,6 @@ class AdapterTraining(nn.Module):
         self.settings, self.losses = settings, losses
         self.rollouts, self.sampled_losses = rollouts, sampled_losses
 
-    @property
-    def compiled(self) -> nn.Module:
-        """Only the transformer: how many samples are judged differs from step to step and would compile all anew."""
-        return self.transformer
-
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Per-sample values, (B,) each; NaN where a value does not exist for a sample.
 

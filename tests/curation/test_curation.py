@@ -173,7 +173,7 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
         (["pictures", str(tmp_path), "--out", str(tmp_path / "set")], "lies in the input"),
         (["pictures", str(tmp_path), *out, "--workers", "0"], "workers is 0"),
         (["pictures", str(tmp_path), *out, "--set", "keep.min_lines=x"], "keep.min_lines is 'x'"),
-        (["pictures", str(tmp_path), *out, "--set", f"measure.insightface_root={tmp_path}"], "research only) and unzip it there"),
+        (["pictures", str(tmp_path), *out, "--set", f"measure.insightface_root={tmp_path}"], "unzip it there\n"),
     ):
         assert main(command) == 2
         assert said in capsys.readouterr().err

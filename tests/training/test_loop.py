@@ -24,6 +24,7 @@ from mm_core.training.loop import train
 from mm_core.training.loop_config import LoopConfig
 from mm_core.training.randomness import generator_for, shuffled
 from mm_core.training.runs import METRICS, checkpoints, is_finished, latest_checkpoint
+from mm_core.training.task import Task
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,7 +45,7 @@ class Regression(nn.Module):
         return {"loss": error, "noise_loss": error, "timestep": batch["timestep"]}
 
 
-class RegressionTask:
+class RegressionTask(Task):
     """slow: seconds a batch takes, for tests that kill. broken_from: the first sample that is not a number. cliff: a
     sample with a finite loss and a gradient that is none. processes: how many there must be; their numbers are written
     into `pids`. settings: what a run goes on with only."""
