@@ -9,6 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..mm_core.errors import CheckpointError, DecodeError, SettingError
+from ..mm_core.pipelines.presets import latent_shape
 from . import native_base, native_lora, native_model, native_sampling, runtime
 from .control import adapter_inputs, adapter_settings, control_inputs
 from .sampling import rescued
@@ -206,10 +207,9 @@ class MagicMirrorNativeLatent(io.ComfyNode):
         width, height, num_frames = width or limits.width, height or limits.height, num_frames or limits.num_frames
         limits.check(width=width, height=height, num_frames=num_frames)
         config = base.transformer_config
-        cell = 2 ** (len(base.vae_config["block_out_channels"]) - 1)
-        frames = (num_frames - 1) // 4 + 1
+        _, frames, *sides = latent_shape(base.vae_config, frames=num_frames, height=height, width=width)
         frames += -frames % (config["patch_size_t"] or 1)
-        return io.NodeOutput({"samples": torch.zeros(1, config["in_channels"], frames, height // cell, width // cell)})
+        return io.NodeOutput({"samples": torch.zeros(1, config["in_channels"], frames, *sides)})
 
 
 class MagicMirrorDecode(io.ComfyNode):

@@ -17,7 +17,7 @@ from mm_core.faces.analysis import FaceAnalyzer
 from mm_core.faces.arcface import DifferentiableArcFace, align_faces
 from mm_core.faces.tracking import find_faces, follow
 from mm_core.pipelines.base import TinyBase
-from mm_core.training.losses import TEMPORAL_COMPRESSION
+from mm_core.pipelines.presets import TEMPORAL_COMPRESSION
 from mm_core.training.sample_losses import decode_frame
 from scripts import environment
 

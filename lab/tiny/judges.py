@@ -23,8 +23,8 @@ from mm_core.faces.arcface import align_faces
 from mm_core.files import atomic_write
 from mm_core.memory import default_device
 from mm_core.pipelines.base import FolderBase
+from mm_core.pipelines.presets import TEMPORAL_COMPRESSION
 from mm_core.training.diffusion import add_noise, alphas_bar, predict_clean, rotary_embedding
-from mm_core.training.losses import TEMPORAL_COMPRESSION
 from mm_core.training.randomness import generator_for
 from mm_core.training.step import guide
 from mm_core.training.task import Task

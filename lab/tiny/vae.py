@@ -18,6 +18,7 @@ from mm_core.faces.tracking import find_faces, follow
 from mm_core.files import write_json
 from mm_core.memory import default_device
 from mm_core.pipelines import tiny
+from mm_core.pipelines.presets import latent_shape
 from mm_core.training.loop_config import LoopConfig
 from mm_core.training.optimizer import BETAS
 from mm_core.training.randomness import generator_for, shuffled
@@ -182,7 +183,7 @@ class VAETask(Task):
             clip = self.clips.frames[shuffled(sample, len(self.clips.frames), self.seed)]
             first = int(torch.randint(len(clip) - self.frames + 1, (1,), generator=generator))
             frames.append(mirrored(clip[first : first + self.frames], generator))
-            latent = tiny.latent_shape(frames=self.frames, size=clip.shape[1])
+            latent = latent_shape(tiny.VAE, frames=self.frames, height=clip.shape[1], width=clip.shape[1])
             noise.append(torch.randn(latent, generator=generator))
             smoothed.append(bool(torch.rand(1, generator=generator) < SMOOTHED))
             looked_at.append(int(torch.randint(self.frames, (1,), generator=generator)))

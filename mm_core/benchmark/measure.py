@@ -28,7 +28,7 @@ from ..pipelines.decode import decode
 from ..pipelines.identity import Identity
 from ..pipelines.magic_mirror import MagicMirror
 from ..pipelines.plan import PHASES
-from ..pipelines.presets import PRESETS, Preset
+from ..pipelines.presets import PRESETS, Preset, latent_shape
 
 FRAMES, HEIGHT, WIDTH, STEPS = 49, 480, 720, 50
 """The clip of the paper's Tab. 6, with guidance."""
@@ -123,8 +123,7 @@ def full_size(preset: Preset, *, rounds: int, device: torch.device) -> dict[str,
     steps = steps_in_turns(preset.transformer, **sizes, rounds=rounds, device=device, dtype=torch.bfloat16)
     with device:
         vae = nn.Module.to(AutoencoderKLCogVideoX.from_config(dict(preset.vae)), torch.bfloat16).eval()
-    cell = 2 ** (len(vae.config.block_out_channels) - 1)
-    latents = torch.randn(1, vae.config.latent_channels, (FRAMES - 1) // 4 + 1, HEIGHT // cell, WIDTH // cell)
+    latents = torch.randn(1, *latent_shape(vae.config, **sizes))
     memory = device_memory(device)
     decoding = _take_turns(
         {"decoding": lambda: decode(vae, latents, device, None if memory is None else memory[0])}, 1, device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -22,12 +23,13 @@ from ..memory import compute_dtype, default_device
 from ..models.id_encoder import IDEncoderConfig
 from ..pipelines.base import BaseModel
 from ..pipelines.named import FETCH
+from ..pipelines.presets import TEMPORAL_COMPRESSION, latent_shape
 from ..pipelines.prompt import IdentityTokens, identity_tokens
 from .features import FORMAT
 from .framing import check_size, place
 from .manifest import Sample, check_length, read_media, read_picture
 
-FACE_EVERY = 4
+FACE_EVERY = TEMPORAL_COMPRESSION
 """Faces are looked for in the first frame and then once per latent frame; between, boxes and landmarks are linear."""
 MIN_SEEN = 0.5
 """Part of those frames that must show a face: a head that turns away is motion that is wanted."""
@@ -78,14 +80,13 @@ class FeatureSettings:
     def bytes_of_items(self) -> dict[str, int]:
         """Of a prompt, a reference and a sample."""
         transformer, encoder = self.base.transformer_config, self.id_encoder_config
-        latent_frames = (self.frames - 1) // FACE_EVERY + 1
-        sample = 2 * latent_frames * transformer["in_channels"] * (self.height // 8) * (self.width // 8)
+        latents = latent_shape(self.base.vae_config, frames=self.frames, height=self.height, width=self.width)
         image_tokens = (encoder.clip_image_size // encoder.clip_patch_size) ** 2 + 1
         reference = 2 * image_tokens * encoder.clip_hidden_size + 2 * encoder.num_id_tokens * encoder.id_token_dim
         return {
             "prompts": 2 * transformer["max_text_seq_length"] * transformer["text_embed_dim"],
             "references": reference + 4 * encoder.id_embedding_dim,
-            "samples": sample + 4 * 14 * self.frames + latent_frames,
+            "samples": 2 * math.prod(latents) + 4 * 14 * self.frames + latents[1],
         }
 
 

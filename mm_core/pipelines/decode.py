@@ -18,6 +18,7 @@ from ..counting import counted
 from ..errors import DecodeError
 from ..numerics import precision_name, remedy
 from ..out_of_memory import is_out_of_memory
+from .presets import TEMPORAL_COMPRESSION, spatial_compression
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def decode_bytes(config: Mapping[str, Any], dtype: torch.dtype, shape: Sequence[
         part: as in `choose_tiles`.
     """
     _, _, frames, height, width = shape
-    cell = 2 ** (len(config["block_out_channels"]) - 1)
+    cell = spatial_compression(config)
     key = as_key(AutoencoderKLCogVideoX, config)
     tile = (height, width) if part is None else tuple(side // cell for side in _tile_size(config, part))
     if height <= tile[0] and width <= tile[1]:
@@ -110,7 +111,8 @@ def decode_bytes(config: Mapping[str, Any], dtype: torch.dtype, shape: Sequence[
         for y, x in product(range(0, height, steps[0]), range(0, width, steps[1]))
     ]
     largest = _whole_bytes(key, dtype, frames, min(tile[0], height), min(tile[1], width))
-    made = 3 * (frames * 4 - 3) * cell**2 * dtype.itemsize  # of one latent cell: RGB of all frames
+    pictures = (frames - 1) * TEMPORAL_COMPRESSION + 1
+    made = 3 * pictures * cell**2 * dtype.itemsize  # of one latent cell: RGB of all frames
     peaks = [made * sum(cells[:number]) + largest * size / max(cells) for number, size in enumerate(cells)]
     # In the end all tiles are there, the rows of the picture, and the picture.
     return int(max(*peaks, made * (sum(cells) + 2 * height * width)))

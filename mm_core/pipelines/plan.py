@@ -23,7 +23,7 @@ from ..models.id_encoder import FaceFeatures
 from .clip import ClipSettings
 from .decode import Key, as_key, choose_tiles, decode_bytes
 from .parts import stored_dtype
-from .presets import PRESETS, T5_XXL, ClipLimits, Preset, Sampling
+from .presets import PRESETS, T5_XXL, ClipLimits, Preset, Sampling, latent_shape
 from .quantised import shrink
 
 PHASES = {"text": "text_encoder", "identity": "transformer", "steps": "transformer", "decoding": "vae"}
@@ -96,10 +96,8 @@ def plan_of(
         stored: one of `choices.STORED`, for the large layers.
         tokens: of all photos of the person, as the image encoder sees them.
     """
-    cell = 2 ** (len(vae["block_out_channels"]) - 1)
-    frames = (clip.num_frames - 1) // 4 + 1
-    shape = (1, vae["latent_channels"], frames, clip.height // cell, clip.width // cell)
-    frames += -frames % (transformer.get("patch_size_t") or 1)
+    shape = (1, *latent_shape(vae, frames=clip.num_frames, height=clip.height, width=clip.width))
+    frames = shape[2] + -shape[2] % (transformer.get("patch_size_t") or 1)
     sizes = (frames, *shape[3:], 2 if clip.guidance_scale > 1 else 1)
     base = as_key(CogVideoXTransformer3DModel, transformer)
     encoder, pictures = tuple(sorted(text.items())), as_key(AutoencoderKLCogVideoX, vae)

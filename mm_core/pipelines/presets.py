@@ -81,6 +81,20 @@ T5_XXL = dict(
     tie_word_embeddings=False,
 )
 
+TEMPORAL_COMPRESSION = 4
+"""Frames of a latent frame of CogVideoX's VAE; the first one holds one."""
+
+
+def spatial_compression(vae: Mapping[str, Any]) -> int:
+    """Pixels of a latent, along each side, of a VAE with this config."""
+    return 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def latent_shape(vae: Mapping[str, Any], *, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """(C, F', H', W'), what such a VAE makes of a clip."""
+    cell = spatial_compression(vae)
+    return vae["latent_channels"], (frames - 1) // TEMPORAL_COMPRESSION + 1, height // cell, width // cell
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
@@ -162,7 +176,7 @@ class ClipLimits:
 
     @classmethod
     def from_config(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> ClipLimits:
-        spatial = 2 ** (len(vae["block_out_channels"]) - 1)
+        spatial = spatial_compression(vae)
         is_1_5 = transformer.get("patch_size_t") is not None
         # The VAE decodes latent frames in pairs and gives a clip back at its own length only when one is left over; 1.5
         # patches the pairs once more.

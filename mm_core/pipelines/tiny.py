@@ -65,12 +65,6 @@ starts stays still stops stubble teeth tilts towards turtleneck very warm wide T
 """.split()
 
 
-def latent_shape(*, frames: int, size: int) -> tuple[int, int, int, int]:
-    """(C, F', H', W') of square pictures of `size` pixels."""
-    cell = 2 ** (len(VAE["block_out_channels"]) - 1)
-    return VAE["latent_channels"], (frames - 1) // 4 + 1, size // cell, size // cell
-
-
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A SentencePiece-like unigram tokenizer with T5's special tokens and end mark."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]

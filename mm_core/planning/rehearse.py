@@ -24,11 +24,10 @@ from ..errors import SettingError
 from ..files import write_json
 from ..pipelines.named import configs_of
 from ..pipelines.parts import build_scheduler
-from ..pipelines.presets import SCHEDULER, ClipLimits
+from ..pipelines.presets import SCHEDULER, ClipLimits, latent_shape
 from ..training.adapter_task import ADAPTER_FILE, AdapterTask
 from ..training.config import TrainingConfig
 from ..training.loop import train
-from ..training.losses import TEMPORAL_COMPRESSION
 from ..training.runs import METRICS
 from .plan import PEAK_TFLOPS, StagePlan
 from .plan import plan as make_plan
@@ -125,8 +124,7 @@ def write_features(config: TrainingConfig, stage: str, folder: Path) -> None:
     """What `precompute` would write, at the sizes of the config, of invented people whose face is in the middle."""
     settings, base, encoder = config.stage(stage), RandomBase(config), id_encoder_sizes(config)
     people, frames = config.validation_people + 2, settings.frames
-    latent_frames = (frames - 1) // TEMPORAL_COMPRESSION + 1
-    cell = 2 ** (len(base.vae_config["block_out_channels"]) - 1)
+    _, *latents = latent_shape(base.vae_config, frames=frames, height=config.height, width=config.width)
     count, photos, transformer = _SAMPLES * people, _PHOTOS * people, base.transformer_config
     text = (transformer.get("max_text_seq_length", 226), transformer["text_embed_dim"])
     tokens = (encoder.clip_image_size // encoder.clip_patch_size) ** 2 + 1
@@ -144,12 +142,10 @@ def write_features(config: TrainingConfig, stage: str, folder: Path) -> None:
             "embedding": _random(photos, 512).float(),
         },
         "samples": {
-            "latents": _random(
-                count, latent_frames, transformer["in_channels"], config.height // cell, config.width // cell
-            ),
+            "latents": _random(count, latents[0], transformer["in_channels"], *latents[1:]),
             "boxes": box.repeat(count, frames, 1),
             "landmarks": face.repeat(count, frames, 1, 1),
-            "seen": torch.ones(count, latent_frames, dtype=torch.bool),
+            "seen": torch.ones(count, latents[0], dtype=torch.bool),
         },
     }
     rows = {

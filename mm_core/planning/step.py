@@ -29,9 +29,8 @@ from ..models.id_encoder import PHOTOMAKER_V2, IDEncoder, IDEncoderConfig
 from ..pipelines import tiny
 from ..pipelines.control import AdapterSettings
 from ..pipelines.named import configs_of
-from ..pipelines.presets import ClipLimits
+from ..pipelines.presets import ClipLimits, latent_shape
 from ..training.config import ABLATIONS, SamplingConfig, StageConfig, TrainingConfig, adapter_config
-from ..training.losses import TEMPORAL_COMPRESSION
 from ..training.sample_losses import IdentityLoss, NoiseLoss, Pass
 from ..training.step import AdapterTraining
 
@@ -132,10 +131,10 @@ class DryStep:
         self.height, self.width = config.height, config.width
         base = models.transformer.config
         patch_t = base.patch_size_t or 1
-        frames = (stage.frames - 1) // TEMPORAL_COMPRESSION + 1
+        _, frames, rows, columns = latent_shape(
+            models.vae.config, frames=stage.frames, height=config.height, width=config.width
+        )
         frames += -frames % patch_t  # 1.5 pads to whole patches
-        cell = 2 ** (len(models.vae.config.block_out_channels) - 1)  # pixels of a latent
-        rows, columns = config.height // cell, config.width // cell
         self.latent_shape = (frames, base.in_channels, rows, columns)
         self.video_tokens = frames // patch_t * (rows // base.patch_size) * (columns // base.patch_size)
         self.kernels = GpuKernels(None if stage.loop.precision == "no" else stage.loop.dtype)

@@ -22,10 +22,11 @@ from ..models.adapter import MagicMirrorAdapter
 from ..pipelines.base import BaseModel
 from ..pipelines.control import AdapterSettings
 from ..pipelines.named import base_of
+from ..pipelines.presets import TEMPORAL_COMPRESSION, spatial_compression
 from .config import ABLATIONS, TrainingConfig, adapter_config
 from .diffusion import add_noise, alphas_bar, rotary_embedding
 from .loop import train
-from .losses import TEMPORAL_COMPRESSION, face_area
+from .losses import face_area
 from .randomness import generator_for, shuffled
 from .rollouts import Rollouts
 from .runs import is_finished, latest_checkpoint
@@ -72,7 +73,7 @@ class AdapterTask(Task):
         self.padding = -frames % (pipe.transformer.config.patch_size_t or 1)
         settings = AdapterSettings(**ABLATIONS[config.ablation])
         self.model = AdapterTraining(pipe.transformer, adapter, settings, *self.losses())
-        self.cell = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+        self.cell = spatial_compression(pipe.vae.config)
         self.rotary = rotary_embedding(pipe.transformer, self.padding + frames, height, width)
 
     def _scored_people(self) -> list[str]:

@@ -1,10 +1,10 @@
 """The two parts of the training loss: that of the noise, and that of the identity (paper, Sec. 3.4).
 
+    L = L_noise + lambda * (1 - cos(q_face, ArcFace(D(x0))))
+
 Each is returned for each sample, so that the loop can log and average them. They are computed in float32 at least: at
 the lowest noise levels bfloat16 cannot tell them from none, and would drop the noise altogether.
 """
-
-# L = L_noise + lambda * (1 - cos(q_face, ArcFace(D(x0))))
 
 from __future__ import annotations
 
@@ -13,11 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..faces.arcface import align_faces
+from ..pipelines.presets import TEMPORAL_COMPRESSION
 from .diffusion import at_least_float32, signal_and_deviation
-
-# CogVideoX's VAE: a latent frame's cell covers 8 x 8 pixels; the first latent frame holds one frame, others four.
-SPATIAL_COMPRESSION = 8
-TEMPORAL_COMPRESSION = 4
 
 
 def noise_loss(
@@ -68,14 +65,14 @@ def identity_loss(frames: Tensor, landmarks: Tensor, target_embedding: Tensor, r
     return 1 - F.cosine_similarity(embedding, target_embedding.to(embedding).expand_as(embedding), dim=-1)
 
 
-def face_area(boxes: Tensor, height: int, width: int, cell: int = SPATIAL_COMPRESSION) -> Tensor:
+def face_area(boxes: Tensor, height: int, width: int, cell: int = 8) -> Tensor:
     """The face's area at latent resolution, for `noise_loss`.
 
     Args:
         boxes: (B, T, 4), x0 y0 x1 y1 in pixels, one for each of `T = 4 k + 1` frames; may reach outside the picture. A
             box without area covers nothing: no face in that frame.
         height, width: of the latents.
-        cell: pixels that a latent covers, along each side.
+        cell: pixels that a latent covers, along each side; 8 in the published VAE.
 
     Returns:
         (B, k + 1, 1, height, width) float32: 1 in each cell that a box touches in any of the frames the latent frame

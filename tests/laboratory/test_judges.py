@@ -30,9 +30,9 @@ from mm_core.data.features import FORMAT, INDEX, ROWS, Features, shard_name
 from mm_core.faces.analysis import FaceAnalyzer
 from mm_core.pipelines import tiny
 from mm_core.pipelines.base import TinyBase
+from mm_core.pipelines.presets import TEMPORAL_COMPRESSION
 from mm_core.training.loop import train
 from mm_core.training.loop_config import LoopConfig
-from mm_core.training.losses import TEMPORAL_COMPRESSION
 from mm_core.training.sample_losses import decode_frame
 
 PEOPLE, CLIPS = 3, 3
