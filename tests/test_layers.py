@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "mm_core.hosts": {"mm_core.models"},
     "mm_core.data": {
         *("mm_core.models", "mm_core.checkpoints", "mm_core.pipelines", "mm_core.faces", "mm_core.memory"),
-        *("mm_core.files", "mm_core.video"),
+        "mm_core.files",
     },
     "mm_core.curation": {
         *("mm_core.data", "mm_core.evaluation", "mm_core.faces", "mm_core.files", "mm_core.pipelines", "mm_core.video"),
