@@ -1,6 +1,6 @@
 """Model Doctor: which model files are here, which are missing or damaged, and where each belongs.
 
-Only `convert` writes anything.
+Only `convert` writes anything. What opens models is imported in functions: nodes ask this where packages are missing.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def verdict(findings: Sequence[Finding], model: str = "") -> str:
     names = {finding.name for finding in findings if finding.state == FOUND}
     faces = "face pack" in kinds
     lines = []
-    if model in ("", "tiny"):
-        ready = "tiny can run." if "tiny" in names else "tiny is damaged: install the node pack again."
+    if model in ("", TINY):
+        ready = "tiny can run." if TINY in names else "tiny is damaged: install the node pack again."
         lines.append(ready if faces else f"{ready} For photos it lacks a face pack; the example person needs none.")
     for preset in PRESETS.values():
         if model not in ("", preset.repo):

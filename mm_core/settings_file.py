@@ -90,7 +90,7 @@ def _group(kind: Any, names: tuple[int | str, ...]) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's `no` and 1e-5, a text and a number, and no aliases, which a few lines of can unpack to gigabytes."""
+    """YAML 1.2's `no` and 1e-5, a text and a number, and no aliases, of which a few lines unpack to gigabytes."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if first not in "yYnNoO" or not tag.endswith(":bool")]

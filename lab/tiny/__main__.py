@@ -238,12 +238,12 @@ class Recipe:
 
     def features(self) -> None:
         from mm_core.data.precompute import precompute
-        from mm_core.release.commands import progress
+        from mm_core.progress import bars
         from mm_core.release.prepare import feature_settings
         from mm_core.training.sources import features_of
 
         for stage in STAGES:
-            with progress() as on_progress:
+            with bars() as on_progress:
                 precompute(feature_settings(self.config, stage), features_of(self.config, stage), on_progress)
 
     def adapter(self, stage: str) -> Path:

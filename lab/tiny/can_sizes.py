@@ -22,12 +22,12 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from mm_core.checkpoints.adapter_file import Trained, load_adapter, save_adapter
+from mm_core.choices import TINY
 from mm_core.data.precompute import precompute
 from mm_core.evaluation.recognisers import find_face, other_judges
 from mm_core.faces.analysis import FaceAnalyzer
 from mm_core.files import write_json
 from mm_core.models.adapter import MagicMirrorAdapter
-from mm_core.pipelines import tiny
 from mm_core.pipelines.base import TinyBase
 from mm_core.release.prepare import feature_settings
 from mm_core.training import validation
@@ -115,7 +115,7 @@ def prepared(args: argparse.Namespace) -> TrainingConfig:
     if not (people / "images.jsonl").is_file():
         write_manifest(people, "images.jsonl", pictures=True)
     settings = {
-        "base": tiny.NAME, "id_encoder": TinyBase().id_encoder, "insightface_root": environment.face_models(),
+        "base": TINY, "id_encoder": TinyBase().id_encoder, "insightface_root": environment.face_models(),
         "image.data": people / "images.jsonl", "image.features": args.folder / "features",
         "validation_people": HELD_OUT, "image.identity_start": 0, "image.loop.validate_every": 0,
         "image.loop.compile": "false", "image.loop.steps": args.steps, "image.loop.batch_size": args.batch_size,
@@ -140,7 +140,7 @@ def adapter_of(config: TrainingConfig, row: str, seed: int, folder: Path) -> Pat
     if not start.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         adapter, trained = with_new_can(TinyBase().adapter, int(row), seed)
-        save_adapter(adapter, start, base_model=tiny.NAME, trained=trained)
+        save_adapter(adapter, start, base_model=TINY, trained=trained)
     image = replace(config.image, loop=replace(config.image.loop, seed=seed))
     return train_stage(replace(config, image=image, output=str(folder)), "image", start, CanTask)
 

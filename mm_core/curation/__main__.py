@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MagicMirrorError, exit_code
+from ..faces.packs import ROOT
 
 _KINDS = {
     "pictures": "photos with captions",
@@ -41,27 +42,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def _curate(args: argparse.Namespace) -> int:
     _check_packages()
-    from tqdm import tqdm
-
+    from ..progress import bars
     from ..settings_file import load_settings, parse_setting
     from .config import CurationConfig, settings_of_model
     from .run import PAGE, curate
 
     settings = settings_of_model(args.model) if args.model is not None else {}
     config = load_settings(CurationConfig, args.config, settings | dict(parse_setting(text) for text in args.set))
-    bars: dict[str, tqdm] = {}
-
-    def show(what: str, done: int, of: int) -> None:
-        bar = bars.setdefault(what, tqdm(desc=f"shards {what}", total=of, disable=None))
-        bar.update(done - bar.n)
-
-    try:
+    with bars() as show:
         tally = curate(
-            args.kind, args.inputs, args.out, config, address=args.address, workers=args.workers, on_progress=show
-        )
-    finally:
-        for bar in bars.values():
-            bar.close()
+            args.kind, args.inputs, args.out, config, address=args.address, workers=args.workers,
+            on_progress=lambda what, done, of: show(f"shards {what}", done, of),
+        )  # fmt: skip
     print(tally)
     print(args.out / PAGE)
     return int(not tally.kept)
@@ -162,7 +154,7 @@ def _synthesis_arguments(add: Callable[..., Any]) -> None:
     add("--steps", type=int, default=50, help="of a picture")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: fp32 on a CPU, else bf16")
     add("--offload", choices=("none", "model", "sequential"), default="model", help="what waits in main memory")
-    add("--insightface-root", type=Path, default=Path("~/.insightface").expanduser(), help="holds models/<pack>/*.onnx")
+    add("--insightface-root", type=Path, default=ROOT, help="holds models/<pack>/*.onnx")
     add("--face-pack", default="buffalo_l", help="insightface model pack")
 
 

@@ -100,6 +100,8 @@ class Keeping:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CurationConfig:
+    """Both groups, and the shape of what will be trained."""
+
     measure: Measuring = dataclasses.field(default_factory=Measuring)
     keep: Keeping = dataclasses.field(default_factory=Keeping)
     width: Annotated[int, Field(ge=16, multiple_of=16)] = 720

@@ -1,6 +1,4 @@
-"""How well clips keep a person: likeness over time, motion of the face, optical flow and success rates.
+"""How well clips keep a person: likeness over time, motion of the face, optical flow, success rates (Sec. 4.1, A.2).
 
-The module measures a folder of videos when it is run; the page on evaluation in the documentation defines every number.
+`python -m mm_core.evaluation` measures a folder of videos; docs/evaluation.md defines every number.
 """
-
-# python -m mm_core.evaluation; docs/evaluation.md. After the paper's Sec. 4.1 and A.2.

@@ -19,9 +19,8 @@ from typing import Any
 
 from ..choices import EXPORTS, SYSTEMS
 from ..errors import MagicMirrorError, SettingError, exit_code
+from ..faces.packs import ROOT
 from ..faces.references import MIN_SAME_PERSON
-
-FACES = Path.home() / ".insightface"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -219,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         _ARGUMENTS[run](command.add_argument)
         if run is not export:
-            command.add_argument("--insightface-root", type=Path, default=FACES, help="holds models/<pack>/*.onnx")
+            command.add_argument("--insightface-root", type=Path, default=ROOT, help="holds models/<pack>/*.onnx")
             command.add_argument("--face-pack", default="buffalo_l", help="insightface model pack; it matters")
     return parser
 

@@ -1,9 +1,7 @@
 """Optical flow that needs no weights, by the DIS of OpenCV, reduced to two numbers as the frames come in.
 
-The benchmark of the paper measures with a trained network, so its numbers differ: see the module beside this one.
+VBench, by which the paper measures, has RAFT, so its numbers differ: see raft.py and docs/evaluation.md.
 """
-
-# VBench with RAFT, that is: raft.py, docs/evaluation.md.
 
 from __future__ import annotations
 

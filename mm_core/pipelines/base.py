@@ -24,6 +24,7 @@ from diffusers import (
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
+from ..choices import TINY
 from ..errors import CheckpointError, downloading
 from ..json_file import read_object
 from ..limits import INDEX_BYTES, SHARDS
@@ -250,7 +251,7 @@ class TinyBase(FolderBase):
 
     @property
     def name(self) -> str:
-        return tiny.NAME
+        return TINY
 
     @property
     def adapter(self) -> Path:

@@ -12,9 +12,9 @@ from typing import Any
 from transformers import T5Config
 
 from ..checkpoints.photomaker import COPY_NAME, FILE_NAME
+from ..choices import TINY
 from ..errors import CheckpointError, SettingError
 from ..files import DOWNLOADS
-from . import tiny
 from .base import BaseModel, FolderBase, TinyBase
 from .presets import HUB_ADDRESS, PRESETS, T5_XXL, published
 
@@ -24,7 +24,7 @@ FETCH = "run `python -m mm_core.training fetch` with a config that names it"
 
 def folder_of(name: str) -> Path:
     """Where the base of this name is, or would be."""
-    if name == tiny.NAME:
+    if name == TINY:
         return TinyBase().folder
     preset = published(name)
     return Path(name).expanduser() if preset is None else DOWNLOADS / preset.repo.split("/")[-1]
@@ -35,7 +35,7 @@ def base_of(name: str, fetch: str = FETCH) -> BaseModel:
 
     Raises CheckpointError if it is not here, or lacks files.
     """
-    if name == tiny.NAME:
+    if name == TINY:
         return TinyBase()
     base = FolderBase(folder_of(name))
     if not base.folder.is_dir() and (preset := published(name)) is not None:
@@ -51,7 +51,7 @@ def base_of(name: str, fetch: str = FETCH) -> BaseModel:
 
 def id_encoder_for(name: str) -> Path:
     """The ID encoder of a base: PhotoMaker-V2's, wherever it may be here; `tiny` brings its own."""
-    if name == tiny.NAME:
+    if name == TINY:
         return TinyBase().id_encoder
     copy = DOWNLOADS / COPY_NAME
     return copy if copy.is_file() else DOWNLOADS / FILE_NAME
@@ -70,6 +70,6 @@ def configs_of(name: str) -> tuple[str, Mapping[str, Any], Mapping[str, Any], T5
         )
     model = FolderBase(folder)
     return (
-        name if name == tiny.NAME else folder.name, model.transformer_config, model.vae_config,
+        name if name == TINY else folder.name, model.transformer_config, model.vae_config,
         T5Config(**model.text_config),
     )  # fmt: skip

@@ -17,7 +17,6 @@ from ..models.id_encoder import IDEncoderConfig
 from .presets import SCHEDULER as COGVIDEOX_SCHEDULER
 from .presets import TINY_TRANSFORMER, TINY_VAE, Sampling
 
-NAME = TINY
 WEIGHTS = Path(__file__).parents[1] / "weights" / TINY
 TRANSFORMER, VAE = TINY_TRANSFORMER, TINY_VAE
 _TEXT_DIM, TEXT_TOKENS = TRANSFORMER["text_embed_dim"], TRANSFORMER["max_text_seq_length"]

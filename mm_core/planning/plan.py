@@ -73,7 +73,7 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Prints as tables."""
+    """What `plan` counted; prints as tables."""
 
     base: str
     width: int

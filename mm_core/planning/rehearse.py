@@ -169,7 +169,7 @@ def write_features(config: TrainingConfig, stage: str, folder: Path) -> None:
 
 
 def _forget() -> None:
-    """What runs before left on the device, and how much it was."""
+    """Free what earlier runs left on the device, and let its peak begin anew."""
     gc.collect()
     device = PartialState().device
     if device.type != "cpu":

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import T5EncoderModel
 
 from ..checkpoints.photomaker import read_id_encoder_config
+from ..choices import TINY
 from ..counting import Counter, GpuKernels
 from ..errors import SettingError
 from ..memory import store_in_fp8
@@ -94,7 +95,7 @@ def id_encoder_sizes(config: TrainingConfig) -> IDEncoderConfig:
     path = None if config.id_encoder is None else Path(config.id_encoder).expanduser()
     if path is not None and path.is_file():
         return read_id_encoder_config(path)
-    return tiny.ID_ENCODER if config.base == tiny.NAME else PHOTOMAKER_V2
+    return tiny.ID_ENCODER if config.base == TINY else PHOTOMAKER_V2
 
 
 @dataclass(frozen=True, kw_only=True)

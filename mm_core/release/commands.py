@@ -19,13 +19,10 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..errors import exit_code
+from ..progress import bars
 from ..settings_file import parse_setting
 from ..training.config import TrainingConfig, load_config
 
@@ -66,7 +63,7 @@ def check(config: TrainingConfig, args: argparse.Namespace) -> int:
 
     reports = []
     for stage in args.stage or STAGES:
-        with progress() as on_progress:
+        with bars() as on_progress:
             report = check_stage(config, stage, lambda done, of: on_progress("samples", done, of))
         reports.append(report)
         print(report)
@@ -82,7 +79,7 @@ def precompute(config: TrainingConfig, args: argparse.Namespace) -> None:
 
     for stage in args.stage or STAGES:
         folder = features_of(config, stage)
-        with progress(quiet=args.rank > 0) as on_progress:
+        with bars(quiet=args.rank > 0) as on_progress:
             whole = make_features(
                 feature_settings(config, stage), folder, on_progress, rank=args.rank, world_size=args.world_size
             )
@@ -90,43 +87,25 @@ def precompute(config: TrainingConfig, args: argparse.Namespace) -> None:
             print(folder, json.dumps(Features.open(folder).counts))
 
 
-def train(config: TrainingConfig, args: argparse.Namespace) -> None:
-    """Run one stage."""
+def train_one(config: TrainingConfig, args: argparse.Namespace) -> None:
+    """Train one stage."""
     from ..training.adapter_task import train_stage
 
     print(train_stage(config, args.command, args.start))
     _leave()
 
 
-def whole(config: TrainingConfig, args: argparse.Namespace) -> None:
+def train_all(config: TrainingConfig, args: argparse.Namespace) -> None:
     """Check, precompute, train both stages, export and score: what is finished is skipped."""
     from .whole import train_whole
 
-    with progress(quiet=args.rank > 0) as on_progress:
+    with bars(quiet=args.rank > 0) as on_progress:
 
         def show(stage: str, what: str, done: int, of: int) -> None:
             on_progress(f"{stage}: {what}", done, of)
 
         print(train_whole(config, args.rank, args.world_size, show))
     _leave()
-
-
-@contextmanager
-def progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """A function that shows what is being made, how many of it are done, and of how many, as a bar each."""
-    bars: dict[str, tqdm] = {}
-
-    def show(what: str, done: int, of: int) -> None:
-        bar = bars.setdefault(what, tqdm(desc=what, total=of, disable=quiet or None))
-        bar.update(done - bar.n)
-        if done == of:  # not under the bars of what comes next
-            bar.close()
-
-    try:
-        yield show
-    finally:
-        for bar in bars.values():
-            bar.close()
 
 
 def rehearse(config: TrainingConfig, args: argparse.Namespace) -> None:
@@ -147,7 +126,7 @@ def rehearse(config: TrainingConfig, args: argparse.Namespace) -> None:
 
 
 def _take_device() -> None:
-    """Of several GPUs, the one that is this process's: precomputing asks nobody else which."""
+    """Take this process's GPU of several: to precompute, nothing else chooses one."""
     import torch
 
     if torch.cuda.is_available():
@@ -168,8 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     runs = {
-        "plan": plan, "fetch": fetch, "check": check, "precompute": precompute, "image": train, "video": train,
-        "train": whole, "rehearse": rehearse,
+        "plan": plan, "fetch": fetch, "check": check, "precompute": precompute, "image": train_one,
+        "video": train_one, "train": train_all, "rehearse": rehearse,
     }  # fmt: skip
     for name, run in runs.items():
         command = commands.add_parser(name, help=run.__doc__.splitlines()[0])
@@ -180,13 +159,13 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--accept-licences", action="store_true", help="of what is fetched")
         if run in (check, precompute):
             command.add_argument("--stage", nargs="*", choices=STAGES, help="default: both")
-        if run in (precompute, whole):  # torchrun tells them, and what starts processes otherwise gives them
+        if run in (precompute, train_all):  # torchrun tells them, and what starts processes otherwise gives them
             command.add_argument("--rank", type=int, default=int(os.getenv("RANK", 0)), help="of this process")
             command.add_argument("--world-size", type=int, default=int(os.getenv("WORLD_SIZE", 1)), help="of all")
         if run is rehearse:
             command.add_argument("--steps", type=int, default=20, help="of each stage, before and after a resume")
             command.add_argument("--folder", type=Path, help="for its files, which are removed again")
             command.add_argument("--price-per-hour", type=float, help="of one device, to be told what the run costs")
-        if run is train:
+        if run is train_one:
             command.add_argument("--start", type=Path, help="adapter to begin with")
     return parser

@@ -96,7 +96,7 @@ class AdapterTask(Task):
         return base_of(self.config.base)
 
     def losses(self) -> tuple[Sequence[SampleLoss], Rollouts | None, Sequence[SampleLoss]]:
-        """Of noised training samples; the clips that the model samples itself; and theirs. Here, the paper's."""
+        """Of noised training samples; the clips that the model samples itself; and of those. Here, the paper's."""
         if not self.stage.identity_weight:
             return [NoiseLoss()], None, []
         identity = self.identity_loss()

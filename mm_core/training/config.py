@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from ..choices import TINY
 from ..errors import SettingError
 from ..models.config import AdapterConfig
 from ..pipelines import tiny
@@ -133,7 +134,7 @@ def adapter_config(config: TrainingConfig, name: str, transformer: Mapping[str, 
     name, transformer: of the base model. Raises SettingError for unknown sizes, or sizes that do not fit.
     """
     try:
-        if name == tiny.NAME:
+        if name == TINY:
             return dataclasses.replace(tiny.ADAPTER, **config.adapter)
         return AdapterConfig.for_base(transformer, **config.adapter)
     except (TypeError, ValueError) as error:  # the dataclass's own words

@@ -14,7 +14,7 @@ _TIMESTEP_BUCKETS = 10
 
 
 class Measurements:
-    """Of this process, where not said otherwise. device: whose memory is told, if it keeps count of it."""
+    """Of this process, where not said otherwise. device: its memory is told where torch keeps count of it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -41,7 +41,7 @@ class SampleLoss(Protocol):
     """A part of the loss, of each sample by itself."""
 
     name: str
-    """It is logged under, without its weight."""
+    """What it is logged as, without its weight."""
     weight: float
 
     def __call__(self, passed: Pass) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,7 @@ class AdapterTraining(nn.Module):
     def identity(self, batch: dict[str, Tensor]) -> tuple[Tensor, FaceState]:
         """The prompts with the fused word, and the state that carries the identity through the blocks."""
         adapter, settings = self.adapter, self.settings
-        id_tokens = batch["id_tokens"].mean(dim=1)  # (B, N, c): the mean over photos
+        id_tokens = batch["id_tokens"].mean(dim=1)  # (B, N, c): x_id (Eq. 3), the mean over photos
         text = batch["text"]
         if settings.id_branch:
             text = fuse_rows(text, batch["slots"], batch["has_text"], id_tokens, adapter)
@@ -95,7 +95,7 @@ class AdapterTraining(nn.Module):
         face_tokens = None
         if settings.structure_branch:
             photos = batch["structure_tokens"].flatten(1, 2)  # (B, R * S, clip)
-            face_tokens = adapter.face_proj(adapter.face_perceiver(photos))  # (B, Q, D)
+            face_tokens = adapter.face_proj(adapter.face_perceiver(photos))  # Eq. 4: x_face, (B, Q, D)
         state = self.attached.face_state(id_tokens=id_tokens, face_tokens=face_tokens, timestep=batch["timestep"])
         state.factors = ablate(state.factors, settings)
         return text, state
@@ -127,7 +127,7 @@ def guide(negative: Tensor, prediction: Tensor, guidance: float) -> Tensor:
 
 
 def fuse_rows(text: Tensor, slots: Tensor, has_text: Tensor, id_tokens: Tensor, adapter: MagicMirrorAdapter) -> Tensor:
-    """Text fusion, (B, T, Dtxt), each row with slots of its own; rows whose prompt was dropped have none."""
+    """Text fusion (Eq. 5), (B, T, Dtxt), each row with slots of its own; rows whose prompt was dropped have none."""
     rows = torch.arange(len(text), device=text.device)[:, None]  # (B, 1)
     before = text[rows, slots]  # (B, N, Dtxt)
     fused = adapter.id_fusion(before, id_tokens).to(text.dtype)

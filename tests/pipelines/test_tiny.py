@@ -37,7 +37,7 @@ def test_its_files_are_whole_small_and_from_nowhere() -> None:
 def test_its_sizes_are_those_that_are_trained() -> None:
     base, mirror = TinyBase(), MagicMirror(TinyBase(), device=torch.device("cpu"))
     assert {name: base.transformer_config[name] for name in tiny.TRANSFORMER} == tiny.TRANSFORMER
-    assert mirror.header.config == tiny.ADAPTER and mirror.header.base_model == base.name == tiny.NAME
+    assert mirror.header.config == tiny.ADAPTER and mirror.header.base_model == base.name == "tiny"
     assert mirror.header.trained.stage == "video"
     assert read_id_encoder_config(base.id_encoder) == tiny.ID_ENCODER
     assert (
