@@ -52,7 +52,8 @@ def generate(args: argparse.Namespace) -> None:
 
     from .faces.analysis import FaceAnalyzer
     from .faces.packs import download_pack
-    from .faces.references import analyse_references, check_number, check_weights, read_image
+    from .faces.references import analyse_references, check_number, check_weights
+    from .picture_file import read_image
     from .pipelines.control import AdapterSettings
     from .pipelines.magic_mirror import MagicMirror
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..mm_core.errors import MagicMirrorError
-from ..mm_core.faces.references import check_pixels, over_grey
+from ..mm_core.picture_file import check_pixels, over_grey
 
 
 def photos_from_images(

@@ -20,8 +20,8 @@ from mm_core.data.manifest import Source, parse_manifest, read_media
 from mm_core.errors import CheckpointError, MagicMirrorError, SampleError, SettingError
 from mm_core.faces.analysis import Face
 from mm_core.faces.crop import whole_image
-from mm_core.faces.references import read_image
 from mm_core.faces.tracking import find_faces
+from mm_core.picture_file import read_image
 from mm_core.training.config import load_config
 from mm_core.video import write_video
 

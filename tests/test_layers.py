@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "mm_core.limits": set(),
     "mm_core.names": set(),
     "mm_core.json_file": set(),
+    "mm_core.picture_file": set(),
     "mm_core.progress": set(),
     "mm_core.settings_file": set(),
     "mm_core.files": set(),
@@ -84,7 +85,7 @@ MAY_IMPORT = {
 }
 FOR_ALL = {
     *("mm_core.errors", "mm_core.choices", "mm_core.limits", "mm_core.names", "mm_core.progress"),
-    *("mm_core.json_file", "mm_core.settings_file", "mm_core.video_reader"),
+    *("mm_core.json_file", "mm_core.picture_file", "mm_core.settings_file", "mm_core.video_reader"),
 }
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server", "execution", "nodes"}
 DIFFUSERS_HOST = "mm_core/hosts/cogvideox_diffusers.py"

@@ -18,8 +18,8 @@ from PIL import Image
 
 from ..errors import CheckpointError, MagicMirrorError
 from ..faces.analysis import Face, FaceAnalyzer, select_face
-from ..faces.references import decode_image
 from ..faces.tracking import find_faces
+from ..picture_file import decode_image
 from .config import Measuring
 from .items import Item, read
 from .text import TextReader

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import MagicMirrorError
 from ..evaluation.page import STYLE, figure, thumbnail
-from ..faces.references import decode_image
+from ..picture_file import decode_image
 from ..video_reader import open_video, rgb
 from .config import Keeping
 from .items import Item, Shard

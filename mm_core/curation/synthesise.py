@@ -17,9 +17,9 @@ from PIL import Image
 
 from ..data.manifest import MANIFEST, PICTURES, read_manifest
 from ..errors import MagicMirrorError, NoFaceError, PromptError, SettingError
-from ..faces.references import decode_image
 from ..files import write_bytes, write_json
 from ..names import is_below
+from ..picture_file import decode_image
 from ..pipelines.prompt import mark_identity
 from .items import REFERENCE, Item, shards_of
 from .measure import content_id

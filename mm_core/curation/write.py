@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from ..errors import MagicMirrorError
-from ..faces.references import decode_image
 from ..files import write_bytes
+from ..picture_file import decode_image
 from ..video import write_video
 from .clips import clip_frames
 from .config import CurationConfig, Kind

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CheckpointError, MagicMirrorError, SampleError, SettingError
-from ..faces.references import read_image
 from ..json_file import parse
 from ..limits import MANIFEST_LINE_BYTES, NAME_LENGTH, REFERENCES
 from ..names import is_below, stays_within
+from ..picture_file import read_image
 from ..video_reader import read_frames
 
 MANIFEST = "manifest.jsonl"

@@ -107,7 +107,8 @@ def factors(args: argparse.Namespace) -> int:
     """Draw an adapter's scale factors for a person, by modality, layer and time step."""
     import torch
 
-    from ..faces.references import analyse_references, read_image
+    from ..faces.references import analyse_references
+    from ..picture_file import read_image
     from .factors import scale_factors, write_factors
     from .systems import Weights, mirror_of
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..faces.analysis import FaceAnalyzer
 from ..faces.quality import norm_crop
-from ..faces.references import read_image
+from ..picture_file import read_image
 from .curricularface import CurricularFace
 
 FRAMES = 32  # of a clip, evenly spaced; a shorter clip's frames count several times

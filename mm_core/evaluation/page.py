@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..faces.references import read_image
+from ..picture_file import read_image
 from ..video_reader import read_frames
 from .plot import similarity_plot
 from .run import ClipResult, Evaluation

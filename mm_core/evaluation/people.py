@@ -11,8 +11,8 @@ import numpy as np
 
 from ..errors import MagicMirrorError, NoFaceError
 from ..faces.analysis import Face, FaceAnalyzer, select_face
-from ..faces.references import read_image
 from ..faces.tracking import find_faces
+from ..picture_file import read_image
 from .recognisers import Judge, describe
 
 PHOTOS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}

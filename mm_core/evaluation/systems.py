@@ -19,9 +19,10 @@ from PIL import Image
 from ..choices import SYSTEMS
 from ..errors import CheckpointError, MagicMirrorError, reason
 from ..faces.analysis import Face, FaceAnalyzer, select_face
-from ..faces.references import analyse_references, read_image
+from ..faces.references import analyse_references
 from ..faces.tracking import find_faces
 from ..json_file import read_object
+from ..picture_file import read_image
 from ..pipelines.clip import ClipSettings
 from ..pipelines.magic_mirror import MagicMirror
 from ..pipelines.named import base_of, folder_of, id_encoder_for

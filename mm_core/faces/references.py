@@ -1,17 +1,12 @@
-"""Reference photos: reading them, taking one face from each, and saying in plain words what will cost likeness."""
+"""Reference photos: taking one face from each, and saying in plain words what will cost likeness."""
 
-import io
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ..errors import FaceChoiceError, MagicMirrorError, NoFaceError, SettingError, reason
-from ..limits import PICTURE_BYTES, PIXELS, REFERENCES
+from ..errors import FaceChoiceError, MagicMirrorError, NoFaceError, SettingError
+from ..limits import REFERENCES
 from .analysis import Face, FaceAnalyzer, select_face
 from .crop import square_crop, whole_image
 from .search import WEAK, evidence, find_faces_anyhow, smallest_face
@@ -31,9 +26,6 @@ _NO_FACE_IN = (
     "{photos}: no face was found, neither in the photo as it is nor turned. Use a photo in which both eyes and the "
     "mouth are seen and the face is at least {limit} px across"
 )
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")  # Pillow hands others, EPS, to programs
-
-TRANSPARENT_BECOMES = (128, 128, 128, 255)  # colours under full transparency are leftovers; grey favours neither end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,70 +130,6 @@ def check_weights(weights: Sequence[float], photos: int) -> None:
             )
     if not any(weights):
         raise SettingError("all weights are 0, which leaves no photo; give at least one photo a weight above 0")
-
-
-def read_image(path: str | Path) -> np.ndarray:
-    """A picture file as (H, W, 3) uint8 RGB: turned as its EXIF says, 16 bits reduced to 8, transparency over grey.
-
-    Raises MagicMirrorError if the file is missing, damaged, too large or no picture.
-    """
-    try:
-        with Path(path).open("rb") as file:
-            return decode_image(file, str(path))
-    except OSError as error:
-        raise _unreadable(str(path), error) from error
-
-
-def decode_image(file: BinaryIO, name: str) -> np.ndarray:
-    """`read_image` of an open file. name: of the photo, for messages."""
-    try:
-        size = file.seek(0, io.SEEK_END)
-        file.seek(0)
-        if size > PICTURE_BYTES:
-            raise MagicMirrorError(
-                f"The photo {name} has {size} bytes, more than {PICTURE_BYTES}. Save it as a smaller JPEG file"
-            )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
-            with Image.open(file, formats=_readable()) as picture:
-                check_pixels(f"The photo {name}", picture.height, picture.width)
-                return np.array(_to_rgb(ImageOps.exif_transpose(picture)))
-    except Image.DecompressionBombError as error:
-        raise MagicMirrorError(
-            f"The photo {name} has more than the {PIXELS // 1_000_000} megapixels that are read. Make it smaller"
-        ) from error
-    except MagicMirrorError:
-        raise
-    except Exception as error:  # Pillow's readers raise a dozen kinds
-        raise _unreadable(name, error) from error
-
-
-def _unreadable(name: str, error: Exception) -> MagicMirrorError:
-    # Pillow's own text, as for a phone's HEIC, names an object of Python.
-    why = "it is no picture of a kind that is read here" if isinstance(error, UnidentifiedImageError) else reason(error)
-    return MagicMirrorError(f"Cannot read the photo {name}: {why}. Use a JPEG, PNG or WebP file")
-
-
-def check_pixels(name: str, height: int, width: int) -> None:
-    """Raise MagicMirrorError for a picture without pixels, or with more than are read."""
-    if height * width == 0:
-        raise MagicMirrorError(f"{name} is {width} x {height} px: it has no pixels. Use another photo")
-    if height * width > PIXELS:
-        raise MagicMirrorError(
-            f"{name} is {width} x {height} px, more than the {PIXELS // 1_000_000} megapixels that are read. Make it "
-            "smaller, or crop it nearer to the person"
-        )
-
-
-def over_grey(image: Image.Image) -> Image.Image:
-    """An RGBA picture on grey, as RGB."""
-    return Image.alpha_composite(Image.new("RGBA", image.size, TRANSPARENT_BECOMES), image).convert("RGB")
-
-
-def _readable() -> list[str]:
-    """Of _FORMATS, those that this Pillow reads."""
-    Image.init()
-    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def analyse_references(
@@ -310,14 +238,6 @@ def _no_face(photos: Sequence[Photo]) -> NoFaceError:
 
 def _described(name: str, image: np.ndarray) -> str:
     return f"{name} ({image.shape[1]} x {image.shape[0]} px)"
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips at 255
-        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = over_grey(image.convert("RGBA"))
-    return image.convert("RGB")
 
 
 def _similarities(faces: list[Face]) -> list[float | None]:

@@ -20,11 +20,11 @@ from mm_core.checkpoints.safetensors_file import open_safetensors, read_tensors
 from mm_core.data.manifest import parse_manifest, read_media
 from mm_core.doctor import find_models, report
 from mm_core.errors import SettingError
-from mm_core.faces.references import read_image
 from mm_core.filenames import expand, locate
 from mm_core.files import Numbered
 from mm_core.folders import Folders
 from mm_core.json_file import read_object
+from mm_core.picture_file import read_image
 from mm_core.pipelines import tiny
 from mm_core.pipelines.base import FolderBase
 from mm_core.pipelines.identity_file import load_identity

@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 
 from mm_core.checkpoints.adapter_file import Trained, read_header, save_adapter
 from mm_core.faces.analysis import FaceAnalyzer
-from mm_core.faces.references import analyse_references, read_image
+from mm_core.faces.references import analyse_references
+from mm_core.picture_file import read_image
 from mm_core.pipelines.base import TinyBase
 from mm_core.pipelines.clip import ClipSettings
 from mm_core.pipelines.control import AdapterSettings

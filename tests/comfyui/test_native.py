@@ -17,7 +17,8 @@ from native_graphs import GUIDANCE, PROMPT, SEED, STEPS, frames_of, native_graph
 from safetensors.torch import load_file, save_file
 
 from mm_core.faces.analysis import FaceAnalyzer
-from mm_core.faces.references import analyse_references, read_image
+from mm_core.faces.references import analyse_references
+from mm_core.picture_file import read_image
 from mm_core.pipelines import sampling, tiny
 from mm_core.pipelines.base import FolderBase, TinyBase
 from mm_core.pipelines.clip import ClipSettings

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mm_core.evaluation.people import Person, load_person
 from mm_core.faces.analysis import FaceAnalyzer
-from mm_core.faces.references import read_image
+from mm_core.picture_file import read_image
 
 PACK = "buffalo_sc"
 HEIGHT = 320  # pixels of the clips made here

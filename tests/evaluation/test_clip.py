@@ -61,7 +61,7 @@ def test_a_still_clip_neither_moves_nor_decays(analyzer, photos, person_a):
 
 
 def test_the_reference_itself_has_no_fm_ref(analyzer, photographs, person_a):
-    from mm_core.faces.references import read_image
+    from mm_core.picture_file import read_image
 
     _, _, scores = scored(analyzer, person_a, [read_image(photographs / "person_a_1.jpg")])
     assert (scores.fm_ref, scores.fm_ref_pose) == pytest.approx((0, 0), abs=0.02)

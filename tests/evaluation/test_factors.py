@@ -17,9 +17,10 @@ from mm_core.evaluation.__main__ import main
 from mm_core.evaluation.factors import MODALITIES, ScaleFactors, scale_factors
 from mm_core.evaluation.systems import Weights, mirror_of
 from mm_core.faces.analysis import FaceAnalyzer
-from mm_core.faces.references import analyse_references, read_image
+from mm_core.faces.references import analyse_references
 from mm_core.hosts.cogvideox_diffusers import HOST
 from mm_core.models.id_encoder import FaceFeatures
+from mm_core.picture_file import read_image
 from mm_core.pipelines import tiny
 from mm_core.pipelines.identity import Identity
 from mm_core.pipelines.lora import Lora

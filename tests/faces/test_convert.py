@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mm_core.faces.references import read_image
+from mm_core.picture_file import read_image
 
 ROOT = Path(__file__).resolve().parents[2]
 RGB = torch.rand(1, 40, 30, 3, generator=torch.Generator().manual_seed(0))

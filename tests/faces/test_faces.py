@@ -20,10 +20,10 @@ from mm_core.faces.references import (
     MIN_SHARPNESS,
     analyse_references,
     look_at,
-    read_image,
     references_from,
     with_faces,
 )
+from mm_core.picture_file import read_image
 
 PACK = "buffalo_sc"
 PHOTOS = ("person_a_1", "person_a_2", "person_b_1", "person_b_2", "impostor_1", "impostor_2")

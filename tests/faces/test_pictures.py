@@ -7,7 +7,8 @@ from PIL import Image
 from mm_core.errors import MagicMirrorError, SettingError
 from mm_core.faces import references
 from mm_core.faces.crop import square_crop, whole_image
-from mm_core.faces.references import parse_weights, read_image
+from mm_core.faces.references import parse_weights
+from mm_core.picture_file import read_image
 
 NOISE = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
 

@@ -16,8 +16,9 @@ from skimage.data import astronaut
 
 from mm_core.errors import MagicMirrorError, NoFaceError
 from mm_core.faces.analysis import Face, FaceAnalyzer
-from mm_core.faces.references import Reference, analyse_references, look_at, over_grey, read_image, references_from
+from mm_core.faces.references import Reference, analyse_references, look_at, references_from
 from mm_core.faces.search import find_faces_anyhow, smallest_face
+from mm_core.picture_file import over_grey, read_image
 
 cached_analyzer = functools.cache(FaceAnalyzer)
 Change = Callable[[np.ndarray, Face], np.ndarray]

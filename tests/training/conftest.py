@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mm_core.faces.analysis import Face, FaceAnalyzer, select_face
-from mm_core.faces.references import read_image
+from mm_core.picture_file import read_image
 
 sys.path.insert(0, str(Path(__file__).parent))
 
