@@ -81,6 +81,14 @@ class OutOfMemoryError(MagicMirrorError):
     """A device, or the machine, has too little memory for what was asked."""
 
 
+def short(value: object) -> str:
+    """A value of a file, for a message, however long it is."""
+    if isinstance(value, (list, dict)):  # may be nested deeper than `repr` goes
+        return f"a {type(value).__name__} of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
 def reason(error: Exception) -> str:
     """What an error says, without the number and the name that those of the system repeat."""
     return (isinstance(error, OSError) and error.strerror) or str(error)

@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import SettingError
 from .files import numbered_name
-from .limits import NAME_LENGTH
+from .limits import NAME_LENGTH, NAME_PART_BYTES
 
 Graph = Mapping[str, Any]
 
@@ -24,7 +24,6 @@ _FORBIDDEN = re.compile(r'[?<>\\:*|"\x00-\x1F\x7F]')
 _HALF = re.compile(r"[\uD800-\uDFFF]")
 """Of a character that UTF-16 writes in two."""
 _RESERVED = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\..*)?", re.IGNORECASE)
-_LONGEST = 255  # bytes of a name on most file systems
 _ROOM_FOR_NUMBER = 32
 _ANY_VALUE = "x"
 _MOST_NODES = 10_000
@@ -112,8 +111,8 @@ def _check_name(prefix: str, part: str) -> None:
         problem = f"holds the folder {part!r}, and no folder on Windows ends with a space or a dot"
     elif not _is_text(part):
         problem = "holds half of a character, which no file name may"
-    elif len(part.encode()) > _LONGEST:
-        problem = f"holds a folder's name of {len(part.encode())} bytes; {_LONGEST} are the limit"
+    elif len(part.encode()) > NAME_PART_BYTES:
+        problem = f"holds a folder's name of {len(part.encode())} bytes; {NAME_PART_BYTES} are the limit"
     else:
         return
     raise SettingError(
@@ -130,7 +129,7 @@ def _is_text(part: str) -> bool:
 
 
 def _cut(name: str) -> str:
-    room = _LONGEST - _ROOM_FOR_NUMBER
+    room = NAME_PART_BYTES - _ROOM_FOR_NUMBER
     return name if not _is_text(name) else name.encode()[:room].decode(errors="ignore")
 
 

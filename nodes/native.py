@@ -13,7 +13,7 @@ from ..mm_core.pipelines.presets import latent_shape
 from . import native_base, native_lora, native_model, native_sampling, runtime
 from .control import adapter_inputs, adapter_settings, control_inputs
 from .sampling import rescued
-from .types import CATEGORY, IdentitySocket, Model, ModelSocket, Person, with_aliases
+from .types import CATEGORY, PROMPT, IdentitySocket, Model, ModelSocket, Person, with_aliases
 
 if TYPE_CHECKING:
     from ..mm_core.pipelines.control import AdapterSettings, Window
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from .native_model import ModelPatcher
 
 NATIVE = f"{CATEGORY}/native"
-_PROMPT = "A person img looks into the camera and smiles."
 
 
 class MagicMirrorNativeModel(io.ComfyNode):
@@ -69,7 +68,7 @@ class MagicMirrorApplyNative(io.ComfyNode):
                     "prompt",
                     multiline=True,
                     dynamic_prompts=True,
-                    default=_PROMPT,
+                    default=PROMPT,
                     tooltip='Write "img" after the word that stands for the person.',
                 ),
                 *adapter_inputs(),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io
 
 from . import runtime
-from .types import CATEGORY, Model, ModelSocket, with_aliases
+from .types import CATEGORY, PROMPT, Model, ModelSocket, with_aliases
 
 if TYPE_CHECKING:
     from ..mm_core.pipelines.prompt import PromptReport
@@ -31,7 +31,7 @@ class MagicMirrorPromptHelper(io.ComfyNode):
                     "prompt",
                     multiline=True,
                     dynamic_prompts=True,
-                    default="A person img looks into the camera and smiles.",
+                    default=PROMPT,
                     tooltip='Up to 226 tokens (tiny: 48). Write "img" after the word that stands for the person.',
                 ),
             ],

@@ -19,7 +19,7 @@ from ..mm_core.pipelines.control import AdapterSettings
 from ..mm_core.pipelines.presets import PRESETS, ClipLimits
 from . import runtime
 from .convert import latent_from_samples
-from .types import CATEGORY, Model, ModelSocket, with_aliases
+from .types import CATEGORY, MAX_SEED, PROMPT, Model, ModelSocket, with_aliases
 
 if TYPE_CHECKING:
     from ..mm_core.pipelines.clip import ClipSettings
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 MAX_SIDE = 2400
 MAX_FRAMES = 161
-MAX_SEED = 2**64 - 1
 
 _DEFAULT = PRESETS["CogVideoX-5b"]
 _DEFAULT_LIMITS = ClipLimits.from_config(_DEFAULT.transformer, _DEFAULT.vae)
@@ -166,7 +165,7 @@ def _inputs() -> list[io.Input]:
             "prompt",
             multiline=True,
             dynamic_prompts=True,
-            default="A person img looks into the camera and smiles.",
+            default=PROMPT,
             tooltip='What happens, in up to 226 tokens. Write "img" after the word that stands for the person.',
         ),
         io.String.Input(

@@ -5,10 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..mm_core.errors import SettingError
-from .types import CATEGORY, with_aliases
+from .types import CATEGORY, MAX_SEED, with_aliases
 
 MAX_SHOTS = 64
-_MAX_SEED = 2**64 - 1
 
 
 class MagicMirrorShots(io.ComfyNode):
@@ -38,7 +37,7 @@ class MagicMirrorShots(io.ComfyNode):
                     "seed",
                     default=0,
                     min=0,
-                    max=_MAX_SEED - MAX_SHOTS,
+                    max=MAX_SEED - MAX_SHOTS,
                     control_after_generate=True,
                     tooltip="Of the first shot; each further one has the next.",
                 ),

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from ..mm_core.pipelines.magic_mirror import MagicMirror
 
 CATEGORY = "MagicMirror"
+PROMPT = "A person img looks into the camera and smiles."
+"""What a prompt begins with."""
+MAX_SEED = 2**64 - 1
 NOBODY = "The identity is of nobody: no face was found in its photos. Use another photo."
 
 ModelSocket = io.Custom("MAGICMIRROR_MODEL")

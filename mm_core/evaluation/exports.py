@@ -10,11 +10,10 @@ from pathlib import Path
 from ..choices import EXPORTS
 from ..errors import MagicMirrorError, SettingError
 from ..files import atomic_folder, write_json
+from ..limits import NAME_PART_BYTES
 from ..pipelines.prompt import without_trigger
 from .benchmark_set import Entry
 from .generate import clip_of
-
-_NAME_BYTES = 255
 
 
 def export_vbench(entries: Sequence[Entry], clips: Path, out: Path) -> None:
@@ -27,7 +26,7 @@ def export_vbench(entries: Sequence[Entry], clips: Path, out: Path) -> None:
         for entry in entries:
             prompt = without_trigger(entry.prompt)
             name = f"{prompt}-{seen[prompt]}.mp4"
-            if "/" in name or "\n" in name or len(name.encode()) > _NAME_BYTES:
+            if "/" in name or "\n" in name or len(name.encode()) > NAME_PART_BYTES:
                 raise SettingError(f"The prompt of {entry.name} is no file name, as VBench wants it to be: shorten it")
             shutil.copyfile(_there(clips, entry), temporary / name)
             seen[prompt] += 1

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import short
 from ..limits import SIZES
 
 # Each field's limit in SIZES.
@@ -127,8 +128,3 @@ def base_sizes(base: Mapping[str, Any]) -> dict[str, int]:
         time_embed_dim=base["time_embed_dim"],
         text_embed_dim=base["text_embed_dim"],
     )
-
-
-def short(value: object) -> str:
-    """A value of a file for a message, however long it is."""
-    return f"a {type(value).__name__} of {len(value)}" if isinstance(value, (list, dict)) else repr(value)[:60]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from ..errors import short
 from ..limits import SIZES
-from .config import short
 from .id_fusion import MLP
 from .perceiver import IDPerceiver
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, short
 from ..json_file import read_object
 from ..limits import POSITION_TABLE_BYTES, SIZES
 
@@ -164,7 +164,7 @@ def checked(config: Mapping[str, Any], kinds: Mapping[str, Kind], where: str) ->
         raise CheckpointError(f"{where} is of quantised weights, which are not read. Use the model's own weights.")
     known = {name: config[name] for name in kinds if name in config}
     wrong = [
-        f"{name} is {_short(value)}; it must be {kinds[name].wanted}"
+        f"{name} is {short(value)}; it must be {kinds[name].wanted}"
         for name, value in known.items()
         if not kinds[name].fits(value)
     ]
@@ -205,10 +205,3 @@ def check_positions(config: Mapping[str, Any], where: str) -> None:
                 f"{where}: sample_height, sample_width and sample_frames ask for a table of positions of {table:,} "
                 f"bytes; at most {POSITION_TABLE_BYTES:,} are made. Download it again."
             )
-
-
-def _short(value: object) -> str:
-    if isinstance(value, (list, dict)):  # may be nested deeper than `repr` goes
-        return f"a {type(value).__name__} of {len(value)}"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
