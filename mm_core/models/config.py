@@ -66,11 +66,7 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "adapted_layers", tuple(self.adapted_layers))
-        bad = [
-            f"{name}={short(value)} (a whole number from 1 to {most})"
-            for name, value, most in ((name, vars(self)[name], SIZES[size]) for name, size in _LIMITS.items())
-            if type(value) is not int or not 1 <= value <= most
-        ]
+        bad = wrong_sizes(self, _LIMITS)
         layers = self.adapted_layers
         if len(layers) > SIZES["num_layers"]:
             bad.append(f"adapted_layers has {len(layers)} blocks (at most {SIZES['num_layers']})")
@@ -116,6 +112,16 @@ class AdapterConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"adapted_layers": list(self.adapted_layers)}
+
+
+def wrong_sizes(config: object, limits: Mapping[str, str]) -> list[str]:
+    """The fields that are no size. limits: of each, by its name in `limits.SIZES`."""
+    sizes = ((name, vars(config)[name], SIZES[size]) for name, size in limits.items())
+    return [
+        f"{name}={short(value)} (a whole number from 1 to {most})"
+        for name, value, most in sizes
+        if type(value) is not int or not 1 <= value <= most
+    ]
 
 
 def base_sizes(base: Mapping[str, Any]) -> dict[str, int]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from ..errors import short
 from ..limits import SIZES
+from .config import wrong_sizes
 from .id_fusion import MLP
 from .perceiver import IDPerceiver
 
@@ -43,11 +43,7 @@ class IDEncoderConfig:
     perceiver_dim_head: int
 
     def __post_init__(self) -> None:
-        bad = [
-            f"{name}={short(value)} (a whole number from 1 to {most})"
-            for name, value, most in ((name, vars(self)[name], SIZES[size]) for name, size in _LIMITS.items())
-            if type(value) is not int or not 1 <= value <= most
-        ]
+        bad = wrong_sizes(self, _LIMITS)
         if not bad and self.clip_hidden_size % self.clip_num_heads:
             bad.append(f"clip_hidden_size={self.clip_hidden_size} (not a multiple of {self.clip_num_heads} heads)")
         if not bad and (self.clip_image_size // self.clip_patch_size) ** 2 > SIZES["tokens"]:
