@@ -7,12 +7,11 @@ SAMPLES_PER_SHARD lines of the manifest, each written whole; who is killed goes 
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import CheckpointError, MagicMirrorError, SettingError
-from ..files import PARTIAL, atomic_write, write_json
+from ..files import PARTIAL, write_bytes, write_json
 from ..json_file import read_object
 from ..memory import on_device
 from .features import INDEX, KINDS, ROWS, SETTINGS
@@ -63,8 +62,7 @@ def precompute(
         raise SettingError(f"The rank is {rank} of {world_size}; it must be from 0 to below the number of processes.")
     manifest = manifest_path(settings.data)
     items = _Items.of(read_manifest(manifest))
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     wanted = _wanted(settings)
     _check_settings(folder, wanted)
     _check_space(folder, settings, items)
@@ -74,8 +72,7 @@ def precompute(
         maker = FrozenModels(settings, manifest.parent)
         wanted["weights"] = maker.fingerprint()
         if not _check_settings(folder, wanted):
-            with writing(folder):
-                write_json(folder / SETTINGS, wanted)
+            write_json(folder / SETTINGS, wanted)
         _make(maker, folder, mine, on_progress)
     if not all((folder / shard.file).is_file() for shard in items.shards):
         return False
@@ -169,18 +166,4 @@ def _check_space(folder: Path, settings: FeatureSettings, items: _Items) -> None
 def write_shard(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
     """Whole or not at all. header: `rows`, their names, and `skipped`, what was left out and why."""
     # One entry only: safetensors writes several in no fixed order.
-    content = save(tensors, {ROWS: json.dumps(header)})
-    with atomic_write(path) as temporary, writing(path):
-        temporary.write_bytes(content)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "The disk is full: free some space" if full else "Choose a folder that can be written"
-        raise MagicMirrorError(
-            f"{path} cannot be written: {error}. {remedy}, then run this again: it continues where it stopped."
-        ) from error
+    write_bytes(path, save(tensors, {ROWS: json.dumps(header)}))
