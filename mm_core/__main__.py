@@ -22,7 +22,7 @@ from .choices import (
     VIDEO_FORMATS,
 )
 from .errors import MagicMirrorError, exit_code
-from .faces.packs import ROOT
+from .faces.packs import INSIGHTFACE
 from .files import DOWNLOADS, ENCODED, atomic_write, numbered_name
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from .pipelines.identity import Identity
     from .pipelines.lora import Lora
     from .pipelines.magic_mirror import MagicMirror
-
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -265,7 +264,7 @@ def _doctor_arguments(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=doctor)
     add = command.add_argument
     add("--models", type=Path, help="ComfyUI's models folder; without it, where generate puts what it downloads")
-    add("--insightface-root", type=Path, default=ROOT, help="without --models: holds models/<pack>/*.onnx")
+    add("--insightface-root", type=Path, default=INSIGHTFACE, help="without --models: holds models/<pack>/*.onnx")
     add("--check-hashes", action="store_true", help="read every file and show its SHA-256; takes minutes")
     add("--convert", action="store_true", help="write photomaker-v2.safetensors beside photomaker-v2.bin, a pickle")
 
@@ -285,7 +284,7 @@ def _generate_arguments(command: argparse.ArgumentParser) -> None:
     add("--adapter", type=Path, help="adapter file; tiny brings its own")
     add("--lora", nargs="+", default=[], metavar="FILE[:STRENGTH]", help="LoRAs trained on the base, strength 1")
     add("--id-encoder", type=Path, help="photomaker-v2.bin; tiny brings its own")
-    add("--insightface-root", type=Path, default=ROOT, help="holds models/<pack>/*.onnx")
+    add("--insightface-root", type=Path, default=INSIGHTFACE, help="holds models/<pack>/*.onnx")
     add("--face-pack", default="buffalo_l", help="insightface model pack")
     add("--face", default="largest", help="which: largest, leftmost, rightmost, or its number from the left, from 0")
     add("--download", action="store_true", help="allow to download models that are missing")

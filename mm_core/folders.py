@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import CheckpointError
-from .faces.packs import USUAL, onnx_files
+from .faces.packs import USUAL_PACKS, onnx_files
 from .limits import NAME_LENGTH
 from .names import is_below, stays_within
 from .pipelines.presets import PRESETS
@@ -97,7 +97,7 @@ def _folders_in(root: Path) -> list[Path]:
 def find_face_packs(roots: Sequence[Path]) -> list[str]:
     """insightface's usual packs, and the others that are there."""
     found = [folder.name for root in roots for folder in sorted((root / "models").glob("*")) if onnx_files(folder)]
-    return list(dict.fromkeys([*USUAL, *found]))
+    return list(dict.fromkeys([*USUAL_PACKS, *found]))
 
 
 def walk(roots: Sequence[Path], *suffixes: str) -> Iterator[Path]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MagicMirrorError, exit_code
-from ..faces.packs import ROOT
+from ..faces.packs import INSIGHTFACE
 
 _KINDS = {
     "pictures": "photos with captions",
@@ -154,7 +154,7 @@ def _synthesis_arguments(add: Callable[..., Any]) -> None:
     add("--steps", type=int, default=50, help="of a picture")
     add("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="auto: fp32 on a CPU, else bf16")
     add("--offload", choices=("none", "model", "sequential"), default="model", help="what waits in main memory")
-    add("--insightface-root", type=Path, default=ROOT, help="holds models/<pack>/*.onnx")
+    add("--insightface-root", type=Path, default=INSIGHTFACE, help="holds models/<pack>/*.onnx")
     add("--face-pack", default="buffalo_l", help="insightface model pack")
 
 

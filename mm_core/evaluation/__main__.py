@@ -19,7 +19,7 @@ from typing import Any
 
 from ..choices import EXPORTS, SYSTEMS
 from ..errors import MagicMirrorError, SettingError, exit_code
-from ..faces.packs import ROOT
+from ..faces.packs import INSIGHTFACE
 from ..faces.references import MIN_SAME_PERSON
 
 
@@ -217,10 +217,11 @@ def _parser() -> argparse.ArgumentParser:
             name, help=run.__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         command.set_defaults(run=run)
-        _ARGUMENTS[run](command.add_argument)
+        add = command.add_argument
+        _ARGUMENTS[run](add)
         if run is not export:
-            command.add_argument("--insightface-root", type=Path, default=ROOT, help="holds models/<pack>/*.onnx")
-            command.add_argument("--face-pack", default="buffalo_l", help="insightface model pack; it matters")
+            add("--insightface-root", type=Path, default=INSIGHTFACE, help="holds models/<pack>/*.onnx")
+            add("--face-pack", default="buffalo_l", help="insightface model pack; it matters")
     return parser
 
 

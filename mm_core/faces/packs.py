@@ -11,9 +11,9 @@ from typing import Any
 
 from ..errors import CheckpointError, MagicMirrorError, downloading
 
-ROOT = Path.home() / ".insightface"
+INSIGHTFACE = Path.home() / ".insightface"
 """Where insightface keeps its `models`, and commands look for them."""
-USUAL = ("buffalo_l", "antelopev2", "buffalo_sc")
+USUAL_PACKS = ("buffalo_l", "antelopev2", "buffalo_sc")
 """insightface's own packs that hold detection and recognition."""
 MODULES = ("detection", "recognition", "landmark_3d_68")
 
