@@ -69,6 +69,9 @@ class StagePlan:
     """Of a whole batch."""
     gpu_hours: Mapping[str, float]
     memory: tuple[Memory, ...]
+    checkpoint_bytes: int
+    disk_bytes: int
+    """Of all checkpoints, while one more than stay is being written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +138,10 @@ def _stage(config: TrainingConfig, name: str) -> StagePlan:
     low, high = stage.identity_timesteps
     acting = max(0, loop.steps - stage.identity_start) / loop.steps if stage.identity_weight else 0.0
     share = (high - low) / 1000 * acting
+    memory = tuple(
+        _memory(models, stage, case, gpus, micro, bool(again)) for (gpus, micro, again), case in counted.items()
+    )
+    checkpoint = sum(memory[0].parts[part] for part in ("trained weights", "Adam", "EMA"))
     flops = loop.batch_size * (forward + backward + recomputed + acting * sampled + share * decoding)
     return StagePlan(
         frames=stage.frames,
@@ -149,9 +156,9 @@ def _stage(config: TrainingConfig, name: str) -> StagePlan:
         identity_share=share,
         step_flops=flops,
         gpu_hours={gpu: flops * loop.steps / (peak * 1e12 * MFU * 3600) for gpu, peak in PEAK_TFLOPS.items()},
-        memory=tuple(
-            _memory(models, stage, case, gpus, micro, bool(again)) for (gpus, micro, again), case in counted.items()
-        ),
+        memory=memory,
+        checkpoint_bytes=checkpoint,
+        disk_bytes=(loop.keep + 1) * checkpoint,
     )
 
 
@@ -208,6 +215,8 @@ def _stage_text(name: str, stage: StagePlan) -> list[str]:
         f"  PFLOP a step: {stage.step_flops / 1e15:.2f}",
         f"  GPU hours at {MFU:.0%} of the vendors' peak (an assumption): "
         + ", ".join(f"{gpu} ({PEAK_TFLOPS[gpu]} TFLOPS) {hours:,.0f}" for gpu, hours in stage.gpu_hours.items()),
+        f"  GB on the disk: {stage.checkpoint_bytes / 1e9:.1f} a checkpoint; those that stay and the next one "
+        f"{stage.disk_bytes / 1e9:.1f}",
         f"  GiB on each GPU; it fits where {RESERVED:.0%} of the card stay free (an assumption)",
     ]
     first = stage.memory[0]

@@ -102,7 +102,8 @@ def test_autocast_is_accelerates() -> None:
 def test_the_peak_is_that_of_a_device(
     stage: str, checkpointing: bool, fp8_base: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two steps of two micro-batches, every sample judged, hold what was planned at once, within 10%.
+    """Two steps of two micro-batches, every sample judged, hold what was planned at once, within 10%, and their
+    checkpoint takes what was planned on the disk.
 
     The face recogniser, which the planner leaves out, is a view here.
     """
@@ -121,9 +122,12 @@ def test_the_peak_is_that_of_a_device(
         write_features(config, stage, features)
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState().device = accelerator.device
-        train(RehearsedTask(config, stage), loop, tmp_path / "run")
+        checkpoint = train(RehearsedTask(config, stage), loop, tmp_path / "run")
         AcceleratorState._reset_state(reset_partial_state=True)
-    planned = chosen(plan(config).stages[stage].memory, checkpointing=checkpointing)
+    stage_plan = plan(config).stages[stage]
+    written = sum(path.stat().st_size for path in checkpoint.iterdir())
+    assert stage_plan.checkpoint_bytes == pytest.approx(written, rel=0.01)
+    planned = chosen(stage_plan.memory, checkpointing=checkpointing)
     assert planned.total == pytest.approx(accelerator.peak_bytes, rel=0.1)
 
 
