@@ -102,6 +102,8 @@ class _Clip:
     """(F, 5, 2) float32, pixels."""
     seen: np.ndarray
     """(F',) bool, for each frame that is looked at, whether a face was found."""
+    padded: bool
+    """Whether it got black borders."""
 
 
 class FrozenModels:
@@ -185,7 +187,7 @@ class FrozenModels:
         }
 
     def sample_shard(self, samples: Sequence[Sample]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """As `prompt_shard`, with the samples' ids."""
+        """As `prompt_shard`, with the samples' ids, and those that got black borders."""
         found: dict[str, _Clip] = {}
         skipped = {}
         for sample in samples:
@@ -200,7 +202,8 @@ class FrozenModels:
         if read:
             for name in ("boxes", "landmarks", "seen"):
                 tensors[name] = torch.from_numpy(np.stack([getattr(clip, name) for clip in read]))
-        return tensors, {"rows": list(found), "skipped": skipped}
+        padded = [name for name, clip in found.items() if clip.padded]
+        return tensors, {"rows": list(found), "skipped": skipped, "padded": padded}
 
     def _read(self, sample: Sample) -> _Clip:
         try:
@@ -223,6 +226,7 @@ class FrozenModels:
             boxes=between(corners, at, len(media)),
             landmarks=between(placement.moved(landmarks), at, len(media)),
             seen=np.array([face is not None for face in faces]),
+            padded=max(placement.left, placement.top) > 0,
         )
 
     def _faces(self, frames: np.ndarray, looked_at: Sequence[int], name: str) -> list[Face | None]:

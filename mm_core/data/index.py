@@ -32,13 +32,14 @@ def build_index(folder: Path, samples: Sequence[Sample], shards: Sequence[Shard]
     """What `Features` opens. Raises MagicMirrorError if there is not one sample."""
     rows: dict[str, dict[str, dict[str, int]]] = {"prompts": {}, "references": {}, "samples": {}}
     left_out: dict[str, dict[str, list[str]]] = {kind: {} for kind in rows}
-    files, looked_at, seen, licences = [], 0, 0, Counter()
+    files, looked_at, seen, licences, padded = [], 0, 0, Counter(), set()
     for shard in shards:
         path = folder / shard.file
         header = header_of(path)
         files.append({"file": path.name, "bytes": path.stat().st_size})
         rows[shard.kind] |= {name: {"shard": shard.number, "row": row} for row, name in enumerate(header["rows"])}
         left_out[shard.kind] |= header["skipped"]
+        padded.update(header.get("padded", ()))
         if shard.kind == "samples" and header["rows"]:
             faces = seen_in(path)
             looked_at, seen = looked_at + faces.numel(), seen + int(faces.sum())
@@ -63,6 +64,7 @@ def build_index(folder: Path, samples: Sequence[Sample], shards: Sequence[Shard]
             "references": len(numbers["references"]),
             "frames looked at": looked_at,
             "frames with a face": seen,
+            "padded": sum(entry["id"] in padded for entry in entries),
             "skipped": counts,
         },
         "skipped": {kind: left_out[kind] for kind in ("references", "samples")},
