@@ -114,7 +114,8 @@ def plant_footage(folder: Path, seed: int, album: Album | None) -> dict[str, str
     put("text", ["caption"], second[::-1], "A man beside a text.")
     if album is None:
         return truth
-    put("away", ["seen"], shot(person, 2, _turning(_BEHIND))[0][[*range(13), *([11, 12] * 6)]], turning_text)
+    away = shot(person, 2, _turning(_BEHIND))[0][[*range(13), *([11, 12] * 6)]]
+    put("away", ["seen" + OR + "lost"], away, turning_text)
     put("hidden", ["lost" + OR + "one person"], _hidden(second, 7, 16, rises=True), text)
     put("tiny", ["lines"], _each(resized, second, 200, 200), text)
     put("far", ["face size"], _each(far, second, wall(seed, 4, SIZE), 120), text)

@@ -81,11 +81,9 @@ def _put_near(put: Put, picture: np.ndarray, text: str, generator: np.random.Gen
 
 
 def _put_common(
-    put: Put, seed: int, first: tuple[np.ndarray, str], second: np.ndarray, other: np.ndarray, scene: np.ndarray,
-    lying: str = "roll",
+    put: Put, seed: int, first: tuple[np.ndarray, str], second: np.ndarray, other: np.ndarray, scene: np.ndarray
 ) -> None:
-    """The faults that all photos have. second: of the same person. other: of whoever stands beside them. lying: what
-    takes a head that lies."""
+    """The faults that all photos have. second: of the same person. other: of whoever stands beside them."""
     (picture, text), generator = first, stream("corpus faults", seed)
     whole = jpeg(picture)
     put("good", KEPT, whole, text)
@@ -96,7 +94,8 @@ def _put_common(
     put("corrupt", "unreadable", whole[: int(len(whole) * generator.uniform(0, 0.9))], text)
     put("tiny", "lines", resized(second, *[int(generator.integers(300, 720))] * 2), text)
     put("two", "faces", np.concatenate([second, other], axis=1), text)
-    put("lying", lying, np.asarray(Image.fromarray(second).rotate(generator.choice([-62, 62]))), text)
+    # The detector's scores of heads that lie are .56 to .81, on both sides of the least that is a face.
+    put("lying", "roll" + OR + "face", np.asarray(Image.fromarray(second).rotate(generator.choice([-62, 62]))), text)
     for what in WRITINGS:
         put(what, "text", lettered(second, written(what, seed)), text)
     put("text", "caption", second, _TEXTS[seed % len(_TEXTS)].format(text[:-1]))
@@ -149,8 +148,7 @@ def plant_photographs(folder: Path, seed: int, album: Album | None) -> dict[str,
     truth: dict[str, str] = {}
     put, numbers = _writer(folder, seed, truth), iter(range(8 * seed, 8 * seed + 8))
     first, (second, text), (other, _) = (album.photo(next(numbers), SIZE) for _ in range(3))
-    # The detector's scores of heads that lie are .59 to .76, on both sides of the least that is a face.
-    _put_common(put, seed, first, second, other, album.scene(seed, SIZE), "roll" + OR + "face")
+    _put_common(put, seed, first, second, other, album.scene(seed, SIZE))
     put("blurred", "sharpness", album.photo(next(numbers), SIZE, blur=1 / 110)[0], text)
     put("far", "face size", album.photo(seed, 1200, share=(0.14, 0.18))[0], text)
     for what in PATTERNS:

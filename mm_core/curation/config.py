@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from ..faces.references import MIN_SCORE, MIN_SHARPNESS, MIN_SIZE
+from ..faces.references import MIN_SHARPNESS, MIN_SIZE
 from ..pipelines.presets import limits_of
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
@@ -55,8 +55,8 @@ class Keeping:
 
     min_lines: Count = MIN_LINES
     """Pixels of the shorter side."""
-    min_score: Share = MIN_SCORE
-    """Of the face detector; fainter finds are no faces."""
+    min_score: Share = 0.6
+    """Of the face detector; fainter finds are no faces. Old photographs of people with glasses have 0.63."""
     max_faces: Count = 1
     """Faces of at least `other_face` of the largest one's size."""
     other_face: Share = 0.25
