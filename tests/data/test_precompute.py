@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import signal
 import time
 from collections import namedtuple
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
+import small_shards
 import torch
 from PIL import Image
+from processes import imported
 from safetensors.torch import load_file
 
 from lab.people.manifest import write_manifest
@@ -95,12 +97,12 @@ def config_of(data: Path, output: Path, insightface_root: Path) -> TrainingConfi
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_shards() -> None:
-    """Shards of three, so that there are several; one thread, whose sums a forked process makes in the same order."""
+def in_small_shards() -> None:
+    """Shards of three, so that there are several; one thread, whose sums other processes make in the same order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "SAMPLES_PER_SHARD", 3)
+        patch.setattr(module, "SAMPLES_PER_SHARD", small_shards.SAMPLES)
         yield
     torch.set_num_threads(threads)
 
@@ -228,7 +230,6 @@ def test_each_prompt_is_stored_once_and_whole(made: Path, data: Path) -> None:
     assert not torch.equal(one[-1], other[-1]) and not torch.equal(one[-1], one[-2])
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="a fresh Python for each process would take a minute")
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_killed_processes_go_on_to_the_same_files(
     processes: int, config: TrainingConfig, made: Path, tmp_path: Path
@@ -237,32 +238,28 @@ def test_killed_processes_go_on_to_the_same_files(
     one process that nothing disturbed; what was made before the kill is not made again."""
     folder = tmp_path / "features"
 
-    def start(rank: int) -> int:
-        number = os.fork()
-        if not number:
-            status = 1
-            try:
-                module.precompute(feature_settings(config, "video"), folder, rank=rank, world_size=processes)
-                status = 0
-            finally:
-                os._exit(status)
-        return number
+    def start(rank: int) -> BaseProcess:
+        arguments = feature_settings(config, "video"), folder, rank, processes
+        process = imported().Process(target=small_shards.run, args=arguments)
+        process.start()
+        return process
 
-    def ends(number: int) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+    def ends(process: BaseProcess) -> int:
+        process.join()
+        return process.exitcode
 
     killed = [start(rank) for rank in range(processes)]
-    while len(list(folder.glob("[!.]*.safetensors"))) < 3:
+    while len(list(folder.glob("[!.]*.safetensors"))) < 3 and any(process.is_alive() for process in killed):
         time.sleep(0.01)
-    for number in killed:
-        os.kill(number, signal.SIGKILL)
-    assert -signal.SIGKILL in [ends(number) for number in killed]
+    for process in killed:
+        process.kill()
+    assert -signal.SIGKILL in [ends(process) for process in killed]
     (folder / f".samples-00000.safetensors.1{PARTIAL}").write_bytes(b"half")
     with pytest.raises(CheckpointError, match="not finished"):
         Features.open(folder)
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("[!.]*.safetensors")}
     others = [start(rank) for rank in range(1, processes)]
-    assert not any(ends(number) for number in others) and not (folder / INDEX).is_file()
+    assert not any(ends(process) for process in others) and not (folder / INDEX).is_file()
     assert ends(start(0)) == 0
     assert contents(folder) == contents(made)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mm_core import picture_file
 from mm_core.errors import MagicMirrorError, SettingError
-from mm_core.faces import references
 from mm_core.faces.crop import square_crop, whole_image
 from mm_core.faces.references import parse_weights
 from mm_core.picture_file import read_image
@@ -123,7 +123,7 @@ def test_photos_too_large_and_other_formats_are_refused(tmp_path, monkeypatch):
     (tmp_path / "drawing.eps").rename(tmp_path / "drawing.png")
     with pytest.raises(MagicMirrorError, match=r"drawing.png.*Use a JPEG"):
         read_image(tmp_path / "drawing.png")
-    monkeypatch.setattr(references, "PICTURE_BYTES", 1000)
+    monkeypatch.setattr(picture_file, "PICTURE_BYTES", 1000)
     with pytest.raises(MagicMirrorError, match=r"large.png has \d+ bytes, more than 1000"):
         read_image(tmp_path / "large.png")
 

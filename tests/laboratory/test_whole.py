@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 from pathlib import Path
 
 import killed_run
 import pytest
 import torch
+from processes import imported
 from safetensors.torch import load_file
 
 from lab import first_run
@@ -36,10 +36,8 @@ def test_one_command_trains_and_scores(
     command = ["--folder", str(tmp_path), "--insightface-root", str(insightface_root), "--people", "3", "--steps", "2"]
     adapter = tmp_path / "run" / "adapter" / "magic-mirror-tiny.safetensors"
     before: dict[str, int] = {}
-    server = multiprocessing.get_context("forkserver")  # of processes that have imported everything and done nothing
-    server.set_forkserver_preload(["killed_run", "mm_core.release.whole"])
     for part in PARTS:
-        process = server.Process(target=killed_run.run, args=(*part.rsplit(".", 1), command))
+        process = imported().Process(target=killed_run.run, args=(*part.rsplit(".", 1), command))
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL, f"it ended before {part}"
