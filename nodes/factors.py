@@ -38,8 +38,9 @@ class MagicMirrorScaleFactors(io.ComfyNode):
     def execute(cls, model: Model, identity: Person, steps: int) -> io.NodeOutput:
         if identity.identity is None:
             raise MagicMirrorError(NOBODY)
-        from ..mm_core.evaluation.factors import draw_factors, scale_factors
+        from ..mm_core.evaluation.factors import check_drawing, draw_factors, scale_factors
 
+        check_drawing()
         try:
             factors = scale_factors(model.mirror, identity.identity, steps, model.loras)
         finally:

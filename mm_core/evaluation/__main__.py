@@ -109,9 +109,12 @@ def factors(args: argparse.Namespace) -> int:
 
     from ..faces.references import analyse_references
     from ..picture_file import read_image
-    from .factors import scale_factors, write_factors
+    from .factors import check_drawing, scale_factors, write_factors
     from .systems import Weights, mirror_of
 
+    check_drawing()
+    if args.out.suffix.lower() != ".png":
+        raise SettingError(f"{args.out.name} is no PNG: call it {args.out.stem}.png")
     weights = Weights(model=args.model, adapter=args.adapter, id_encoder=args.id_encoder)
     mirror = mirror_of(weights, torch.device("cpu"))
     identity = mirror.identity(analyse_references(_analyzer(args), [read_image(path) for path in args.reference]))

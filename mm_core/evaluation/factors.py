@@ -96,20 +96,23 @@ def scale_factors(mirror: MagicMirror, identity: Identity, steps: int, loras: Se
     return ScaleFactors(vectors=vectors.flatten(0, 2).numpy(), labels=labels)
 
 
-def draw_factors(factors: ScaleFactors) -> tuple[np.ndarray, np.ndarray]:
-    """Three plots of the same points, coloured by each label, (H, W, 3) uint8; and the points, (N, 2).
-
-    Raises MagicMirrorError without matplotlib or scikit-learn.
-    """
+def check_drawing() -> None:
+    """Raises MagicMirrorError without the packages of `draw_factors`: to be told before a model is loaded."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        points = factors.embedded()
+        import matplotlib.figure  # noqa: F401
+        import sklearn.manifold  # noqa: F401
     except ImportError as error:
         raise MagicMirrorError(
             f"The picture needs matplotlib and scikit-learn ({error}): python -m pip install matplotlib scikit-learn"
         ) from error
+
+
+def draw_factors(factors: ScaleFactors) -> tuple[np.ndarray, np.ndarray]:
+    """Three plots of the same points, coloured by each label, (H, W, 3) uint8; and the points, (N, 2)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    points = factors.embedded()
     figure = Figure(figsize=(15, 4.5), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     for axes, (name, label) in zip(figure.subplots(1, 3), reversed(factors.labels.items())):
@@ -125,9 +128,7 @@ def draw_factors(factors: ScaleFactors) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_factors(factors: ScaleFactors, picture: Path) -> list[Path]:
-    """`draw_factors` as a PNG, and its points as a CSV beside it. Raises SettingError for another kind of picture."""
-    if picture.suffix.lower() != ".png":
-        raise SettingError(f"{picture.name} is no PNG: call it {picture.stem}.png")
+    """`draw_factors` as a PNG, and its points as a CSV beside it."""
     drawn, points = draw_factors(factors)
     table = picture.with_suffix(".csv")
     with atomic_write(picture) as temporary:

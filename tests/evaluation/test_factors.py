@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,3 +91,11 @@ def test_a_command_draws_them(tmp_path: Path, insightface_root: Path, capsys: py
     assert len({(row["t-SNE 1"], row["t-SNE 2"]) for row in rows}) == len(rows)
     assert main([*argv, f"--out={tmp_path / 'factors.mp4'}"]) == 2
     assert "call it factors.png" in capsys.readouterr().err
+
+
+def test_packages_that_lack_are_told_before_a_model_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    assert main(["factors", "--model=no such model", f"--reference={PHOTO}", "--out=factors.png"]) == 2
+    assert "pip install matplotlib scikit-learn" in capsys.readouterr().err
