@@ -52,8 +52,8 @@ class Checks:
         texts = {"prompt": (clip.prompt, 0 if tokens is None else len(tokens.slots))}
         if clip.guidance_scale > 1:
             texts["negative prompt"] = (clip.negative_prompt, 0)
+        length = self.base.transformer_config["max_text_seq_length"]
         for name, (text, slots) in texts.items():
-            length = self.base.transformer_config["max_text_seq_length"]
             report = explain_prompt(self.base.tokenizer, text, num_slots=slots, max_length=length)
             told += [f"The {name}: {line}" for line in report.cautions]
         return told
